@@ -1,0 +1,1 @@
+"""Fine-tuning GPT-2 in plain PyTorch; start reading in `ft/job.py`."""
