@@ -1,0 +1,146 @@
+"""The command line: flags made from `Config`, and every problem with them told at once."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Never
+
+from ft.config import NEWEST, Config, field_help, field_types, flag, parse_value, read_config_file
+from ft.errors import FtError, UsageError
+
+EXAMPLES = """\
+examples:
+  python run.py                          the published recipe, on the best device present
+  python run.py --demo                   the same program without the Hub, in half a minute
+  python run.py --resume                 continue where the last run broke off
+  python run.py --model ./my-gpt2 --dataset ./my-reviews --output-dir runs/mine
+"""
+
+# Stands for a flag that was given without its value, so that this too is told together with everything else.
+_NO_VALUE = "\0no value"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are raised, not printed one at a time."""
+
+    def error(self, message: str) -> Never:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        config = read_arguments(arguments)
+        from ft.job import run_job  # here, since --help and a wrong flag need not wait for torch
+
+        run_job(config)
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except FtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_arguments(arguments: Sequence[str]) -> Config:
+    """The configuration that a command line describes.
+
+    A flag given wins over --config FILE, that over what the resumed run or the demo sets, and that over the defaults.
+
+    Raises:
+        UsageError: with one sentence for every problem there is.
+    """
+    parsed, rest = _parser().parse_known_args(arguments)
+    problems = [_unknown(argument) for argument in rest]
+    config_file = vars(parsed).pop("config", None)
+    settings: dict[str, Any] = {}
+    for name, value in vars(parsed).items():
+        if value == _NO_VALUE:
+            problems.append(f"{flag(name)} needs a value")
+            continue
+        try:
+            settings[name] = parse_value(name, value) if isinstance(value, str) else value
+        except UsageError as error:
+            problems += error.problems
+    try:
+        if config_file == _NO_VALUE:
+            problems.append("--config needs a value")
+        elif config_file is not None:
+            settings = {**read_config_file(Path(config_file)), **settings}
+        settings = {**_starting_point(settings), **settings}
+    except UsageError as error:
+        problems += error.problems
+    try:
+        config = Config(**settings)
+    except UsageError as error:
+        problems += error.problems
+    if problems:
+        raise UsageError(*problems)
+    return config
+
+
+def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
+    """What --resume and --demo put in place of the defaults: the settings of the run that goes on, or the demo's."""
+    resume = settings.get("resume")
+    if resume is not None and resume != NEWEST:
+        given = Path(resume)
+        run = given.parent if given.name.startswith("checkpoint-") else given
+        base = {"output_dir": str(run)}
+    else:
+        run = Path(settings.get("output_dir", Config.output_dir))
+        base = {}
+    if settings.get("demo"):
+        from ft.demo import SETTINGS
+
+        base = {**SETTINGS, **base}
+        run = Path(settings.get("output_dir", base["output_dir"]))
+    if resume is not None and (run / "config.json").is_file():
+        return {**read_config_file(run / "config.json"), **base, "output_dir": str(run)}
+    return base
+
+
+def _parser() -> _Parser:
+    """One flag for each field of `Config`; values stay text, to be read by `parse_value` one by one."""
+    parser = _Parser(
+        prog="python run.py",
+        description="Fine-tune GPT-2 to say whether a film review is positive, in plain PyTorch.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="FILE", help="take settings from a config.json")
+    for field in fields(Config):
+        kind, choices = field_types()[field.name]
+        text = field_help()[field.name]
+        if kind is bool:
+            parser.add_argument(flag(field.name), action="store_true", help=text)
+            continue
+        if field.default is not None:
+            text += f" (default {field.default})"
+        parser.add_argument(
+            flag(field.name),
+            nargs="?",
+            const=NEWEST if field.name == "resume" else _NO_VALUE,
+            metavar="|".join(choices) or {int: "N", float: "X", str: "TEXT"}[kind],
+            help=text.replace("%", "%%"),
+        )
+    return parser
+
+
+def _unknown(argument: str) -> str:
+    """What to say of an argument that nobody knows, with the nearest flag if one is near."""
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no flag"
+    name = argument.partition("=")[0]
+    known = ["--config", *(flag(field.name) for field in fields(Config))]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"there is no flag {name}" + (f", is it {near[0]}?" if near else "; --help lists all flags")

@@ -1,0 +1,262 @@
+"""Every setting of a run, its default and its explanation, once.
+
+The command line is generated from this class: `batch_size` is the flag `--batch-size`, and the string under a field is
+its help. The defaults are the recipe of the tutorial that this program rebuilds.
+"""
+
+import ast
+import functools
+import inspect
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one run does. Frozen: nothing that runs changes its own settings."""
+
+    # Where things come from and go to
+
+    model: str = "openai-community/gpt2"
+    """Hub id or local folder of the GPT-2 to fine-tune: config.json, tokenizer.json, model.safetensors"""
+    model_revision: str | None = None
+    """branch, tag or commit of the model on the Hub"""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """start from the published weights, or train from scratch with GPT-2's initialisation"""
+    dataset: str = "cornell-movie-review-data/rotten_tomatoes"
+    """Hub id or local folder with train.parquet, validation.parquet and test.parquet (columns text and label)"""
+    dataset_revision: str | None = None
+    """branch, tag or commit of the data set on the Hub"""
+    save_dataset: str | None = None
+    """also keep a copy of the data in this folder, which --dataset reads back"""
+    label_names: str | None = None
+    """words for the labels 0, 1, ..., separated by commas; left out: those in the data set's metadata"""
+    output_dir: str = "runs/rotten_tomatoes"
+    """folder for metrics.jsonl, the checkpoints and final/"""
+    overwrite: bool = False
+    """delete what an earlier run left in --output-dir"""
+    resume: str | None = None
+    """continue an interrupted run: from the newest checkpoint in --output-dir, or from the run or checkpoint PATH"""
+    demo: bool = False
+    """run on reviews composed on the spot and a small GPT-2: no network needed, about half a minute"""
+
+    # How long, and in what portions
+
+    epochs: float = 1.0
+    """passes over the training reviews"""
+    max_steps: int | None = None
+    """stop after this many optimiser steps, whatever --epochs says"""
+    batch_size: int = 8
+    """reviews per forward and backward pass"""
+    gradient_accumulation_steps: int = 1
+    """batches whose gradients are added up for one optimiser step"""
+    eval_batch_size: int = 64
+    """reviews per batch in evaluation; changes speed and memory, not the result"""
+    max_length: int = 32
+    """tokens per review, end-of-text and label included; of a longer review the end is kept"""
+    seed: int = 42
+    """decides the order of the reviews, dropout and --init random"""
+
+    # The optimiser
+
+    learning_rate: float = 2e-5
+    """AdamW's step size at its highest"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """how the learning rate falls: to 0 on a line, to 0 on half a cosine, not at all"""
+    warmup_steps: int = 0
+    """optimiser steps over which the learning rate first rises from 0"""
+    weight_decay: float = 0.0
+    """share of each weight taken off per step, times the learning rate (not off biases, norms and embeddings)"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this global norm if theirs is larger; 0 turns that off"""
+    dropout: float | None = None
+    """probability of each of GPT-2's three dropouts; left out: the model's own (0.1 as published)"""
+
+    # The machine
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; left out: the best present"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """number format of matrix products; auto: bf16 or fp16 where the device computes it faster, else fp32"""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """recompute activations in the backward pass: less memory, more time, the same gradients"""
+
+    # What is told and kept, and how often (in optimiser steps)
+
+    logging_steps: int = 100
+    """write loss, learning rate, gradient norm and speed to metrics.jsonl"""
+    eval_steps: int = 100
+    """evaluate the whole validation split"""
+    save_steps: int = 100
+    """save a checkpoint"""
+    keep_checkpoints: int = 2
+    """how many of the newest checkpoints to keep"""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work.
+
+        Raises:
+            UsageError: with one sentence for each that is wrong.
+        """
+        problems = _problems(self)
+        if problems:
+            raise UsageError(*problems)
+
+    def save(self, path: Path) -> None:
+        """Write all settings as JSON, in the order of this class."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+# The value of `resume` that stands for the newest checkpoint in the output directory.
+NEWEST = "newest"
+
+# What one run of a folder may have and another not, without being another run.
+NOT_OF_THE_RUN = ("resume", "overwrite")
+
+# What may change when a run is resumed: none of it changes the weights that come out.
+FREE_ON_RESUME = (
+    *NOT_OF_THE_RUN,
+    "output_dir",
+    "save_dataset",
+    "device",
+    "eval_batch_size",
+    "activation_checkpointing",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "keep_checkpoints",
+)
+
+_MINIMUM = {
+    "max_steps": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_batch_size": 1,
+    "max_length": 2,
+    "seed": 0,
+    "learning_rate": 0.0,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "dropout": 0.0,
+    "logging_steps": 1,
+    "eval_steps": 1,
+    "save_steps": 1,
+    "keep_checkpoints": 1,
+}
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+@functools.cache
+def field_help() -> dict[str, str]:
+    """The string that stands under each field of `Config`, by field name."""
+    (class_def,) = ast.parse(inspect.getsource(Config)).body
+    assert isinstance(class_def, ast.ClassDef)
+    helps = {}
+    for statement, following in zip(class_def.body, class_def.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(following, ast.Expr)
+            helps[statement.target.id] = ast.literal_eval(following.value)
+    return helps
+
+
+@functools.cache
+def field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
+    """Each field's plain type and, for a Literal, its choices; `int | None` counts as int."""
+    found: dict[str, tuple[type, tuple[str, ...]]] = {}
+    for name, hint in typing.get_type_hints(Config).items():
+        if typing.get_origin(hint) is Literal:
+            found[name] = (str, typing.get_args(hint))
+        elif isinstance(hint, types.UnionType):
+            found[name] = (typing.get_args(hint)[0], ())
+        else:
+            found[name] = (hint, ())
+    return found
+
+
+def parse_value(name: str, text: str) -> Any:  # noqa: ANN401
+    """A field's value from the text that a command line gave.
+
+    Raises:
+        UsageError: the text is no number where one is needed.
+    """
+    kind, _ = field_types()[name]
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise UsageError(f"{flag(name)} is {text!r}, it must be {wanted}") from None
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings in a `config.json` that `Config.save` wrote, or in one written by hand with fewer of them.
+
+    Raises:
+        UsageError: the file is absent, no JSON object, or has a setting that does not exist.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"the configuration {path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"the configuration {path} must be a JSON object of settings")
+    unknown = [name for name in settings if name not in field_types()]
+    if unknown:
+        raise UsageError(f"the configuration {path} has unknown settings: {', '.join(map(str, unknown))}")
+    return {name: value for name, value in settings.items() if name not in NOT_OF_THE_RUN}
+
+
+def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
+    """One sentence for each setting that would make a resumed run another run than the one it continues."""
+    return [
+        f"{flag(name)} was {old[name]!r} and would be {value!r}"
+        for name, value in asdict(new).items()
+        if name in old and name not in FREE_ON_RESUME and old[name] != value
+    ]
+
+
+def _problems(config: Config) -> list[str]:
+    """Everything that is wrong with a configuration, one sentence each."""
+    problems = []
+    for field in fields(config):
+        name = field.name
+        value = typing.cast(Any, getattr(config, name))
+        kind, choices = field_types()[name]
+        if value is None and field.default is None:
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+            problems.append(f"{flag(name)} is {value!r}, it must be {wanted}")
+        elif choices and value not in choices:
+            problems.append(f"{flag(name)} is {value!r}, it must be one of {', '.join(choices)}")
+        elif kind is float and not math.isfinite(value):
+            problems.append(f"{flag(name)} is {value}, it must be finite")
+        elif name in _MINIMUM and value < _MINIMUM[name]:
+            problems.append(f"{flag(name)} is {value}, it must be at least {_MINIMUM[name]}")
+        elif name == "dropout" and value >= 1:
+            problems.append(f"--dropout is {value}, it must be below 1")
+        elif name == "epochs" and value <= 0:
+            problems.append(f"--epochs is {value}, it must be above 0")
+        elif name == "seed" and value >= 2**63:
+            problems.append(f"--seed is {value}, it must be below 2**63")
+        elif kind is str and not value:
+            problems.append(f"{flag(name)} is empty")
+    if config.resume and config.overwrite:
+        problems.append("--resume continues a run and --overwrite deletes it: give one of them")
+    return problems

@@ -1,0 +1,48 @@
+"""Loss and accuracy over a whole split."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ft.data import Example, in_batches
+from ft.gpt2 import GPT2
+from ft.machine import Precision
+
+
+class Evaluation(NamedTuple):
+    """`loss` is the mean over supervised tokens, in nats; `accuracy` the share of examples with the right label."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: GPT2, examples: Sequence[Example], label_ids: Sequence[int], *, batch_size: int, precision: Precision
+) -> Evaluation:
+    """Loss and accuracy of `model` on all examples.
+
+    The prediction is the likeliest of the label tokens. Examples go in order of length, so that a batch's sequences
+    are about equally long and attention computes little padding. Nothing here draws random numbers, and the model is
+    left in the mode it was found in: a run that evaluates ends in the same weights as one that does not.
+    """
+    device = model.wte.weight.device
+    candidates = torch.tensor(label_ids, device=device)
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    loss_sums, hits = [], []
+    was_training = model.training
+    model.eval()
+    for batch in in_batches(examples, by_length, batch_size):
+        batch = batch.to(device)
+        with precision.autocast():
+            logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
+        loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))
+        predicted = candidates[logits[:, candidates].argmax(dim=-1)]
+        hits.append((predicted == batch.target_ids).sum())
+    model.train(was_training)
+    # Read once, at the end: on an accelerator every read waits for all work that is queued.
+    loss_sum = torch.stack(loss_sums).cpu().double().sum().item()
+    num_targets = sum(len(example.target_ids) for example in examples)
+    return Evaluation(loss=loss_sum / num_targets, accuracy=torch.stack(hits).sum().item() / num_targets)

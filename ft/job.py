@@ -1,0 +1,313 @@
+"""One fine-tuning job from its configuration to a finished model: the recipe, read from top to bottom.
+
+The eight steps of the tutorial that this program rebuilds, and where each happens:
+
+    1  data               ft/hub.py fetches it, ft/data.py `read_split` reads it
+    2  model              ft/gpt2.py
+    3  tokenizer          the `tokenizers` library, from the model's tokenizer.json
+    4  examples           ft/data.py `encode`
+    5  collate function   ft/data.py `collate`
+    6  hyper-parameters   ft/config.py
+    7  loop               ft/train.py
+    8  training           here: everything put together, and what is left behind
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from ft import checkpoint, hub
+from ft.checkpoint import ModelSource, State
+from ft.config import NEWEST, Config, changed_on_resume, read_config_file
+from ft.data import Example, Split, encode, label_tokens, read_split, read_tokenizer
+from ft.errors import FtError, UsageError
+from ft.evaluate import Evaluation, evaluate
+from ft.gpt2 import GPT2, GPT2Config
+from ft.machine import Precision, choose_device, choose_precision, keep_freed_memory
+from ft.optim import build_optimizer
+from ft.predict import predict
+from ft.report import Report
+from ft.train import steps_per_epoch, total_steps, train
+
+VERB = {"train": "train on", "validation": "validate", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits as read, the same as examples, and what the labels are called and encoded as."""
+
+    splits: dict[str, Split]
+    examples: dict[str, list[Example]]
+    label_names: tuple[str, ...]
+    label_ids: list[int]
+    tokenizer: Tokenizer
+
+
+def run_job(config: Config) -> None:
+    """Fine-tune as `config` says and leave the result in its output directory.
+
+    Raises:
+        FtError: something the user can mend is wrong; the message says what.
+    """
+    started = time.perf_counter()
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    run = Path(config.output_dir)
+    resume_from = _open_run_folder(run, config)
+    if config.demo:
+        config = _with_demo_inputs(config, run / "inputs")
+    if resume_from is not None:
+        _refuse_another_run(resume_from, config)
+    keep_freed_memory()
+
+    # Data, tokenizer, examples.
+    files = hub.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
+    published = checkpoint.read_json(files.config)
+    model_config = _model_config(published, files.config, config)
+    data = _read_data(config, read_tokenizer(files.tokenizer), model_config)
+
+    # Model and optimiser, as published or as a checkpoint left them.
+    model = GPT2(model_config)
+    if config.init == "random":
+        model.init_weights(config.seed)
+    elif resume_from is None:
+        checkpoint.load_weights(model, files.weights)
+    model.activation_checkpointing = config.activation_checkpointing
+    model.to(device)
+    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+    scaler = precision.grad_scaler()
+    torch.manual_seed(config.seed)
+    state = State()
+    last_step = total_steps(len(data.examples["train"]), config)
+    if resume_from is not None:
+        state = checkpoint.load_checkpoint(resume_from, model, optimizer, scaler)
+        if state.step >= last_step and (run / "final").is_dir():
+            print(f"This run is finished: all {last_step:,} steps are done and the model lies in {run / 'final'}.")
+            return
+        print(f"Continuing after step {state.step:,}, from {resume_from}.")
+    started -= state.seconds
+    config.save(run / "config.json")
+    print(_opening(config, model, precision, data, last_step))
+
+    # The loop.
+    source = ModelSource(published, files.tokenizer, data.label_names)
+    with Report(
+        run / "metrics.jsonl", total_steps=last_step, first_step=state.step, metrics_bytes=state.metrics_bytes
+    ) as report:
+
+        def evaluate_on(split: str) -> Evaluation:
+            examples = data.examples[split]
+            return evaluate(model, examples, data.label_ids, batch_size=config.eval_batch_size, precision=precision)
+
+        def save(state: State) -> None:
+            state.metrics_bytes, state.seconds = report.metrics_bytes, time.perf_counter() - started
+            checkpoint.save_checkpoint(run, model, source, optimizer, scaler, state, config.keep_checkpoints)
+
+        with _memory_advice(config):
+            train(
+                model,
+                optimizer,
+                scaler,
+                data.examples["train"],
+                config,
+                state,
+                precision=precision,
+                report=report,
+                evaluate=lambda: evaluate_on("validation"),
+                save=save,
+            )
+        seconds = time.perf_counter() - started
+        test = evaluate_on("test") if "test" in data.examples else None
+        if test is not None:
+            epochs = state.step / steps_per_epoch(len(data.examples["train"]), config)
+            report.evaluation(state.step, epochs, loss=test.loss, accuracy=test.accuracy, split="test")
+
+    # What is left behind.
+    final = run / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    checkpoint.save_model(final, model, source)
+    print(_closing(run, state, seconds, config, test))
+    print(_three_predictions(model, data, config.max_length))
+    if config.demo:
+        print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
+
+
+def _open_run_folder(run: Path, config: Config) -> Path | None:
+    """Make the output directory ready; the checkpoint to continue from, if there is one.
+
+    Raises:
+        UsageError: the folder holds a run and neither --resume nor --overwrite is given, or --resume names no run.
+    """
+    newest = None
+    if config.resume is not None:
+        given = run if config.resume == NEWEST else Path(config.resume)
+        if given != run and not given.is_dir():
+            raise UsageError(
+                f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint"
+            )
+        newest = given if checkpoint.is_checkpoint(given) else next(reversed(checkpoint.checkpoints(given)), None)
+        if newest is None:
+            print(f"No checkpoint in {given} yet: starting from the beginning.")
+    elif config.overwrite or config.demo:
+        for old in _left_by_a_run(run):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    elif run.is_dir() and any(run.iterdir()):
+        raise UsageError(
+            f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, --overwrite "
+            "replaces that run, another --output-dir keeps it"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    return newest
+
+
+def _left_by_a_run(run: Path) -> list[Path]:
+    """What a run writes into its folder, and nothing else that may lie there."""
+    names = [run / name for name in ("config.json", "metrics.jsonl", "final", "inputs")]
+    return [path for path in names if path.exists()] + checkpoint.checkpoints(run)
+
+
+def _with_demo_inputs(config: Config, folder: Path) -> Config:
+    """The same configuration on a small model and reviews made on the spot."""
+    from ft.demo import write_demo  # here, as the real job has no use for it
+
+    model, dataset = write_demo(folder)
+    return replace(config, model=str(model), dataset=str(dataset))
+
+
+def _refuse_another_run(resume_from: Path, config: Config) -> None:
+    """Stop a resume whose settings would make it another run.
+
+    Raises:
+        UsageError: one sentence per setting.
+    """
+    recorded = resume_from.parent / "config.json"
+    changed = changed_on_resume(read_config_file(recorded), config) if recorded.exists() else []
+    if changed:
+        raise UsageError(*changed, "--resume continues the same run: leave these flags out, or start another run")
+
+
+def _model_config(published: dict[str, Any], path: Path, config: Config) -> GPT2Config:
+    """The model's configuration with the run's dropout.
+
+    Raises:
+        FtError: it is no GPT-2, or has fewer positions than --max-length asks for.
+    """
+    try:
+        model_config = GPT2Config.from_dict(published)
+    except FtError as error:
+        raise FtError(f"{path}: {error}") from error
+    if config.max_length > model_config.n_positions:
+        raise FtError(
+            f"--max-length is {config.max_length}, but {config.model} has {model_config.n_positions} positions; "
+            "lower it or take another --model"
+        )
+    if config.dropout is None:
+        return model_config
+    p = config.dropout
+    return replace(model_config, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
+
+
+def _read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -> Data:
+    """Fetch and read the data set, and make the examples.
+
+    Raises:
+        FtError: the data cannot be read or do not fit the labels or the model.
+    """
+    files = hub.dataset_files(config.dataset, config.dataset_revision)
+    if "validation" not in files:
+        raise FtError(f"{config.dataset} has no validation split (validation.parquet), which evaluation needs")
+    if config.save_dataset is not None:
+        hub.save_dataset(files, Path(config.save_dataset))
+    splits = {name: read_split(name, paths) for name, paths in files.items()}
+    names = splits["train"].label_names
+    if config.label_names is not None:
+        names = tuple(name.strip() for name in config.label_names.split(","))
+    if names is None:
+        raise FtError(f"{config.dataset} does not say what its labels are called; say it by --label-names neg,pos")
+    if tokenizer.get_vocab_size() > model_config.vocab_size:
+        raise FtError(
+            f"the tokenizer of {config.model} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
+            f"{model_config.vocab_size}: they do not belong together"
+        )
+    label_ids = label_tokens(names, tokenizer)
+    for name, token in zip(names, label_ids, strict=True):
+        if tokenizer.decode([token]) != name:
+            print(
+                f"Note: the label {name!r} is several tokens; its first, {tokenizer.decode([token])!r}, stands for it."
+            )
+    examples = {name: encode(split, tokenizer, label_ids, config.max_length) for name, split in splits.items()}
+    return Data(splits, examples, names, label_ids, tokenizer)
+
+
+@contextmanager
+def _memory_advice(config: Config) -> Iterator[None]:
+    """Turn an out-of-memory error into one that says what takes less.
+
+    Raises:
+        FtError: memory ran out inside.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+            raise
+        raise FtError(
+            f"out of memory with --batch-size {config.batch_size}, --max-length {config.max_length} and "
+            f"--activation-checkpointing {config.activation_checkpointing}: less is needed with "
+            "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
+            f"--gradient-accumulation-steps), or with --precision bf16. {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _opening(config: Config, model: GPT2, precision: Precision, data: Data, last_step: int) -> str:
+    """The paragraph at the start of a run."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = {name: len(examples) for name, examples in data.examples.items()}
+    start = "as published" if config.init == "pretrained" else "from random weights"
+    return (
+        f"Fine-tuning {config.model} {start}, {parameters:,} parameters, on {precision.device} in {precision.name} "
+        f"({precision.reason}).\n"
+        f"Data: {config.dataset}, {', '.join(f'{n:,} reviews to {VERB[name]}' for name, n in sizes.items())}; "
+        f"labels {', '.join(data.label_names)}.\n"
+        f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} reviews; every "
+        f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
+        f"checkpoint, in {config.output_dir}."
+    )
+
+
+def _closing(run: Path, state: State, seconds: float, config: Config, test: Evaluation | None) -> str:
+    """The summary at the end of a run."""
+    reviews = state.step * config.batch_size * config.gradient_accumulation_steps
+    return (
+        f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
+        f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
+        f"Mean training loss {state.train_loss_sum / state.step:.4f}.\n"
+        f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best (step "
+        f"{state.best_step:,})" + (f"; test accuracy {test.accuracy:.2%}" if test else "") + ".\n"
+        f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in {run / 'metrics.jsonl'}."
+    )
+
+
+def _three_predictions(model: GPT2, data: Data, max_length: int) -> str:
+    """Three validation reviews with what the model says of them."""
+    split = data.splits["validation"]
+    rows = [len(split.texts) * third // 3 for third in range(3)]
+    probabilities = predict(
+        model, data.tokenizer, [split.texts[row] for row in rows], data.label_ids, max_length=max_length
+    )
+    lines = ["\nThree validation reviews:"]
+    for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
+        said, true = data.label_names[int(label)], data.label_names[split.labels[row]]
+        verdict = "right" if said == true else f"wrong, it is {true}"
+        lines.append(f"  {said} ({probability:.1%}, {verdict}): {shorten(split.texts[row], 90, placeholder=' ...')}")
+    return "\n".join(lines)

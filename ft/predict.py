@@ -1,0 +1,38 @@
+"""What a fine-tuned model says of a text."""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ft.data import Split, encode, in_batches
+from ft.gpt2 import GPT2
+
+
+@torch.inference_mode()
+def predict(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    label_ids: Sequence[int],
+    *,
+    max_length: int,
+    batch_size: int = 64,
+) -> Tensor:
+    """The probability of each label for each text, shape (texts, labels): the label tokens' logits through softmax.
+
+    The model is left in the mode it was found in.
+    """
+    device = model.wte.weight.device
+    # The label of an example is only its target, so that any will do here.
+    examples = encode(Split("given", list(texts), [0] * len(texts)), tokenizer, label_ids, max_length)
+    candidates = torch.tensor(label_ids, device=device)
+    was_training = model.training
+    model.eval()
+    logits = [
+        model(batch.input_ids.to(device), batch.packing.to(device), batch.selection.to(device))[:, candidates]
+        for batch in in_batches(examples, range(len(examples)), batch_size)
+    ]
+    model.train(was_training)
+    return torch.cat(logits).float().softmax(dim=-1).cpu()

@@ -1,0 +1,91 @@
+"""What a person and a program see of a run: the progress bar, log lines, and metrics.jsonl."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+
+class Report:
+    """Shows progress and writes metrics; used as a context manager around the training loop."""
+
+    def __init__(self, metrics_path: Path, *, total_steps: int, first_step: int, metrics_bytes: int) -> None:
+        """Open the metrics file at the length that the state says; later lines are of a run that broke off."""
+        self.metrics_path = metrics_path
+        self._file = metrics_path.open("ab")
+        self._file.truncate(metrics_bytes)
+        # On a terminal a bar, elsewhere (a file, a pipe) only the log lines, whole ones.
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self._started = time.perf_counter()
+        self._paused = 0.0
+        self._reviews = self._tokens = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._file.close()
+
+    @property
+    def metrics_bytes(self) -> int:
+        """The length of metrics.jsonl."""
+        return self._file.tell()
+
+    def line(self, text: str) -> None:
+        """Print a line for people, above the bar."""
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def step(self, reviews: int, tokens: int) -> None:
+        """Count an optimiser step that saw this many reviews and input tokens."""
+        self._reviews += reviews
+        self._tokens += tokens
+        self._bar.update()
+
+    @contextmanager
+    def pause(self, activity: str) -> Iterator[None]:
+        """Leave the time spent inside (evaluating, saving) out of the training speed."""
+        started = time.perf_counter()
+        self._bar.set_description(activity)
+        yield
+        self._bar.set_description("training")
+        self._paused += time.perf_counter() - started
+
+    def training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Log the mean loss since the last such line, and the speed over the same steps."""
+        now = time.perf_counter()
+        seconds = now - self._started - self._paused
+        speed = {"samples_per_second": self._reviews / seconds, "tokens_per_second": self._tokens / seconds}
+        self._started, self._paused, self._reviews, self._tokens = now, 0.0, 0, 0
+        figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        self.write(step, epoch, {**figures, **{name: round(value, 2) for name, value in speed.items()}})
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} reviews/s"
+        )
+        self.line(
+            f"step {step:>6}  epoch {epoch:5.2f}  loss {loss:8.4f}  lr {learning_rate:.2e}  grad norm {grad_norm:8.3f}"
+            f"  {speed['samples_per_second']:6.1f} reviews/s"
+        )
+
+    def evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:
+        """Log loss and accuracy of a whole split."""
+        self.write(step, epoch, {f"{split}_loss": loss, f"{split}_accuracy": accuracy})
+        name = "validation" if split == "eval" else split
+        self.line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
+
+    def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
+        """Append one event to metrics.jsonl."""
+        line = json.dumps({"step": step, "epoch": round(epoch, 4), **figures}) + "\n"
+        self._file.write(line.encode())
+        self._file.flush()

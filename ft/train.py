@@ -1,0 +1,114 @@
+"""The training loop."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ft.checkpoint import State
+from ft.config import Config
+from ft.data import Example, collate, epoch_order
+from ft.evaluate import Evaluation
+from ft.gpt2 import GPT2
+from ft.machine import Precision
+from ft.optim import clip_in_optimizer, learning_rate_at
+from ft.report import Report
+
+
+def steps_per_epoch(num_examples: int, config: Config) -> int:
+    """Optimiser steps in one pass over the data; the last window of batches may be a short one."""
+    return math.ceil(math.ceil(num_examples / config.batch_size) / config.gradient_accumulation_steps)
+
+
+def total_steps(num_examples: int, config: Config) -> int:
+    """Optimiser steps in the whole run."""
+    return config.max_steps or math.ceil(config.epochs * steps_per_epoch(num_examples, config))
+
+
+def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list[Sequence[int]]]:
+    """For each optimiser step from `first_step` on, the batches it accumulates, each as the examples' row numbers."""
+    per_epoch = steps_per_epoch(num_examples, config)
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    for epoch in range(first_step // per_epoch, math.ceil(total_steps(num_examples, config) / per_epoch)):
+        order = epoch_order(num_examples, config.seed, epoch)
+        for step in range(max(first_step, epoch * per_epoch), (epoch + 1) * per_epoch):
+            start = (step - epoch * per_epoch) * rows_per_step
+            window = order[start : start + rows_per_step]
+            yield [window[i : i + config.batch_size] for i in range(0, len(window), config.batch_size)]
+
+
+def train(
+    model: GPT2,
+    optimizer: torch.optim.AdamW,
+    scaler: torch.amp.GradScaler,
+    examples: Sequence[Example],
+    config: Config,
+    state: State,
+    *,
+    precision: Precision,
+    report: Report,
+    evaluate: Callable[[], Evaluation],
+    save: Callable[[State], None],
+) -> None:
+    """Train `model` in place from step `state.step` to the last one, evaluating and saving on the way."""
+    device = model.wte.weight.device
+    last_step = total_steps(len(examples), config)
+    per_epoch = steps_per_epoch(len(examples), config)
+    one = torch.ones((), device=device)
+    loss_sum = state.loss_sum * one
+    model.train()
+
+    for window in windows(len(examples), config, state.step):
+        if state.step == last_step:
+            break
+        batches = [collate([examples[row] for row in rows]) for rows in window]
+        num_targets = sum(len(batch.target_ids) for batch in batches)
+
+        # Forward and backward. Gradients of several batches add up; each loss is divided by the supervised tokens of
+        # the whole window, so that the sum is the mean over them, however unequal the batches are.
+        for batch in batches:
+            batch = batch.to(device)
+            with precision.autocast():
+                logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
+            loss = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / num_targets
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()  # stays on the device: reading it would wait for the step to finish
+
+        # Clip and update.
+        learning_rate = learning_rate_at(
+            state.step,
+            last_step,
+            peak=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            schedule=config.lr_schedule,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm = clip_in_optimizer(optimizer, config.max_grad_norm, loss_scale=scaler.scale(one))
+        scaler.step(optimizer)  # with fp16 it skips the update if a gradient overflowed
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.loss_steps += 1
+        report.step(reviews=sum(map(len, window)), tokens=sum(len(batch.input_ids) for batch in batches))
+
+        # Log, evaluate, save: in this order, so that a checkpoint knows of all that was said up to its step.
+        epoch = state.step / per_epoch
+        if state.step % config.logging_steps == 0 or state.step == last_step:
+            state.train_loss_sum += loss_sum.item()
+            mean_loss = loss_sum.item() / state.loss_steps
+            report.training(state.step, epoch, loss=mean_loss, learning_rate=learning_rate, grad_norm=grad_norm.item())
+            loss_sum.zero_()
+            state.loss_steps = 0
+        if state.step % config.eval_steps == 0 or state.step == last_step:
+            with report.pause("evaluating"):
+                result = evaluate()
+            state.last_accuracy = result.accuracy
+            report.evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
+            if (result.accuracy, -result.loss) > (state.best_accuracy, -state.best_loss):
+                state.best_step, state.best_accuracy, state.best_loss = state.step, result.accuracy, result.loss
+        if state.step % config.save_steps == 0 or state.step == last_step:
+            state.loss_sum = loss_sum.item()
+            with report.pause("saving"):
+                save(state)
