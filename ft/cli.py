@@ -24,7 +24,25 @@ _NO_VALUE = "\0no value"
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are raised, not printed one at a time."""
+    """An argument parser that collects problems instead of stopping at the first.
+
+    A flag without its value is let through as `_NO_VALUE`; the help shows the value as required all the same.
+    """
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(**options)
+        self._takes_value: list[argparse.Action] = []
+
+    def add_value(self, name: str, *, if_absent: str = _NO_VALUE, **options: Any) -> None:  # noqa: ANN401
+        """Add a flag that takes one value."""
+        action = self.add_argument(name, nargs="?", const=if_absent, **options)
+        if if_absent == _NO_VALUE:
+            self._takes_value.append(action)
+
+    def format_help(self) -> str:
+        for action in self._takes_value:
+            action.nargs = None
+        return super().format_help()
 
     def error(self, message: str) -> Never:
         raise UsageError(message)
@@ -59,7 +77,12 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         UsageError: with one sentence for every problem there is.
     """
     parsed, rest = _parser().parse_known_args(arguments)
-    problems = [_unknown(argument) for argument in rest]
+    # What follows an unknown flag is taken for its value, which is no problem of its own.
+    problems = [
+        _unknown(argument)
+        for before, argument in zip(["", *rest], rest, strict=False)
+        if argument.startswith("-") or not before.startswith("-")
+    ]
     config_file = vars(parsed).pop("config", None)
     settings: dict[str, Any] = {}
     for name, value in vars(parsed).items():
@@ -93,7 +116,7 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
     if resume is not None and resume != NEWEST:
         given = Path(resume)
         run = given.parent if given.name.startswith("checkpoint-") else given
-        base = {"output_dir": str(run)}
+        base: dict[str, Any] = {"output_dir": str(run)}
     else:
         run = Path(settings.get("output_dir", Config.output_dir))
         base = {}
@@ -110,14 +133,14 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
 def _parser() -> _Parser:
     """One flag for each field of `Config`; values stay text, to be read by `parse_value` one by one."""
     parser = _Parser(
-        prog="python run.py",
+        usage="python run.py [FLAG ...]",
         description="Fine-tune GPT-2 to say whether a film review is positive, in plain PyTorch.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="FILE", help="take settings from a config.json")
+    parser.add_value("--config", metavar="FILE", help="take settings from a config.json, such as that of another run")
     for field in fields(Config):
         kind, choices = field_types()[field.name]
         text = field_help()[field.name]
@@ -126,10 +149,9 @@ def _parser() -> _Parser:
             continue
         if field.default is not None:
             text += f" (default {field.default})"
-        parser.add_argument(
+        parser.add_value(
             flag(field.name),
-            nargs="?",
-            const=NEWEST if field.name == "resume" else _NO_VALUE,
+            if_absent=NEWEST if field.name == "resume" else _NO_VALUE,
             metavar="|".join(choices) or {int: "N", float: "X", str: "TEXT"}[kind],
             help=text.replace("%", "%%"),
         )

@@ -135,7 +135,7 @@ FREE_ON_RESUME = (
     "keep_checkpoints",
 )
 
-_MINIMUM = {
+_MINIMUM: dict[str, float] = {
     "max_steps": 1,
     "batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -234,13 +234,11 @@ def _problems(config: Config) -> list[str]:
     problems = []
     for field in fields(config):
         name = field.name
-        value = typing.cast(Any, getattr(config, name))
+        value: Any = getattr(config, name)
         kind, choices = field_types()[name]
         if value is None and field.default is None:
             continue
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind and not (kind is float and type(value) is int):
             wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
             problems.append(f"{flag(name)} is {value!r}, it must be {wanted}")
         elif choices and value not in choices:
