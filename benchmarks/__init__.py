@@ -1,0 +1,1 @@
+"""What `ft` is measured against, and the made-up weights it is measured with."""
