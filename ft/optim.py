@@ -67,6 +67,7 @@ def clip_in_optimizer(optimizer: AdamW, max_norm: float, loss_scale: float | Ten
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / loss_scale
     if max_norm > 0:
-        # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that the clipped gradients are the same.
-        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that the clipped gradients are the same; float, as the kernel
+        # reads its scale in that type whatever the parameters' is.
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
     return norm
