@@ -261,11 +261,12 @@ def _memory_advice(config: Config) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
             raise
+        detail = str(error).partition("\n")[0]
         raise FtError(
             f"out of memory with --batch-size {config.batch_size}, --max-length {config.max_length} and "
             f"--activation-checkpointing {config.activation_checkpointing}: less is needed with "
             "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
-            f"--gradient-accumulation-steps), or with --precision bf16. {str(error).splitlines()[0]}"
+            f"--gradient-accumulation-steps), or with --precision bf16. {detail}"
         ) from error
 
 
