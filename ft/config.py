@@ -238,7 +238,8 @@ def _problems(config: Config) -> list[str]:
         kind, choices = field_types()[name]
         if value is None and field.default is None:
             continue
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        fits = (type(value) in (int, float)) if kind is float else (type(value) is kind)
+        if not fits:
             wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
             problems.append(f"{flag(name)} is {value!r}, it must be {wanted}")
         elif choices and value not in choices:
