@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,24 @@ def save_model(folder: Path, model: GPT2, source: ModelSource) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder to write into that gets the name `folder` only when it is complete and on the disk.
+
+    A run that breaks off meanwhile leaves a folder of another name, which the next one replaces.
+    """
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    for path in [*unfinished.iterdir(), unfinished]:
+        _fsync(path)
+    if folder.exists():  # a run that was resumed from an older checkpoint has come here again
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    _fsync(folder.parent)
+
+
 def save_checkpoint(
     run: Path,
     model: GPT2,
@@ -148,30 +167,19 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     state: State,
     keep: int,
-) -> Path:
+) -> None:
     """Write `checkpoint-<step>` below `run`, then delete all but the newest `keep` checkpoints.
 
-    The folder is written under another name and renamed when it is complete, so that a folder called
-    `checkpoint-<step>` is never a half one. Checkpoints of later steps, left by a run that was resumed from an earlier
-    one, are not counted and not touched.
+    Checkpoints of later steps, left by a run that was resumed from an earlier one, are not counted and not touched.
     """
     folder = run / f"checkpoint-{state.step}"
-    unfinished = run / f".unfinished-{folder.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_model(unfinished, model, source)
-    save_file(_optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
-    save_file(_random_states(), unfinished / "rng.safetensors")
-    _write_json(unfinished / "state.json", {**asdict(state), "grad_scaler": scaler.state_dict()})
-    for path in [*unfinished.iterdir(), unfinished]:
-        _fsync(path)
-    if folder.exists():  # a run that was resumed from an older checkpoint has come here again
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    _fsync(run)
+    with complete_or_absent(folder) as unfinished:
+        save_model(unfinished, model, source)
+        save_file(_optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
+        save_file(_random_states(), unfinished / "rng.safetensors")
+        _write_json(unfinished / "state.json", {**asdict(state), "grad_scaler": scaler.state_dict()})
     for old in [path for path in checkpoints(run) if step_of(path) <= state.step][:-keep]:
         shutil.rmtree(old)
-    return folder
 
 
 def checkpoints(run: Path) -> list[Path]:

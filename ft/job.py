@@ -62,7 +62,7 @@ def run_job(config: Config) -> None:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     run = Path(config.output_dir)
-    resume_from = _open_run_folder(run, config)
+    resume_from = _resume_from(run, config)
     if config.demo:
         config = _with_demo_inputs(config, run / "inputs")
     if resume_from is not None:
@@ -70,17 +70,18 @@ def run_job(config: Config) -> None:
     keep_freed_memory()
 
     # Data, tokenizer, examples.
-    files = hub.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
+    needs_weights = config.init == "pretrained" and resume_from is None
+    files = hub.model_files(config.model, config.model_revision, with_weights=needs_weights)
     published = checkpoint.read_json(files.config)
     model_config = _model_config(published, files.config, config)
     data = _read_data(config, read_tokenizer(files.tokenizer), model_config)
 
     # Model and optimiser, as published or as a checkpoint left them.
     model = GPT2(model_config)
-    if config.init == "random":
-        model.init_weights(config.seed)
-    elif resume_from is None:
+    if needs_weights:
         checkpoint.load_weights(model, files.weights)
+    elif resume_from is None:
+        model.init_weights(config.seed)
     model.activation_checkpointing = config.activation_checkpointing
     model.to(device)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
@@ -95,6 +96,9 @@ def run_job(config: Config) -> None:
             return
         print(f"Continuing after step {state.step:,}, from {resume_from}.")
     started -= state.seconds
+    if config.resume is None:
+        _clear(run)
+    run.mkdir(parents=True, exist_ok=True)
     config.save(run / "config.json")
     print(_opening(config, model, precision, data, last_step))
 
@@ -132,48 +136,44 @@ def run_job(config: Config) -> None:
             report.evaluation(state.step, epochs, loss=test.loss, accuracy=test.accuracy, split="test")
 
     # What is left behind.
-    final = run / "final"
-    shutil.rmtree(final, ignore_errors=True)
-    final.mkdir()
-    checkpoint.save_model(final, model, source)
+    with checkpoint.complete_or_absent(run / "final") as folder:
+        checkpoint.save_model(folder, model, source)
     print(_closing(run, state, seconds, config, test))
     print(_three_predictions(model, data, config.max_length))
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
 
 
-def _open_run_folder(run: Path, config: Config) -> Path | None:
-    """Make the output directory ready; the checkpoint to continue from, if there is one.
+def _resume_from(run: Path, config: Config) -> Path | None:
+    """The checkpoint to continue from, if that is wanted and there is one.
 
     Raises:
-        UsageError: the folder holds a run and neither --resume nor --overwrite is given, or --resume names no run.
+        UsageError: the folder holds files and neither --resume nor --overwrite is given, or --resume names no run.
     """
-    newest = None
-    if config.resume is not None:
-        given = run if config.resume == NEWEST else Path(config.resume)
-        if given != run and not given.is_dir():
+    if config.resume is None:
+        if run.is_dir() and any(run.iterdir()) and not (config.overwrite or config.demo):
             raise UsageError(
-                f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint"
+                f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, "
+                "--overwrite replaces that run, another --output-dir keeps it"
             )
-        newest = given if checkpoint.is_checkpoint(given) else next(reversed(checkpoint.checkpoints(given)), None)
-        if newest is None:
-            print(f"No checkpoint in {given} yet: starting from the beginning.")
-    elif config.overwrite or config.demo:
-        for old in _left_by_a_run(run):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    elif run.is_dir() and any(run.iterdir()):
-        raise UsageError(
-            f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, --overwrite "
-            "replaces that run, another --output-dir keeps it"
-        )
-    run.mkdir(parents=True, exist_ok=True)
+        return None
+    given = run if config.resume == NEWEST else Path(config.resume)
+    if given != run and not given.is_dir():
+        raise UsageError(f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint")
+    if checkpoint.is_checkpoint(given):
+        return given
+    newest = next(reversed(checkpoint.checkpoints(given)), None)
+    if newest is None:
+        print(f"No checkpoint in {given} yet: starting from the beginning.")
     return newest
 
 
-def _left_by_a_run(run: Path) -> list[Path]:
-    """What a run writes into its folder, and nothing else that may lie there."""
-    names = [run / name for name in ("config.json", "metrics.jsonl", "final", "inputs")]
-    return [path for path in names if path.exists()] + checkpoint.checkpoints(run)
+def _clear(run: Path) -> None:
+    """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).unlink(missing_ok=True)
+    for folder in (*checkpoint.checkpoints(run), run / "final"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_demo_inputs(config: Config, folder: Path) -> Config:
