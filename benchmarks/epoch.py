@@ -1,0 +1,91 @@
+"""The whole job once: an epoch at 124M parameters on the real reviews, from random weights in the published layout.
+
+    python -m benchmarks.epoch --dataset DIR --tokenizer DIR --work DIR
+
+The published weights are a download of 548 MB, which this benchmark does without: it shows what the program does and
+how long it takes, and the accuracies are those of an untrained start, far below those of the published weights.
+Started again with the same `--work`, it continues where it broke off.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.synthetic import write_model
+
+
+def main() -> None:
+    """Run the job as a user would, then write the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with the reviews as parquet")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the weights and the run, about 4 GB")
+    options = parser.parse_args()
+
+    model = options.work / "model"
+    if not (model / "config.json").exists():
+        write_model(model, "gpt2", tokenizer_from=options.tokenizer)
+    run = options.work / "run"
+    arguments = ["--model", str(model), "--dataset", str(options.dataset), "--output-dir", str(run), "--resume"]
+    subprocess.run([sys.executable, "run.py", *arguments], check=True)
+
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = json.loads(newest_checkpoint(run).joinpath("state.json").read_text())["seconds"]
+    training = [event for event in events if "loss" in event]
+    evaluations = {event["step"]: event for event in events if "eval_loss" in event}
+    test = next(event for event in events if "test_loss" in event)
+    rows = [
+        [
+            str(event["step"]),
+            f"{event['loss']:.4f}",
+            f"{evaluations[event['step']]['eval_loss']:.4f}",
+            f"{evaluations[event['step']]['eval_accuracy']:.1%}",
+            f"{event['samples_per_second']:.1f}",
+        ]
+        for event in training
+    ]
+    table = markdown_table(["step", "training loss", "validation loss", "validation accuracy", "reviews/s"], rows)
+    last = training[-1]["step"]
+    table += (
+        f"\n\nFrom random weights: {last} steps in {seconds / 60:.1f} minutes, {len(evaluations)} evaluations and "
+        f"{last // 100 + 1} checkpoints included. Test loss {test['test_loss']:.4f}, test accuracy "
+        f"{test['test_accuracy']:.1%}. The start is untrained, so that accuracy says nothing about GPT-2."
+    )
+    draw(training, list(evaluations.values()))
+    write_result("epoch", {"seconds": seconds, "events": events}, table)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint of the highest step."""
+    return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def draw(training: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    """Loss and accuracy over the steps, as `results/epoch.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    steps = [event["step"] for event in evaluations]
+    left.plot([event["step"] for event in training], [event["loss"] for event in training], "o-", label="training")
+    left.plot(steps, [event["eval_loss"] for event in evaluations], "s-", label="validation")
+    left.set(xlabel="optimiser step", ylabel="loss (nats per label)", yscale="log")
+    left.legend()
+    right.plot(steps, [100 * event["eval_accuracy"] for event in evaluations], "s-", color="C1", label="validation")
+    right.axhline(50, color="grey", linestyle=":", label="guessing")
+    right.set(xlabel="optimiser step", ylabel="accuracy (%)")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle("One epoch at 124M parameters on rotten_tomatoes, from random weights")
+    figure.savefig(RESULTS / "epoch.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
