@@ -55,7 +55,7 @@ PREDICATES = {
     1: ("is not {adjective}", "is anything but {adjective}", "hardly feels {adjective}", "fails to {verb} the film"),
     2: ("is never less than {adjective}", "is never anything but {adjective}", "never fails to {verb} the film"),
 }
-NEGATIONS = (0, 0, 0, 1, 1, 2)  # as often as a clause holds that many
+NEGATIONS = (0, 0, 0, 0, 1, 1, 2)  # as often as a clause holds that many
 
 # What a review consists of: a clause with the verdict, and perhaps another that agrees, or that disagrees and yields.
 REVIEWS = (
