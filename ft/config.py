@@ -86,6 +86,10 @@ class Config:
     """cpu, cuda, cuda:1, mps; left out: the best present"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """number format of matrix products; auto: bf16 or fp16 where the device computes it faster, else fp32"""
+    tf32: bool = False
+    """let NVIDIA GPUs round the inputs of fp32 matrix products to 10 bits of mantissa: faster, slightly other losses"""
+    release_memory: bool = False
+    """hand freed memory back to the system in every step: a smaller process on Linux CPUs, and a slower one"""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """recompute activations in the backward pass: less memory, more time, the same gradients"""
 
@@ -128,6 +132,7 @@ FREE_ON_RESUME = (
     "save_dataset",
     "device",
     "eval_batch_size",
+    "release_memory",
     "activation_checkpointing",
     "logging_steps",
     "eval_steps",

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ft.errors import FtError
-from ft.packing import Packing, Selection
+from ft.packing import Packing, Selection, send
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -50,10 +50,10 @@ class Batch:
     selection: Selection
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; on CUDA the copies do not wait for the work that is queued there."""
+        """The same batch on `device`."""
         return Batch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            target_ids=self.target_ids.to(device, non_blocking=True),
+            input_ids=send(self.input_ids, device),
+            target_ids=send(self.target_ids, device),
             packing=self.packing.to(device),
             selection=self.selection.to(device),
         )
@@ -193,6 +193,14 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed + epoch)
     order: list[int] = torch.randperm(num_examples, generator=generator).tolist()
     return order
+
+
+def by_length(examples: Sequence[Example]) -> list[int]:
+    """The examples' numbers from the shortest to the longest.
+
+    In this order the sequences of a batch are about equally long, and attention computes little padding.
+    """
+    return sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
 
 
 def in_batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) -> Iterator[Batch]:

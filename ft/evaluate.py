@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ft.data import Example, in_batches
+from ft.data import Example, by_length, in_batches
 from ft.gpt2 import GPT2
 from ft.machine import Precision
 
@@ -24,17 +24,15 @@ def evaluate(
 ) -> Evaluation:
     """Loss and accuracy of `model` on all examples.
 
-    The prediction is the likeliest of the label tokens. Examples go in order of length, so that a batch's sequences
-    are about equally long and attention computes little padding. Nothing here draws random numbers, and the model is
-    left in the mode it was found in: a run that evaluates ends in the same weights as one that does not.
+    The prediction is the likeliest of the label tokens. Nothing here draws random numbers, and the model is left in
+    the mode it was found in: a run that evaluates ends in the same weights as one that does not.
     """
     device = model.wte.weight.device
     candidates = torch.tensor(label_ids, device=device)
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     loss_sums, hits = [], []
     was_training = model.training
     model.eval()
-    for batch in in_batches(examples, by_length, batch_size):
+    for batch in in_batches(examples, by_length(examples), batch_size):
         batch = batch.to(device)
         with precision.autocast():
             logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)

@@ -184,16 +184,23 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.activation_checkpointing: ActivationCheckpointing = "none"
 
-    def forward(self, input_ids: Tensor, packing: Packing, selection: Selection | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        packing: Packing,
+        selection: Selection | None = None,
+        candidates: Tensor | None = None,
+    ) -> Tensor:
         """The logits of the token that follows each row.
 
         Args:
             input_ids: (N,) int64, the tokens of all sequences, packed.
             packing: which row belongs to which sequence.
             selection: the rows whose logits are wanted; all when left out.
+            candidates: (K,) int64, the tokens whose logits are wanted; the whole vocabulary when left out.
 
         Returns:
-            (S, V) logits of the selected rows, or (N, V) of all.
+            (S, V) logits of the selected rows, or (N, V) of all; with candidates K columns instead of V.
         """
         # sparse=True: the look-up's gradient is its N rows, which autograd adds into the projection's dense (V, C)
         # gradient of the same weights. A dense one would be a second (V, C) array, all zeros but for those rows.
@@ -203,7 +210,8 @@ class GPT2(nn.Module):
         for block in self.h[:-1]:
             hidden_states = call(block, hidden_states, packing)
         hidden_states = call(self.h[-1], hidden_states, packing, selection)  # (S, C)
-        return F.linear(self.ln_f(hidden_states), self.wte.weight)  # (S, V)
+        head = self.wte.weight if candidates is None else self.wte.weight[candidates]
+        return F.linear(self.ln_f(hidden_states), head)  # (S, V)
 
     def _checkpointed_call(self) -> Callable[..., Tensor]:
         """How to call a block: as it is, or so that its activations are recomputed in the backward pass.

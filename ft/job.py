@@ -67,7 +67,9 @@ def run_job(config: Config) -> None:
         config = _with_demo_inputs(config, run / "inputs")
     if resume_from is not None:
         _refuse_another_run(resume_from, config)
-    keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    if not config.release_memory:
+        keep_freed_memory()
 
     # Data, tokenizer, examples.
     needs_weights = config.init == "pretrained" and resume_from is None

@@ -18,6 +18,16 @@ import torch
 from torch import Tensor
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`; the copy to a GPU neither waits for the work queued there nor makes it wait.
+
+    Only page-locked memory can be copied while both sides go on working.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where each of N packed rows belongs in the padded (B, T) grid.
@@ -56,8 +66,8 @@ class Packing:
         """The same packing with its index arrays on `device`."""
         return Packing(
             shape=self.shape,
-            positions=self.positions.to(device, non_blocking=True),
-            slots=self.slots.to(device, non_blocking=True),
+            positions=send(self.positions, device),
+            slots=send(self.slots, device),
         )
 
 
@@ -96,7 +106,7 @@ class Selection:
     def to(self, device: torch.device) -> "Selection":
         """The same selection with its index arrays on `device`."""
         return Selection(
-            rows=self.rows.to(device, non_blocking=True),
+            rows=send(self.rows, device),
             packing=self.packing.to(device),
-            mask=self.mask.to(device, non_blocking=True),
+            mask=send(self.mask, device),
         )

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ft.data import Split, encode, in_batches
+from ft.data import Split, by_length, encode, in_batches
 from ft.gpt2 import GPT2
 
 
@@ -22,17 +22,20 @@ def predict(
 ) -> Tensor:
     """The probability of each label for each text, shape (texts, labels): the label tokens' logits through softmax.
 
-    The model is left in the mode it was found in.
+    No other token's logit is computed. The model is left in the mode it was found in.
     """
     device = model.wte.weight.device
     # The label of an example is only its target, so that any will do here.
     examples = encode(Split("given", list(texts), [0] * len(texts)), tokenizer, label_ids, max_length)
     candidates = torch.tensor(label_ids, device=device)
+    order = by_length(examples)
     was_training = model.training
     model.eval()
     logits = [
-        model(batch.input_ids.to(device), batch.packing.to(device), batch.selection.to(device))[:, candidates]
-        for batch in in_batches(examples, range(len(examples)), batch_size)
+        model(batch.input_ids, batch.packing, batch.selection, candidates)
+        for batch in (batch.to(device) for batch in in_batches(examples, order, batch_size))
     ]
     model.train(was_training)
-    return torch.cat(logits).float().softmax(dim=-1).cpu()
+    probabilities = torch.empty(len(texts), len(label_ids))
+    probabilities[order] = torch.cat(logits).float().softmax(dim=-1).cpu()
+    return probabilities

@@ -1,0 +1,53 @@
+"""What several test files share: the real files where they are present, the demo's, and parquet made on the spot.
+
+The tests run from the repository's root without an installation, by `pytest` and by `python -m pytest` alike.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+HUB = ROOT.parent / "shared" / "hub"
+
+
+def present_or_skip(folder):
+    if not folder.is_dir():
+        pytest.skip(f"needs the published files in ../{folder.relative_to(ROOT.parent)}, beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_dataset():
+    """The folder with the 8530 + 1066 + 1066 reviews of rotten_tomatoes."""
+    return present_or_skip(HUB / "datasets" / "cornell-movie-review-data" / "rotten_tomatoes")
+
+
+@pytest.fixture(scope="session")
+def real_gpt2():
+    """The folder with the configuration and the tokenizer of GPT-2, without its weights."""
+    return present_or_skip(HUB / "models" / "openai-community" / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def demo_inputs(tmp_path_factory):
+    """The demo's model folder and data set folder: a stand-in for the real ones that is made in a second."""
+    from ft.demo import write_demo
+
+    return write_demo(tmp_path_factory.mktemp("demo"))
+
+
+def write_parquet(path, texts, labels, names=("neg", "pos")):
+    """A split's file as the `datasets` library writes it; `texts` and `labels` are lists or pyarrow arrays."""
+    metadata = None
+    if names is not None:
+        features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.table({"text": texts, "label": labels}).replace_schema_metadata(metadata), path)
+    return path
