@@ -88,6 +88,10 @@ class Config:
     """number format of matrix products; auto: bf16 or fp16 where the device computes it faster, else fp32"""
     tf32: bool = False
     """let NVIDIA GPUs round the inputs of fp32 matrix products to 10 bits of mantissa: faster, slightly other losses"""
+    compile: Literal["none", "default", "reduce-overhead"] = "none"
+    """compile the blocks with torch.compile, which takes minutes at the start; reduce-overhead: as CUDA graphs"""
+    static_shapes: bool = False
+    """pad every training batch to the same shape, --batch-size reviews of --max-length tokens; --compile implies it"""
     release_memory: bool = False
     """hand freed memory back to the system in every step: a smaller process on Linux CPUs, and a slower one"""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -14,6 +14,7 @@ from ft.errors import FtError
 from ft.packing import Packing, Selection, send
 
 END_OF_TEXT = "<|endoftext|>"
+IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,23 @@ def collate(examples: Sequence[Example]) -> Batch:
         target_ids=torch.tensor([token for example in examples for token in example.target_ids]),
         packing=Packing.of(lengths),
         selection=Selection.last(lengths, counts),
+    )
+
+
+def collate_padded(examples: Sequence[Example], batch_size: int, max_length: int) -> Batch:
+    """The same batch in arrays whose shapes never change, for kernels compiled or recorded for one shape.
+
+    Every sequence is padded to `max_length - 1` input tokens, and the batch to `batch_size` examples of one token
+    without a target. What is added changes no loss: padding stands behind all that reads it, and `IGNORED` is no
+    target. Each example must have one target.
+    """
+    length = max_length - 1
+    filled = [*examples, *[Example([0], [IGNORED])] * (batch_size - len(examples))]
+    return Batch(
+        input_ids=torch.tensor([token for e in filled for token in [*e.input_ids, *[0] * (length - len(e.input_ids))]]),
+        target_ids=torch.tensor([token for e in filled for token in e.target_ids]),
+        packing=Packing.of([length] * batch_size),
+        selection=Selection.last([len(e.input_ids) for e in filled], [1] * batch_size, pad_to=length),
     )
 
 

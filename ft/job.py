@@ -14,10 +14,11 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -28,11 +29,21 @@ from tokenizers import Tokenizer
 from ft import checkpoint, hub
 from ft.checkpoint import ModelSource, State
 from ft.config import NEWEST, Config, changed_on_resume, read_config_file
-from ft.data import Example, Split, encode, label_tokens, read_split, read_tokenizer
+from ft.data import (
+    Batch,
+    Example,
+    Split,
+    collate,
+    collate_padded,
+    encode,
+    label_tokens,
+    read_split,
+    read_tokenizer,
+)
 from ft.errors import FtError, UsageError
 from ft.evaluate import Evaluation, evaluate
 from ft.gpt2 import GPT2, GPT2Config
-from ft.machine import Precision, choose_device, choose_precision, keep_freed_memory
+from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
 from ft.optim import build_optimizer
 from ft.predict import predict
 from ft.report import Report
@@ -86,6 +97,7 @@ def run_job(config: Config) -> None:
         model.init_weights(config.seed)
     model.activation_checkpointing = config.activation_checkpointing
     model.to(device)
+    compile_blocks(model.h, config.compile, device)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     scaler = precision.grad_scaler()
     torch.manual_seed(config.seed)
@@ -112,7 +124,8 @@ def run_job(config: Config) -> None:
 
         def evaluate_on(split: str) -> Evaluation:
             examples = data.examples[split]
-            return evaluate(model, examples, data.label_ids, batch_size=config.eval_batch_size, precision=precision)
+            with uncompiled(config.compile):
+                return evaluate(model, examples, data.label_ids, batch_size=config.eval_batch_size, precision=precision)
 
         def save(state: State) -> None:
             state.metrics_bytes, state.seconds = report.metrics_bytes, time.perf_counter() - started
@@ -127,6 +140,7 @@ def run_job(config: Config) -> None:
                 config,
                 state,
                 precision=precision,
+                collate=_collate_function(config),
                 report=report,
                 evaluate=lambda: evaluate_on("validation"),
                 save=save,
@@ -249,6 +263,13 @@ def _read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -
             )
     examples = {name: encode(split, tokenizer, label_ids, config.max_length) for name, split in splits.items()}
     return Data(splits, examples, names, label_ids, tokenizer)
+
+
+def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:
+    """Packed batches, or padded ones where shapes must not change."""
+    if not config.static_shapes and config.compile == "none":
+        return collate
+    return partial(collate_padded, batch_size=config.batch_size, max_length=config.max_length)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ of the packing. Only attention mixes rows of one sequence; it asks for the padde
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 
 import torch
 from torch import Tensor
@@ -89,18 +89,19 @@ class Selection:
     mask: Tensor
 
     @classmethod
-    def last(cls, lengths: Sequence[int], counts: Sequence[int]) -> "Selection":
-        """The last `counts[b]` rows, at least one, of each sequence b of `lengths[b]` rows."""
+    def last(cls, lengths: Sequence[int], counts: Sequence[int], pad_to: int | None = None) -> "Selection":
+        """The last `counts[b]` rows, at least one, of each sequence b of `lengths[b]` rows.
+
+        With `pad_to`, each sequence is followed by padding rows up to that length.
+        """
+        max_length = pad_to or max(lengths)
         packing = Packing.of(counts)
-        rows: list[int] = []
-        query_positions: list[int] = []
-        end = 0
-        for length, count in zip(lengths, counts, strict=True):
-            end += length
-            rows += range(end - count, end)
-            query_positions += range(length - count, length)
-        positions = packing.unpack(torch.tensor(query_positions).unsqueeze(-1))  # (B, Q, 1); 0 in padded places
-        mask = torch.arange(max(lengths)) <= positions  # (B, Q, T); a padded query sees key 0, so no row is all masked
+        starts = accumulate([pad_to or length for length in lengths], initial=0)
+        query_positions = [range(length - count, length) for length, count in zip(lengths, counts, strict=True)]
+        rows = [start + p for start, positions in zip(starts, query_positions, strict=False) for p in positions]
+        flat_positions = torch.tensor(list(chain.from_iterable(query_positions)))
+        positions = packing.unpack(flat_positions.unsqueeze(-1))  # (B, Q, 1); 0 in padded places
+        mask = torch.arange(max_length) <= positions  # (B, Q, T); a padded query sees key 0, so no row is all masked
         return cls(rows=torch.tensor(rows), packing=packing, mask=mask.unsqueeze(1))
 
     def to(self, device: torch.device) -> "Selection":

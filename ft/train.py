@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ft.checkpoint import State
 from ft.config import Config
-from ft.data import Example, collate, epoch_order
+from ft.data import Batch, Example, epoch_order
 from ft.evaluate import Evaluation
 from ft.gpt2 import GPT2
 from ft.machine import Precision
@@ -47,6 +47,7 @@ def train(
     state: State,
     *,
     precision: Precision,
+    collate: Callable[[Sequence[Example]], Batch],
     report: Report,
     evaluate: Callable[[], Evaluation],
     save: Callable[[State], None],
@@ -63,7 +64,7 @@ def train(
         if state.step == last_step:
             break
         batches = [collate([examples[row] for row in rows]) for rows in window]
-        num_targets = sum(len(batch.target_ids) for batch in batches)
+        num_targets = sum(len(examples[row].target_ids) for rows in window for row in rows)
 
         # Forward and backward. Gradients of several batches add up; each loss is divided by the supervised tokens of
         # the whole window, so that the sum is the mean over them, however unequal the batches are.
@@ -91,7 +92,10 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.loss_steps += 1
-        report.step(reviews=sum(map(len, window)), tokens=sum(len(batch.input_ids) for batch in batches))
+        report.step(
+            reviews=sum(map(len, window)),
+            tokens=sum(len(examples[row].input_ids) for rows in window for row in rows),
+        )
 
         # Log, evaluate, save: in this order, so that a checkpoint knows of all that was said up to its step.
         epoch = state.step / per_epoch
