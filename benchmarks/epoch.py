@@ -55,8 +55,8 @@ def main() -> None:
         f"{last // 100 + 1} checkpoints included. Test loss {test['test_loss']:.4f}, test accuracy "
         f"{test['test_accuracy']:.1%}. The start is untrained, so that accuracy says nothing about GPT-2."
     )
-    draw(training, list(evaluations.values()))
     write_result("epoch", {"seconds": seconds, "events": events}, table)
+    draw(training, list(evaluations.values()))
 
 
 def newest_checkpoint(run: Path) -> Path:

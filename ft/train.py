@@ -28,12 +28,13 @@ def total_steps(num_examples: int, config: Config) -> int:
 
 def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list[Sequence[int]]]:
     """For each optimiser step from `first_step` on, the batches it accumulates, each as the examples' row numbers."""
-    per_epoch = steps_per_epoch(num_examples, config)
+    per_epoch, last_step = steps_per_epoch(num_examples, config), total_steps(num_examples, config)
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    for epoch in range(first_step // per_epoch, math.ceil(total_steps(num_examples, config) / per_epoch)):
+    for epoch in range(first_step // per_epoch, math.ceil(last_step / per_epoch)):
         order = epoch_order(num_examples, config.seed, epoch)
-        for step in range(max(first_step, epoch * per_epoch), (epoch + 1) * per_epoch):
-            start = (step - epoch * per_epoch) * rows_per_step
+        first_of_epoch = epoch * per_epoch
+        for step in range(max(first_step, first_of_epoch), min(first_of_epoch + per_epoch, last_step)):
+            start = (step - first_of_epoch) * rows_per_step
             window = order[start : start + rows_per_step]
             yield [window[i : i + config.batch_size] for i in range(0, len(window), config.batch_size)]
 
@@ -61,8 +62,6 @@ def train(
     model.train()
 
     for window in windows(len(examples), config, state.step):
-        if state.step == last_step:
-            break
         batches = [collate([examples[row] for row in rows]) for rows in window]
         num_targets = sum(len(examples[row].target_ids) for rows in window for row in rows)
 
@@ -100,11 +99,11 @@ def train(
         # Log, evaluate, save: in this order, so that a checkpoint knows of all that was said up to its step.
         epoch = state.step / per_epoch
         if state.step % config.logging_steps == 0 or state.step == last_step:
-            state.train_loss_sum += loss_sum.item()
             mean_loss = loss_sum.item() / state.loss_steps
             report.training(state.step, epoch, loss=mean_loss, learning_rate=learning_rate, grad_norm=grad_norm.item())
-            loss_sum.zero_()
+            state.train_loss_sum += mean_loss * state.loss_steps
             state.loss_steps = 0
+            loss_sum.zero_()
         if state.step % config.eval_steps == 0 or state.step == last_step:
             with report.pause("evaluating"):
                 result = evaluate()

@@ -17,6 +17,7 @@ from benchmarks.trainer_reference import IGNORED, load_tokenizer, preprocess
 from ft.data import (
     Example,
     Split,
+    by_length,
     collate,
     encode,
     epoch_order,
@@ -369,6 +370,15 @@ def test_in_batches_visits_the_order_and_ends_with_a_smaller_batch(number, batch
     assert seen == [token for index in order for token in examples[index].input_ids]
     targets = [token for batch in batches for token in batch.target_ids.tolist()]
     assert targets == [token for index in order for token in examples[index].target_ids]
+
+
+def test_by_length_goes_from_the_shortest_to_the_longest_and_leaves_none_out():
+    examples = random_examples(30)
+    lengths = [len(examples[index].input_ids) for index in by_length(examples)]
+    assert lengths == sorted(lengths)
+    assert sorted(by_length(examples)) == list(range(30))
+    assert len(set(lengths)) > 5
+    assert by_length([]) == []
 
 
 # --- the order --------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def plain_evaluation(model, examples):
         logits = reference(torch.tensor([input_ids])).logits[0, -len(target_ids) :]
         for row, target in zip(logits, target_ids, strict=True):
             losses.append(F.cross_entropy(row.float(), torch.tensor(target)).item())
-            hits.append(max(LABEL_IDS, key=lambda token: row[token].item()) == target)  # noqa: B023
+            hits.append(max(LABEL_IDS, key=lambda token: row[token].item()) == target)
     return math.fsum(losses) / len(losses), sum(hits) / len(hits)
 
 

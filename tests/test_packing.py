@@ -127,6 +127,19 @@ def test_selecting_every_row_is_the_causal_mask(lengths):
         assert torch.equal(selection.mask[sequence, 0, :length], causal[:length])
 
 
+@given(lengths_and_counts(), st.integers(0, 3))
+@settings(derandomize=True, deadline=None)
+def test_a_selection_in_sequences_padded_to_one_length_is_the_same_selection(lengths_counts, more):
+    lengths, counts = lengths_counts
+    length = max(lengths) + more
+    packed, padded = Selection.last(lengths, counts), Selection.last(lengths, counts, pad_to=length)
+    starts = torch.arange(len(lengths)).repeat_interleave(torch.tensor(counts)) * length
+    assert torch.equal(padded.rows, starts + Packing.of(lengths).positions[packed.rows])
+    assert torch.equal(padded.mask[..., : max(lengths)], packed.mask)
+    assert not padded.mask[..., max(lengths) :].any()
+    assert torch.equal(padded.packing.slots, packed.packing.slots)
+
+
 def test_a_selection_needs_one_count_per_sequence():
     with pytest.raises(ValueError, match="zip"):
         Selection.last([3, 4], [1])

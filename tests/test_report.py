@@ -105,10 +105,14 @@ def test_a_run_from_the_start_drops_every_line(path):
 
 
 def test_the_file_is_closed_also_after_an_error(path):
+    def break_off(report):
+        with report:
+            report.write(1, 0.1, {})
+            raise RuntimeError("broken")
+
     report = open_report(path)
-    with pytest.raises(RuntimeError, match="broken"), report:
-        report.write(1, 0.1, {})
-        raise RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        break_off(report)
     with pytest.raises(ValueError, match="closed"):
         report.write(2, 0.2, {})
     assert len(events(path)) == 1

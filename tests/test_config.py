@@ -1,0 +1,305 @@
+"""The settings: each explained and typed once, refused where they cannot work, written and read back as they are."""
+
+import dataclasses
+import json
+import typing
+
+import pytest
+
+from ft.config import (
+    FREE_ON_RESUME,
+    NOT_OF_THE_RUN,
+    Config,
+    changed_on_resume,
+    field_help,
+    field_types,
+    flag,
+    parse_value,
+    read_config_file,
+)
+from ft.errors import FtError, UsageError
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+EVERY_FIELD = pytest.mark.parametrize("name", FIELDS)
+
+
+def other_value(name):
+    """A value of the field that is valid and is not its default."""
+    kind, choices = field_types()[name]
+    default = FIELDS[name].default
+    if choices:
+        return next(choice for choice in choices if choice != default)
+    return {bool: True, int: (default or 0) + 3 if kind is int else None, float: 0.625, str: "somewhere"}[kind]
+
+
+def changed(*names):
+    return Config(**{name: other_value(name) for name in names})
+
+
+# --- what a field consists of -----------------------------------------------------------------------------------------
+
+
+@EVERY_FIELD
+def test_every_field_has_a_help_of_its_own(name):
+    text = field_help()[name]
+    assert text == text.strip()
+    assert "\n" not in text
+    assert len(text.split()) >= 4
+    assert list(field_help().values()).count(text) == 1
+
+
+@EVERY_FIELD
+def test_every_fields_type_is_that_of_its_annotation_and_default(name):
+    kind, choices = field_types()[name]
+    default, hint = FIELDS[name].default, typing.get_type_hints(Config)[name]
+    assert kind in (str, int, float, bool)
+    assert default is None or type(default) is kind
+    assert choices == (typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ())
+    assert not choices or default in choices
+    assert (default is None) == (type(None) in typing.get_args(hint))
+    assert flag(name) == "--" + name.replace("_", "-")
+
+
+def test_helps_and_types_are_of_the_fields_and_of_nothing_else():
+    assert list(field_help()) == list(field_types()) == list(FIELDS)
+    assert set(FREE_ON_RESUME) <= set(FIELDS)
+    assert set(NOT_OF_THE_RUN) <= set(FREE_ON_RESUME)
+
+
+def test_the_defaults_are_the_recipe():
+    recipe = {
+        "model": "openai-community/gpt2",
+        "init": "pretrained",
+        "dataset": "cornell-movie-review-data/rotten_tomatoes",
+        "epochs": 1.0,
+        "max_steps": None,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_length": 32,
+        "seed": 42,
+        "learning_rate": 2e-5,
+        "lr_schedule": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "dropout": None,
+        "activation_checkpointing": "none",
+        "logging_steps": 100,
+        "eval_steps": 100,
+        "save_steps": 100,
+    }
+    defaults = dataclasses.asdict(Config())
+    assert {name: defaults[name] for name in recipe} == recipe
+
+
+def test_nothing_changes_a_configuration():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("batch_size", "16", 16),
+        ("max_steps", "3", 3),
+        ("warmup_steps", "-1", -1),
+        ("epochs", "0.5", 0.5),
+        ("epochs", "2", 2.0),
+        ("learning_rate", "5e-5", 5e-5),
+        ("dropout", "0", 0.0),
+        ("output_dir", "my runs/1", "my runs/1"),
+        ("precision", "bf16", "bf16"),
+        ("label_names", "1,2", "1,2"),
+    ],
+)
+def test_text_becomes_the_type_of_the_field(name, text, value):
+    parsed = parse_value(name, text)
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("batch_size", "eight", "--batch-size is 'eight', it must be a whole number"),
+        ("batch_size", "8.0", "--batch-size is '8.0', it must be a whole number"),
+        ("max_steps", "1e3", "--max-steps is '1e3', it must be a whole number"),
+        ("seed", "", "--seed is '', it must be a whole number"),
+        ("epochs", "one", "--epochs is 'one', it must be a number"),
+        ("learning_rate", "2e-", "--learning-rate is '2e-', it must be a number"),
+    ],
+)
+def test_text_that_is_no_number_is_refused(name, text, message):
+    with pytest.raises(UsageError) as raised:
+        parse_value(name, text)
+    assert raised.value.problems == (message,)
+
+
+WRONG = [
+    ({"batch_size": 0}, "--batch-size is 0, it must be at least 1"),
+    ({"batch_size": -8}, "--batch-size is -8, it must be at least 1"),
+    ({"gradient_accumulation_steps": 0}, "--gradient-accumulation-steps is 0, it must be at least 1"),
+    ({"eval_batch_size": 0}, "--eval-batch-size is 0, it must be at least 1"),
+    ({"max_steps": 0}, "--max-steps is 0, it must be at least 1"),
+    ({"max_length": 1}, "--max-length is 1, it must be at least 2"),
+    ({"seed": -1}, "--seed is -1, it must be at least 0"),
+    ({"seed": 2**63}, "--seed is 9223372036854775808, it must be below 2**63"),
+    ({"epochs": 0.0}, "--epochs is 0.0, it must be above 0"),
+    ({"epochs": -1.0}, "--epochs is -1.0, it must be above 0"),
+    ({"epochs": float("nan")}, "--epochs is nan, it must be finite"),
+    ({"epochs": float("inf")}, "--epochs is inf, it must be finite"),
+    ({"learning_rate": -1e-5}, "--learning-rate is -1e-05, it must be at least 0.0"),
+    ({"learning_rate": float("nan")}, "--learning-rate is nan, it must be finite"),
+    ({"warmup_steps": -1}, "--warmup-steps is -1, it must be at least 0"),
+    ({"weight_decay": -0.1}, "--weight-decay is -0.1, it must be at least 0.0"),
+    ({"max_grad_norm": -1.0}, "--max-grad-norm is -1.0, it must be at least 0.0"),
+    ({"max_grad_norm": float("inf")}, "--max-grad-norm is inf, it must be finite"),
+    ({"dropout": 1.0}, "--dropout is 1.0, it must be below 1"),
+    ({"dropout": -0.1}, "--dropout is -0.1, it must be at least 0.0"),
+    ({"logging_steps": 0}, "--logging-steps is 0, it must be at least 1"),
+    ({"eval_steps": 0}, "--eval-steps is 0, it must be at least 1"),
+    ({"save_steps": 0}, "--save-steps is 0, it must be at least 1"),
+    ({"keep_checkpoints": 0}, "--keep-checkpoints is 0, it must be at least 1"),
+    ({"init": "zeros"}, "--init is 'zeros', it must be one of pretrained, random"),
+    ({"lr_schedule": "Linear"}, "--lr-schedule is 'Linear', it must be one of linear, cosine, constant"),
+    ({"precision": "fp8"}, "--precision is 'fp8', it must be one of auto, fp32, bf16, fp16"),
+    (
+        {"activation_checkpointing": "all"},
+        "--activation-checkpointing is 'all', it must be one of none, full, selective",
+    ),
+    ({"model": ""}, "--model is empty"),
+    ({"output_dir": ""}, "--output-dir is empty"),
+    ({"label_names": ""}, "--label-names is empty"),
+    ({"batch_size": "8"}, "--batch-size is '8', it must be a whole number"),
+    ({"batch_size": 8.0}, "--batch-size is 8.0, it must be a whole number"),
+    ({"batch_size": True}, "--batch-size is True, it must be a whole number"),
+    ({"batch_size": None}, "--batch-size is None, it must be a whole number"),
+    ({"epochs": "1"}, "--epochs is '1', it must be a number"),
+    ({"epochs": True}, "--epochs is True, it must be a number"),
+    ({"model": 3}, "--model is 3, it must be a text"),
+    ({"precision": ["fp32"]}, "--precision is ['fp32'], it must be a text"),
+    ({"demo": 1}, "--demo is 1, it must be true or false"),
+    ({"overwrite": "no"}, "--overwrite is 'no', it must be true or false"),
+    (
+        {"resume": "newest", "overwrite": True},
+        "--resume continues a run and --overwrite deletes it: give one of them",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_cannot_work_is_refused_with_flag_value_and_limit(settings, message):
+    with pytest.raises(UsageError) as raised:
+        Config(**settings)
+    assert raised.value.problems == (message,)
+    assert isinstance(raised.value, FtError)
+    assert str(raised.value) == message
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_the_fields():
+    with pytest.raises(UsageError) as raised:
+        Config(save_steps=0, precision="fp8", batch_size=0, epochs=float("nan"), resume="x", overwrite=True)
+    assert raised.value.problems == (
+        "--epochs is nan, it must be finite",
+        "--batch-size is 0, it must be at least 1",
+        "--precision is 'fp8', it must be one of auto, fp32, bf16, fp16",
+        "--save-steps is 0, it must be at least 1",
+        "--resume continues a run and --overwrite deletes it: give one of them",
+    )
+    assert str(raised.value).splitlines() == list(raised.value.problems)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 1, "gradient_accumulation_steps": 1, "eval_batch_size": 1, "max_steps": 1, "max_length": 2},
+        {"seed": 0, "learning_rate": 0.0, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0},
+        {"seed": 2**63 - 1, "dropout": 0.0, "epochs": 1e-3},
+        {"dropout": 0.999, "epochs": 2, "learning_rate": 1},
+        {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "keep_checkpoints": 1},
+        {"resume": "newest"},
+        {"overwrite": True},
+    ],
+)
+def test_the_limits_themselves_are_allowed(settings):
+    assert dataclasses.asdict(Config(**settings)) == {**dataclasses.asdict(Config()), **settings}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@EVERY_FIELD
+def test_every_setting_is_read_back_as_it_was_saved(tmp_path, name):
+    config = changed(name)
+    assert config != Config()
+    config.save(tmp_path / "config.json")
+    settings = read_config_file(tmp_path / "config.json")
+    if name in NOT_OF_THE_RUN:
+        assert name not in settings
+    else:
+        assert Config(**settings) == config
+
+
+def test_the_file_is_json_in_the_order_of_the_fields(tmp_path):
+    Config(output_dir="läufe/1").save(tmp_path / "config.json")
+    text = (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert json.loads(text) == dataclasses.asdict(Config(output_dir="läufe/1"))
+    assert list(json.loads(text)) == list(FIELDS)
+    assert text.endswith("}\n")
+    assert len(text.splitlines()) == len(FIELDS) + 2
+
+
+def test_a_file_written_by_hand_may_have_fewer_settings(tmp_path):
+    (tmp_path / "mine.json").write_text('{"batch_size": 16, "resume": "newest", "overwrite": true}')
+    assert read_config_file(tmp_path / "mine.json") == {"batch_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the configuration {path}: No such file or directory"),
+        (b"", "the configuration {path} is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"batch_size: 8", "the configuration {path} is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"\xff\xfe", "the configuration {path} is not JSON: 'utf-8' codec can't decode byte 0xff in position 0: "
+                      "invalid start byte"),
+        (b"[]", "the configuration {path} must be a JSON object of settings"),
+        (b"null", "the configuration {path} must be a JSON object of settings"),
+        (b'{"batchsize": 8}', "the configuration {path} has unknown settings: batchsize"),
+        (b'{"seed": 1, "b": 8, "a": 0}', "the configuration {path} has unknown settings: b, a"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError) as raised:
+        read_config_file(path)
+    assert raised.value.problems == (message.format(path=path),)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@EVERY_FIELD
+def test_what_makes_it_another_run_is_told_and_nothing_else(name):
+    old, new = dataclasses.asdict(Config()), changed(name)
+    message = f"{flag(name)} was {old[name]!r} and would be {getattr(new, name)!r}"
+    assert changed_on_resume(old, new) == ([] if name in FREE_ON_RESUME else [message])
+
+
+def test_every_change_is_told_and_a_setting_that_was_not_recorded_is_none():
+    old = dataclasses.asdict(Config())
+    assert changed_on_resume(old, Config()) == []
+    assert changed_on_resume({}, changed("seed")) == []
+    told = changed_on_resume(old, changed("seed", "epochs", "model", "device"))
+    assert [sentence.split()[0] for sentence in told] == ["--model", "--epochs", "--seed"]
+
+
+def test_what_decides_the_weights_is_not_free_on_resume():
+    decides = {"model", "model_revision", "init", "dataset", "dataset_revision", "label_names", "demo", "epochs"}
+    decides |= {"max_steps", "batch_size", "gradient_accumulation_steps", "max_length", "seed", "learning_rate"}
+    decides |= {"lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dropout", "precision"}
+    assert decides | set(FREE_ON_RESUME) == set(FIELDS)
+    assert not decides & set(FREE_ON_RESUME)
