@@ -104,7 +104,7 @@ class Config:
     eval_steps: int = 100
     """evaluate the whole validation split"""
     save_steps: int = 100
-    """save a checkpoint"""
+    """save a checkpoint, from which --resume continues"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints to keep"""
 

@@ -1,6 +1,7 @@
 """What a person and a program see of a run: the progress bar, log lines, and metrics.jsonl."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -68,14 +69,16 @@ class Report:
         seconds = now - self._started - self._paused
         speed = {"samples_per_second": self._reviews / seconds, "tokens_per_second": self._tokens / seconds}
         self._started, self._paused, self._reviews, self._tokens = now, 0.0, 0, 0
-        figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        # Gradients that overflowed in fp16 have no norm, nor has JSON an infinity; their step was skipped.
+        overflowed = not math.isfinite(grad_norm)
+        figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": None if overflowed else grad_norm}
         self.write(step, epoch, {**figures, **{name: round(value, 2) for name, value in speed.items()}})
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} reviews/s"
         )
         self.line(
-            f"step {step:>6}  epoch {epoch:5.2f}  loss {loss:8.4f}  lr {learning_rate:.2e}  grad norm {grad_norm:8.3f}"
-            f"  {speed['samples_per_second']:6.1f} reviews/s"
+            f"step {step:>6}  epoch {epoch:5.2f}  loss {loss:8.4f}  lr {learning_rate:.2e}  grad norm "
+            f"{'overflow' if overflowed else format(grad_norm, '8.3f')}  {speed['samples_per_second']:6.1f} reviews/s"
         )
 
     def evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:

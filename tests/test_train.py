@@ -265,8 +265,10 @@ def test_resume_refuses_settings_that_make_it_another_run(run):
     run(epochs=1, resume="newest", eval_batch_size=3, logging_steps=9)
 
 
-def test_bf16_and_fp16_losses_track_fp32(run):
-    """Within 2 % over 20 steps; in fp16 that includes the first steps, which a too large loss scale may skip."""
+def test_bf16_and_fp16_losses_track_fp32(run, monkeypatch):
+    """Within 2 % over 20 steps, from a loss scale at which fp16 skips none of them."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **options: scaler(*a, init_scale=1024.0, **options))
     settings = {"dropout": 0.0, "learning_rate": 1e-4}
     expected = [event["loss"] for event in events(run("fp32", **settings))]
     for precision in ("bf16", "fp16"):
@@ -274,6 +276,18 @@ def test_bf16_and_fp16_losses_track_fp32(run):
         assert losses == pytest.approx(expected, rel=0.02)
         assert losses != expected
         assert losses[0] == pytest.approx(expected[0], rel=1e-3)
+
+
+def test_a_step_that_fp16_skips_is_logged_without_a_norm(run, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **options: scaler(*a, init_scale=2.0**40, **options))
+    folder = run(precision="fp16", max_steps=30)
+    norms = [event["grad_norm"] for event in events(folder)]
+    assert norms[0] is None
+    assert norms[-1] > 0
+    assert "Infinity" not in (folder / "metrics.jsonl").read_text()
+    states = [json.loads((folder / "checkpoint-30" / "state.json").read_text())["grad_scaler"]["scale"]]
+    assert states[0] <= 2.0 ** (40 - norms.count(None))
 
 
 def test_fp16_saves_its_loss_scale_and_survives_the_first_overflows(run):
