@@ -75,7 +75,7 @@ def draw(training: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> N
     steps = [event["step"] for event in evaluations]
     left.plot([event["step"] for event in training], [event["loss"] for event in training], "o-", label="training")
     left.plot(steps, [event["eval_loss"] for event in evaluations], "s-", label="validation")
-    left.set(xlabel="optimiser step", ylabel="loss (nats per label)", yscale="log")
+    left.set(xlabel="optimiser step", ylabel="loss (nats per label)")
     left.legend()
     right.plot(steps, [100 * event["eval_accuracy"] for event in evaluations], "s-", color="C1", label="validation")
     right.axhline(50, color="grey", linestyle=":", label="guessing")

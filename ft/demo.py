@@ -30,12 +30,13 @@ from ft.data import END_OF_TEXT
 from ft.gpt2 import GPT2, GPT2Config
 
 # What the demo changes of the run's defaults, by field of `Config`. Those suit a model that has read much already; one
-# that starts from nothing needs larger steps and more passes over the data.
+# that starts from nothing needs larger steps, though not at once, and more passes over the data.
 SETTINGS: dict[str, object] = {
     "output_dir": "runs/demo",
     "epochs": 10.0,
     "batch_size": 32,
     "learning_rate": 1e-3,
+    "warmup_steps": 100,
     "eval_steps": 200,
     "save_steps": 200,
 }

@@ -1,0 +1,318 @@
+"""What each saving is worth: `ft`'s training step with all of them, with each one left out, and with none.
+
+    python -m benchmarks.ablation --dataset DIR --tokenizer DIR
+
+The program has no switches for these; the step is written out here once more, with switches. A first pass shows that
+it is the program's step, and that no saving changes a loss; a second one times all variants in turns.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+from unittest.mock import MagicMock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.trainer import Inputs, parser_of_inputs, peak_memory_bytes, prepared_inputs
+from ft.checkpoint import State, load_weights, read_json
+from ft.config import Config
+from ft.data import Batch, Example, collate, encode, epoch_order, label_tokens, read_split, read_tokenizer
+from ft.evaluate import Evaluation
+from ft.gpt2 import GPT2, GPT2Config
+from ft.machine import Precision, keep_freed_memory
+from ft.optim import build_optimizer, clip_in_optimizer
+from ft.packing import Packing
+from ft.report import Report
+from ft.train import train
+
+BLOCK = 3  # steps of a variant until the next one's turn
+LOSS_STEPS = 5
+BATCH_SIZE, MAX_LENGTH, SEED, LEARNING_RATE, MAX_GRAD_NORM = 8, 32, 42, 2e-5, 1.0
+PRECISION = Precision("fp32", "as the benchmark says", torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training step; the defaults are the program's.
+
+    Attributes:
+        label_is_input: the label is fed too, though nothing reads what the model says after it.
+        padded: every sequence has the length of the batch's longest.
+        selected_before: from where on only the supervised rows are computed.
+        dense_lookup: the gradient of the token look-up is a second (V, C) array.
+        adamw: which of PyTorch's three implementations.
+        clips_in_optimizer: AdamW scales the gradients as it reads them; only the fused one can.
+        keeps_memory: freed memory stays with the process.
+    """
+
+    name: str
+    label_is_input: bool = False
+    padded: bool = False
+    selected_before: Literal["last block", "head", "loss"] = "last block"
+    dense_lookup: bool = False
+    adamw: Literal["fused", "foreach", "for-loop"] = "fused"
+    clips_in_optimizer: bool = True
+    keeps_memory: bool = True
+
+
+ALL_ON = Variant("all savings")
+VARIANTS = (
+    ALL_ON,
+    Variant("label fed as input", label_is_input=True),
+    Variant("padded batches", padded=True),
+    Variant("last block on all rows", selected_before="head"),
+    Variant("last block and head on all rows", selected_before="loss"),
+    Variant("dense gradient of the look-up", dense_lookup=True),
+    Variant("AdamW foreach, clipping as its own pass", adamw="foreach", clips_in_optimizer=False),
+    Variant("AdamW for-loop, clipping as its own pass", adamw="for-loop", clips_in_optimizer=False),
+    Variant("clipping as its own pass", clips_in_optimizer=False),
+    Variant("freed memory handed back", keeps_memory=False),
+    Variant("no saving", True, True, "loss", True, "for-loop", False, False),
+)
+
+
+def build_batch(examples: Sequence[Example], variant: Variant) -> Batch:
+    """Collate examples, with the label and with padding if the variant says so."""
+    batch = with_label_as_input(examples) if variant.label_is_input else collate(examples)
+    return padded(batch) if variant.padded else batch
+
+
+def with_label_as_input(examples: Sequence[Example]) -> Batch:
+    """A batch that has the label as last row of each sequence; selected is still the row before it, end-of-text."""
+    batch = collate([Example([*example.input_ids, *example.target_ids], example.target_ids) for example in examples])
+    selection = batch.selection
+    mask = F.pad(selection.mask[..., 1:], (0, 1))  # one key less than the row of the label may attend to
+    return replace(batch, selection=replace(selection, rows=selection.rows - 1, mask=mask))
+
+
+def padded(batch: Batch) -> Batch:
+    """The same batch with all sequences as long as the longest, by end-of-text put behind."""
+    batch_size, max_length = batch.packing.shape
+    end_of_text = batch.input_ids[batch.selection.rows[0]]  # the token after which the label is predicted
+    return replace(
+        batch,
+        input_ids=end_of_text.repeat(batch_size * max_length).index_copy(0, batch.packing.slots, batch.input_ids),
+        packing=Packing.of([max_length] * batch_size),
+        selection=replace(batch.selection, rows=batch.packing.slots[batch.selection.rows]),
+    )
+
+
+def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
+    """`GPT2.forward` with switches: the (S, V) logits of the selected rows."""
+    rows = batch.selection.rows
+    tokens = F.embedding(batch.input_ids, model.wte.weight, sparse=not variant.dense_lookup)
+    hidden_states = model.drop(tokens + model.wpe(batch.packing.positions))
+    for block in model.h[:-1]:
+        hidden_states = block(hidden_states, batch.packing)
+    if variant.selected_before == "last block":
+        hidden_states = model.h[-1](hidden_states, batch.packing, batch.selection)
+    else:
+        hidden_states = model.h[-1](hidden_states, batch.packing)
+    if variant.selected_before == "head":
+        hidden_states = hidden_states.index_select(0, rows)
+    logits = F.linear(model.ln_f(hidden_states), model.wte.weight)
+    return logits.index_select(0, rows) if variant.selected_before == "loss" else logits
+
+
+def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
+    """Clip the gradients and update the weights."""
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = variant.adamw == "fused", variant.adamw == "foreach"
+    if variant.clips_in_optimizer:
+        clip_in_optimizer(optimizer, MAX_GRAD_NORM)
+    else:
+        optimizer.grad_scale = None  # what another variant has left there
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def step(model: GPT2, optimizer: torch.optim.AdamW, examples: Sequence[Example], variant: Variant) -> float:
+    """One optimiser step, the body of the loop in `ft/train.py` for one batch; returns the loss."""
+    batch = build_batch(examples, variant)
+    loss = F.cross_entropy(logits_of(model, batch, variant), batch.target_ids)
+    loss.backward()
+    update(model, optimizer, variant)
+    return loss.item()
+
+
+@cache
+def read_examples(inputs: Inputs) -> list[Example]:
+    """The training reviews."""
+    split = read_split("train", [inputs.dataset / "train.parquet"])
+    tokenizer = read_tokenizer(inputs.model / "tokenizer.json")
+    return encode(split, tokenizer, label_tokens(split.label_names or ("neg", "pos"), tokenizer), MAX_LENGTH)
+
+
+@cache
+def build(inputs: Inputs, keeps_memory: bool, dropout: float) -> tuple[GPT2, torch.optim.AdamW]:
+    """Model and optimiser of this process, which all variants in it share: their speed does not depend on values."""
+    if keeps_memory:
+        keep_freed_memory()
+    config = GPT2Config.from_dict(read_json(inputs.model / "config.json"))
+    model = GPT2(replace(config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)).train()
+    load_weights(model, [inputs.model / "model.safetensors"])
+    return model, build_optimizer(model, LEARNING_RATE, weight_decay=0.0)
+
+
+def batches(inputs: Inputs, first_step: int, steps: int) -> list[list[Example]]:
+    """The examples of some steps, in the order of the program."""
+    examples = read_examples(inputs)
+    order = epoch_order(len(examples), SEED, epoch=0)
+    # A run of more steps than an epoch has begins anew.
+    starts = [step * BATCH_SIZE % (len(order) - BATCH_SIZE) for step in range(first_step, first_step + steps)]
+    return [[examples[row] for row in order[start : start + BATCH_SIZE]] for start in starts]
+
+
+def time_steps(inputs: Inputs, variant: Variant, first_step: int) -> list[float]:
+    """The seconds of each step of a turn, at dropout 0.1."""
+    model, optimizer = build(inputs, variant.keeps_memory, 0.1)
+    seconds = []
+    for examples in batches(inputs, first_step, BLOCK):
+        started = perf_counter()
+        step(model, optimizer, examples, variant)
+        seconds.append(perf_counter() - started)
+    return seconds
+
+
+def first_losses(inputs: Inputs, variant: Variant) -> tuple[list[float], int]:
+    """The losses of the first steps at dropout 0, and the peak memory in bytes; for a process of its own."""
+    model, optimizer = build(inputs, variant.keeps_memory, 0.0)
+    losses = [step(model, optimizer, examples, variant) for examples in batches(inputs, 0, LOSS_STEPS)]
+    return losses, peak_memory_bytes()
+
+
+def first_losses_of_the_program(inputs: Inputs) -> list[float]:
+    """The same losses from `ft.train.train`, against which those of the variants are held."""
+    model, optimizer = build(inputs, keeps_memory=True, dropout=0.0)
+    config = Config(
+        batch_size=BATCH_SIZE,
+        max_length=MAX_LENGTH,
+        seed=SEED,
+        learning_rate=LEARNING_RATE,
+        max_grad_norm=MAX_GRAD_NORM,
+        lr_schedule="constant",
+        max_steps=LOSS_STEPS,
+        logging_steps=1,
+    )
+    report = MagicMock(spec=Report)  # remembers what it is told
+    report.pause.return_value = nullcontext()
+    train(
+        model,
+        optimizer,
+        PRECISION.grad_scaler(),
+        read_examples(inputs),
+        config,
+        State(),
+        precision=PRECISION,
+        collate=collate,
+        report=report,
+        evaluate=lambda: Evaluation(loss=0.0, accuracy=0.0),
+        save=lambda state: None,
+    )
+    return [call.kwargs["loss"] for call in report.training.call_args_list]
+
+
+def process() -> ProcessPoolExecutor:
+    """One fresh process, which does what is submitted to it and sleeps in between."""
+    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+
+
+def compare_losses(inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """Each variant's losses, their largest relative difference from the program's, and its peak memory."""
+    with process() as worker:
+        expected = worker.submit(first_losses_of_the_program, inputs).result()
+    figures = {}
+    for variant in VARIANTS:
+        with process() as worker:
+            losses, peak = worker.submit(first_losses, inputs, variant).result()
+        difference = max(abs(loss - right) / abs(right) for loss, right in zip(losses, expected, strict=True))
+        figures[variant.name] = {"losses": losses, "loss_difference": difference, "peak_bytes": peak}
+    return figures
+
+
+def time_in_turns(inputs: Inputs, steps: int) -> dict[str, list[float]]:
+    """The seconds of `steps` steps or a few more of each variant.
+
+    The allocator is set for a whole process, so that there are two of them; only one works at a time. Every round
+    begins with another variant and is on other reviews, the same ones for all. The first round is not counted.
+    """
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
+    with process() as keeping, process() as handing_back:
+        for turn in range(1 + math.ceil(steps / BLOCK)):
+            first = turn % len(VARIANTS)
+            for variant in VARIANTS[first:] + VARIANTS[:first]:
+                worker = keeping if variant.keeps_memory else handing_back
+                timed = worker.submit(time_steps, inputs, variant, turn * BLOCK).result()
+                if turn > 0:
+                    seconds[variant.name] += timed
+    return seconds
+
+
+def draw(medians: dict[str, float], path: Path) -> None:
+    """The step time of each variant, as horizontal bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    colours = ["C2", *["C0"] * (len(medians) - 2), "C3"]
+    bars = axes.barh(list(medians), list(medians.values()), color=colours)
+    fastest = medians[ALL_ON.name]
+    axes.bar_label(bars, [f"{seconds / fastest:.2f} x" for seconds in medians.values()], padding=4)
+    axes.axvline(fastest, color="grey", linestyle=":")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(
+        xlabel="seconds per step (median)", title="One optimiser step: with all savings, with one left out, with none"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Compare the losses, time the variants, then write the table and the picture."""
+    options = parser_of_inputs(__doc__).parse_args()
+    with prepared_inputs(options) as inputs:
+        figures = compare_losses(inputs)
+        for name, seconds in time_in_turns(inputs, options.steps).items():
+            figures[name] |= {"step": statistics.median(seconds), "step_seconds": seconds}
+
+    fastest = figures[ALL_ON.name]["step"]
+    rows = [
+        [
+            name,
+            f"{figure['step']:.3f}",
+            f"{figure['step'] / fastest:.2f} x",
+            f"{figure['peak_bytes'] / 2**30:.2f}",
+            f"{figure['loss_difference']:.1e}",
+        ]
+        for name, figure in figures.items()
+    ]
+    header = ["instead of the saving", "step (s)", "against all savings", "peak memory (GiB)", "loss difference"]
+    largest = max(figure["loss_difference"] for figure in figures.values())
+    table = markdown_table(header, rows) + (
+        f"\n\nBatch {BATCH_SIZE} of at most {MAX_LENGTH} tokens, fp32. Step: median of "
+        f"{len(figures[ALL_ON.name]['step_seconds'])} steps at dropout 0.1, all variants in turns of {BLOCK} steps on "
+        f"the same reviews. Memory and losses: {LOSS_STEPS} steps at dropout 0 from the same weights, each variant in "
+        "a process of its own. The loss difference is the largest from the losses of `ft.train.train`, relative: none "
+        f"is above {largest:.1e}. AdamW can take over the clipping only when it is fused, so that the other two lack "
+        "both savings."
+    )
+    write_result("ablation", {"size": options.size, "variants": figures}, table)
+    draw({name: figure["step"] for name, figure in figures.items()}, RESULTS / "ablation.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""How many times the Hugging Face Trainer's speed: the tutorial's script and `ft`, in turns on the same machine.
+
+    python -m benchmarks.trainer --dataset DIR --tokenizer DIR
+
+Each runs in a process of its own, as its user would start it, with the same weights, reviews and order. The two take
+turns of a few steps: while one works, the other waits for a message and uses no processor time. A machine that slows
+down or speeds up in the meantime does so for both.
+
+What is timed is the very loop of each: the clock runs from one log of the loss (written at every step) to the next.
+"""
+
+import argparse
+import math
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Imported here is only what both sides import anyway: start-up is measured too.
+from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.synthetic import SIZES, write_model
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+BLOCK = 5  # steps until the other's turn
+WARM_UP = 2  # steps at the start that no figure counts
+NEVER = 10**9  # a step that does not come
+
+# The whole job on rotten_tomatoes. Both evaluate and save every 100 steps and at the end; `ft` evaluates the test
+# split, too, of the same size, and leaves the finished model, which is counted as one more checkpoint.
+STEPS, VALIDATION_REVIEWS = 1067, 1066
+EVALUATIONS = SAVES = {"trainer": 11, "ft": 12}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. The Trainer's evaluation batch is 8 unless set, `ft`'s is 64."""
+
+    name: str
+    title: str
+    dropout: float
+    checkpointing: dict[str, bool]
+    bf16: bool = False
+    trainer_eval_batch_size: int = 64
+
+
+ROWS = (
+    Row("a", "as each comes", 0.1, {"trainer": True, "ft": False}, trainer_eval_batch_size=8),
+    Row("b", "activation checkpointing in both", 0.1, {"trainer": True, "ft": True}),
+    Row("c", "no checkpointing, no dropout", 0.0, {"trainer": False, "ft": False}),
+    Row("d", "as (c), with bf16 autocast", 0.0, {"trainer": False, "ft": False}, bf16=True),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the processes read and write; `model` holds the tokenizer too."""
+
+    model: Path
+    dataset: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step; `tokens` are those of the reviews and end-of-text, without label or padding."""
+
+    seconds: float
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """The steps of one turn, and the most memory that the process has ever held."""
+
+    steps: list[Step]
+    peak_bytes: int
+
+
+class Finished(Exception):  # noqa: N818, as nothing is wrong
+    """Ends a training loop from within."""
+
+
+class Turns:
+    """The worker's end of the pipe: its training loop goes on only as far as it is told to.
+
+    The first step needs no permission, so that start-up is measured up to its end.
+    """
+
+    def __init__(self, connection: Connection, output: Path) -> None:
+        self.connection, self.output = connection, output
+        self.actions: dict[str, Callable[[], Any]] = {}
+        self.steps: list[Step] = []
+        self.left = 1
+        self.started = time.perf_counter()
+
+    def step_done(self, loss: float, tokens: int = 0) -> None:
+        """Note a step, and wait if it was the last of this turn."""
+        self.steps.append(Step(time.perf_counter() - self.started, loss, tokens))
+        self.left -= 1
+        if self.left == 0:
+            self.connection.send(Block(self.steps, peak_memory_bytes()))
+            self.steps = []
+            self.left = self._wait()
+        self.started = time.perf_counter()
+
+    def _wait(self) -> int:
+        """Do what the driver asks for until it grants steps, and return how many.
+
+        Raises:
+            Finished: there will be no more.
+        """
+        while True:
+            command, steps = self.connection.recv()
+            if command == "steps":
+                return steps
+            if command == "finish":
+                raise Finished
+            started = time.perf_counter()
+            self.actions[command]()
+            self.connection.send(time.perf_counter() - started)
+            for folder in self.output.glob("checkpoint-*"):
+                shutil.rmtree(folder)  # before the kernel spends the other's turn writing what is left of it
+
+
+def peak_memory_bytes() -> int:
+    """The most physical memory that this process has ever held (`VmHWM`, which Linux alone tells)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def run_trainer(turns: Turns, row: Row, inputs: Inputs) -> None:
+    """The tutorial's script on the Trainer, with a callback that takes turns."""
+    from transformers import TrainerCallback
+
+    from benchmarks.trainer_reference import build_trainer
+
+    class TakeTurns(TrainerCallback):
+        def on_log(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            logs: dict[str, float],
+            **_: Any,
+        ) -> None:
+            if "loss" in logs:  # the log of an evaluation has none
+                turns.step_done(logs["loss"])
+
+    trainer, _ = build_trainer(
+        inputs.model,
+        inputs.dataset,
+        turns.output,
+        eval_dataset=inputs.dataset,
+        dropout=row.dropout,
+        gradient_checkpointing=row.checkpointing["trainer"],
+        bf16=row.bf16,
+        per_device_eval_batch_size=row.trainer_eval_batch_size,
+    )
+    trainer.add_callback(TakeTurns)
+    turns.actions = {"evaluate": trainer.evaluate, "save": lambda: trainer._save_checkpoint(trainer.model, None)}
+    trainer.train()
+
+
+def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
+    """The program's own job and loop; only the report is another one, which takes turns."""
+    from ft import job
+    from ft.config import Config
+    from ft.train import train
+
+    class TakeTurns:
+        def step(self, reviews: int, tokens: int) -> None:
+            self.tokens = tokens
+
+        def training(self, step: int, epoch: float, *, loss: float, **_: Any) -> None:
+            turns.step_done(loss, self.tokens)
+
+    def train_in_turns(
+        *arguments: Any, evaluate: Callable[[], Any], save: Callable[[Any], None], **others: Any
+    ) -> None:
+        *_, state = arguments
+        turns.actions = {"evaluate": evaluate, "save": lambda: save(state)}
+        train(*arguments, evaluate=evaluate, save=save, **others | {"report": TakeTurns()})
+
+    job.train = train_in_turns
+    config = Config(
+        model=str(inputs.model),
+        dataset=str(inputs.dataset),
+        output_dir=str(turns.output),
+        overwrite=True,
+        device="cpu",
+        precision="bf16" if row.bf16 else "fp32",
+        dropout=row.dropout,
+        activation_checkpointing="full" if row.checkpointing["ft"] else "none",
+        logging_steps=1,
+        eval_steps=NEVER,  # both are done when the driver asks for them
+        save_steps=NEVER,
+    )
+    job.run_job(config)
+
+
+RUN = {"trainer": run_trainer, "ft": run_ft}
+
+
+def work(connection: Connection, name: str, row: Row, inputs: Inputs) -> None:
+    """Body of a worker process."""
+    with suppress(Finished):
+        RUN[name](Turns(connection, inputs.output / name), row, inputs)
+
+
+class Worker:
+    """The driver's end of the pipe. Made, it has done its first step."""
+
+    def __init__(self, name: str, row: Row, inputs: Inputs) -> None:
+        # A fresh interpreter for each, with nothing imported and its own allocator.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        started = time.perf_counter()
+        self.process = context.Process(target=work, args=(theirs, name, row, inputs), daemon=True)
+        self.process.start()
+        theirs.close()  # so that a worker that dies is noticed
+        self.blocks: list[Block] = [self.connection.recv()]
+        self.start_up = time.perf_counter() - started
+        self.seconds: dict[str, list[float]] = {"evaluate": [], "save": []}
+
+    def train(self, steps: int) -> None:
+        """Have it do some steps, and wait for them."""
+        self.connection.send(("steps", steps))
+        self.blocks.append(self.connection.recv())
+
+    def time(self, action: str) -> None:
+        """Have it evaluate or save a checkpoint, and wait for that."""
+        self.connection.send((action, 0))
+        self.seconds[action].append(self.connection.recv())
+
+    def finish(self) -> None:
+        """End its process."""
+        self.connection.send(("finish", 0))
+        self.process.join()
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps so far, the warm-up among them."""
+        return [step for block in self.blocks for step in block.steps]
+
+
+def measure(row: Row, inputs: Inputs, steps: int, rounds: int) -> dict[str, Any]:
+    """Run one comparison and return its figures: seconds, bytes, and what follows from them."""
+    # One after the other, as each is made only when the one before has done its first step and waits.
+    workers = {name: Worker(name, row, inputs) for name in RUN}
+    # The order turns round every time, so that neither always runs on what the other left in the caches.
+    order = list(workers.values())
+    for block in [WARM_UP - 1, *[BLOCK] * math.ceil(steps / BLOCK)]:
+        for worker in order:
+            worker.train(block)
+        order.reverse()
+    peaks = {name: worker.blocks[-1].peak_bytes for name, worker in workers.items()}
+    for _ in range(rounds):
+        for action in ("evaluate", "save"):
+            for worker in order:
+                worker.time(action)
+        order.reverse()
+    for worker in workers.values():
+        worker.finish()
+
+    figures: dict[str, Any] = {"row": asdict(row)}
+    tokens = statistics.mean(step.tokens for step in workers["ft"].steps[WARM_UP:])  # the same reviews for both
+    for name, worker in workers.items():
+        step_seconds = [step.seconds for step in worker.steps[WARM_UP:]]
+        step = statistics.median(step_seconds)
+        evaluation, save = (statistics.median(worker.seconds[action]) for action in ("evaluate", "save"))
+        figures[name] = {
+            "step": step,
+            "steps_per_second": 1 / step,
+            "tokens_per_second": tokens / step,
+            "evaluation_samples_per_second": VALIDATION_REVIEWS / evaluation,
+            "start_up": worker.start_up,
+            "save": save,
+            "whole_job": worker.start_up + (STEPS - 1) * step + EVALUATIONS[name] * evaluation + SAVES[name] * save,
+            "peak_bytes": peaks[name],
+            "step_seconds": step_seconds,
+            "losses": [step.loss for step in worker.steps],
+        }
+    if row.dropout == 0:
+        pairs = zip(figures["ft"]["losses"], figures["trainer"]["losses"], strict=True)
+        figures["loss_difference"] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    return figures
+
+
+# What the tables show: figure, heading, factor, format, and whether less is better.
+SHOWN = (
+    ("step", "step (s)", 1, ".3f", True),
+    ("steps_per_second", "steps/s", 1, ".3f", False),
+    ("tokens_per_second", "tokens/s", 1, ".0f", False),
+    ("evaluation_samples_per_second", "evaluation (samples/s)", 1, ".1f", False),
+    ("start_up", "process start to the end of the first step (s)", 1, ".1f", True),
+    ("save", "saving a checkpoint (s)", 1, ".2f", True),
+    ("whole_job", "whole job (min)", 1 / 60, ".1f", True),
+    ("peak_bytes", "peak memory (GiB)", 2**-30, ".2f", True),
+)
+
+
+def advantage(figures: dict[str, Any], key: str) -> float:
+    """How many times better `ft` is in a figure of `SHOWN`."""
+    less_is_better = next(less for shown, *_, less in SHOWN if shown == key)
+    ratio = figures["trainer"][key] / figures["ft"][key]
+    return ratio if less_is_better else 1 / ratio
+
+
+def row_table(figures: dict[str, Any]) -> str:
+    """All figures of one comparison."""
+    lines = [
+        [title, *(f"{figures[name][key] * factor:{form}}" for name in RUN), f"{advantage(figures, key):.2f} x"]
+        for key, title, factor, form, _ in SHOWN
+    ]
+    row = figures["row"]
+    table = markdown_table([f"({row['name']}) {row['title']}", "Trainer", "ft", "ft is better"], lines)
+    if "loss_difference" in figures:
+        number = len(figures["ft"]["losses"])
+        table += f"\n\nLargest relative difference of the losses of {number} steps: {figures['loss_difference']:.1e}."
+    return table
+
+
+def goals_table(results: dict[str, dict[str, Any]]) -> str:
+    """What the project set out to reach, and what it reached."""
+    goals = [
+        ("step time, as each comes", "a", "step", 4.0),
+        ("step time, checkpointing in both", "b", "step", 2.8),
+        ("step time, no checkpointing and no dropout", "c", "step", 2.7),
+        ("evaluation, as each comes", "a", "evaluation_samples_per_second", 2.5),
+        ("whole job, as each comes", "a", "whole_job", 3.5),
+        ("peak memory, as each comes", "a", "peak_bytes", 1.0),
+    ]
+    lines = [
+        [what, f"{goal:.1f} x", f"{advantage(results[row], key):.2f} x"]
+        for what, row, key, goal in goals
+        if row in results
+    ]
+    if "c" in results:
+        what = f"largest relative loss difference of {len(results['c']['ft']['losses'])} steps"
+        lines.append([what, "1e-4", f"{results['c']['loss_difference']:.1e}"])
+    return markdown_table(["ft against the Trainer", "goal", "measured"], lines)
+
+
+def notes(results: dict[str, dict[str, Any]], steps: int, rounds: int) -> str:
+    """How the figures came about."""
+    titles = "; ".join(f"({name}) {figures['row']['title']}" for name, figures in results.items())
+    return (
+        f"Rows: {titles}. As each comes, both drop out 0.1, the Trainer recomputes activations as the tutorial has it "
+        f"and evaluates in its batches of 8, `ft` does not recompute and evaluates in batches of 64; in the other rows "
+        f"both evaluate in batches of 64.\n\n"
+        f"Batch 8 of at most 32 tokens, fp32 unless said otherwise. Medians of at least {steps} steps, {WARM_UP} "
+        f"before them not counted, in turns of {BLOCK}; of {rounds} evaluations of the {VALIDATION_REVIEWS} validation "
+        f"reviews and as many saves. Tokens are those of the reviews, without padding. Peak memory is that of the "
+        f"process up to the last training step. A save of `ft` waits until the disk has it, one of the Trainer does "
+        f"not. Start-up is with all files in the page cache.\n\n"
+        f"The whole job is calculated from these figures: start-up, {STEPS} steps, {EVALUATIONS['trainer']} "
+        f"evaluations and {SAVES['trainer']} checkpoints; for `ft` one more of each, the test split and the finished "
+        f"model."
+    )
+
+
+def draw(results: dict[str, dict[str, Any]]) -> None:
+    """The step times side by side, as `results/trainer.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    for offset, (name, label) in zip((-0.2, 0.2), (("trainer", "Trainer"), ("ft", "ft")), strict=True):
+        seconds = [figures[name]["step"] for figures in results.values()]
+        axes.bar([place + offset for place in range(len(results))], seconds, width=0.38, label=label)
+    for place, figures in enumerate(results.values()):
+        height = figures["ft"]["step"]
+        axes.text(place + 0.2, height, f"{advantage(figures, 'step'):.1f} x", ha="center", va="bottom")
+    axes.set_xticks(range(len(results)), [f"({name}) {figures['row']['title']}" for name, figures in results.items()])
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set(ylabel="seconds per step (median)", title="One optimiser step of the tutorial's job")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS / "trainer.png", dpi=120)
+
+
+def parser_of_inputs(description: str | None) -> argparse.ArgumentParser:
+    """The flags that say what to run on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with the reviews as parquet")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--work", type=Path, help="folder for weights and runs, kept; left out: a temporary one")
+    parser.add_argument("--size", choices=SIZES, default="gpt2", help="of the model, whose weights are random")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
+    return parser
+
+
+@contextmanager
+def prepared_inputs(options: argparse.Namespace) -> Iterator[Inputs]:
+    """A working folder with a model in it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.work or Path(temporary)
+        model = folder / f"model-{options.size}"
+        if not (model / "config.json").exists():
+            write_model(model, options.size, tokenizer_from=options.tokenizer)
+        yield Inputs(model, options.dataset, folder)
+
+
+def main() -> None:
+    """Measure every row, then write the tables and the picture."""
+    parser = parser_of_inputs(__doc__)
+    parser.add_argument("--loss-steps", type=int, default=100, help="steps of row c at least, to compare losses")
+    parser.add_argument("--rounds", type=int, default=2, help="evaluations and saves of each")
+    parser.add_argument("--rows", default="abcd", help="the comparisons to make, such as ac")
+    options = parser.parse_args()
+
+    rows = [row for row in ROWS if row.name in options.rows]
+    results: dict[str, dict[str, Any]] = {}
+    with prepared_inputs(options) as inputs:
+        for name in RUN:  # brings every file into the page cache, so that the first row starts like the others
+            Worker(name, rows[0], inputs).finish()
+        for row in rows:
+            steps = max(options.steps, options.loss_steps - WARM_UP) if row.name == "c" else options.steps
+            results[row.name] = measure(row, inputs, steps, options.rounds)
+            print(row_table(results[row.name]), flush=True)
+
+    tables = [goals_table(results), *map(row_table, results.values()), notes(results, options.steps, options.rounds)]
+    write_result("trainer", {"size": options.size, "rows": results}, "\n\n".join(tables))
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()
