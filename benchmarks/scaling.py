@@ -185,6 +185,8 @@ def draw(points: Sequence[Point]) -> None:
         for axes in (above, below):
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter("{x:g}")
+            low, high = axes.get_ylim()  # widened to powers of two, so that each panel has at least two ticks
+            axes.set_ylim(2 ** math.floor(math.log2(low)), 2 ** math.ceil(math.log2(high)))
             axes.set_xticks(xs, [point.label for point in series], rotation=40)
             axes.minorticks_off()
             axes.grid(alpha=0.3)

@@ -207,10 +207,12 @@ def load_checkpoint(folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.a
     _restore_optimizer(model, optimizer, dict(read_tensors([folder / "optimizer.safetensors"])))
     _restore_random_states(dict(read_tensors([folder / "rng.safetensors"])))
     saved = read_json(folder / "state.json")
-    scaler.load_state_dict(saved.pop("grad_scaler"))
     try:
+        loss_scale = saved.pop("grad_scaler")
+        if loss_scale:  # empty where the run was not in fp16, which another device may have chosen now
+            scaler.load_state_dict(loss_scale)
         return State(**saved)
-    except TypeError as error:
+    except (KeyError, TypeError) as error:
         raise FtError(f"{folder / 'state.json'} is not a state of this program: {error}") from error
 
 

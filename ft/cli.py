@@ -62,6 +62,9 @@ def main(arguments: Sequence[str]) -> int:
     except FtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # what the disk or its permissions refuse; files that are read have messages of their own
+        print(f"error: {error.strerror or error}: {error.filename or config.output_dir}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; --resume continues from the newest checkpoint", file=sys.stderr)
         return 130

@@ -297,9 +297,9 @@ def _opening(config: Config, model: GPT2, precision: Precision, data: Data, last
     """The paragraph at the start of a run."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {name: len(examples) for name, examples in data.examples.items()}
-    start = "as published" if config.init == "pretrained" else "from random weights"
+    start = "" if config.init == "pretrained" else ", from random weights"
     return (
-        f"Fine-tuning {config.model} {start}, {parameters:,} parameters, on {precision.device} in {precision.name} "
+        f"Fine-tuning {config.model}{start}: {parameters:,} parameters, on {precision.device} in {precision.name} "
         f"({precision.reason}).\n"
         f"Data: {config.dataset}, {', '.join(f'{n:,} reviews to {VERB[name]}' for name, n in sizes.items())}; "
         f"labels {', '.join(data.label_names)}.\n"

@@ -190,6 +190,7 @@ def cut(name):
             lambda folder: (folder / "state.json").write_text(json.dumps({"stop": 1, "grad_scaler": {}})),
             r"state\.json is not a state of this program",
         ),
+        (lambda folder: (folder / "state.json").write_text("{}"), r"state\.json is not a state of this program"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, message):

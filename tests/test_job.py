@@ -48,7 +48,7 @@ def test_the_program_from_start_to_end(small, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "quiet and plain where nobody watches a bar"
-    assert "parameters, on cpu in fp32 (as --precision says)" in done.stdout
+    assert "135,232 parameters, on cpu in fp32 (as --precision says)" in done.stdout
     assert "40 reviews to train on, 20 reviews to validate, 10 reviews to test; labels neg, pos" in done.stdout
     assert "Plan: 5 steps of 8 reviews" in done.stdout
     assert "Finished 5 steps in" in done.stdout
@@ -156,6 +156,14 @@ def test_failures_say_what_is_wrong_and_leave_no_trace(small, prepare, flags, me
 def test_a_device_that_is_not_there_is_wrong_usage(small, capsys):
     assert main(command({**small, "--device": "cuda:99"})) == 2
     assert "--device is 'cuda:99', PyTorch" in capsys.readouterr().err
+
+
+def test_an_output_directory_that_cannot_be_written_is_named(small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(command({**small, "--output-dir": str(tmp_path / "file" / "run")})) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file" / "run") in error
+    assert "Traceback" not in error
 
 
 def test_without_a_hub_the_error_names_what_helps(tmp_path):

@@ -185,7 +185,6 @@ import sys
 from pathlib import Path
 from ft.report import Report
 with Report(Path(sys.argv[1]), total_steps=40, first_step=10, metrics_bytes=0) as report:
-    report._bar.mininterval = 0  # show every step, however fast they come
     for step in range(11, 41):
         report.step(reviews=8, tokens=100)
         if step % 10 == 0:
@@ -222,8 +221,14 @@ def run_on_a_terminal(path):
 
     terminal, process_side = pty.openpty()
     fcntl.ioctl(process_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(path)], cwd=ROOT, stdout=process_side,
-                               stderr=process_side, stdin=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(path)],
+        cwd=ROOT,
+        env={**os.environ, "TQDM_MININTERVAL": "0"},  # show every step, however fast they come
+        stdin=subprocess.DEVNULL,
+        stdout=process_side,
+        stderr=process_side,
+    )
     os.close(process_side)
     written = b""
     try:
