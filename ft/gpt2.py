@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ft.errors import FtError
+from ft.matmul import affine, matrix_products
 from ft.packing import Packing, Selection
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -91,7 +92,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
-        return torch.addmm(self.bias, x, self.weight)
+        return affine(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -113,8 +114,8 @@ class Attention(nn.Module):
             query_weight, key_value_weight = self.c_attn.weight.split((self.n_embd, 2 * self.n_embd), dim=1)
             query_bias, key_value_bias = self.c_attn.bias.split((self.n_embd, 2 * self.n_embd))
             selected = hidden_states.index_select(0, selection.rows)
-            queries = selection.packing.unpack(torch.addmm(query_bias, selected, query_weight))  # (B, Q, C)
-            keys, values = packing.unpack(torch.addmm(key_value_bias, hidden_states, key_value_weight)).chunk(2, dim=-1)
+            queries = selection.packing.unpack(affine(selected, query_weight, query_bias))  # (B, Q, C)
+            keys, values = packing.unpack(affine(hidden_states, key_value_weight, key_value_bias)).chunk(2, dim=-1)
 
         # Padding stands behind every real row, so that the causal mask alone keeps real rows from seeing it.
         attended = F.scaled_dot_product_attention(
@@ -211,7 +212,7 @@ class GPT2(nn.Module):
             hidden_states = call(block, hidden_states, packing)
         hidden_states = call(self.h[-1], hidden_states, packing, selection)  # (S, C)
         head = self.wte.weight if candidates is None else self.wte.weight[candidates]
-        return F.linear(self.ln_f(hidden_states), head)  # (S, V)
+        return affine(self.ln_f(hidden_states), head.T)  # (S, V)
 
     def _checkpointed_call(self) -> Callable[..., Tensor]:
         """How to call a block: as it is, or so that its activations are recomputed in the backward pass.
@@ -286,5 +287,4 @@ class GPT2(nn.Module):
 
 def _keep_matrix_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ANN401
     """What selective activation checkpointing keeps of a block."""
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in matrix_products() else CheckpointPolicy.PREFER_RECOMPUTE
