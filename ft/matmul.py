@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The linear map x W + b: (N, in) and (in, out) -> (N, out)."""
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    if plain or torch.compiler.is_compiling() or not onednn_is_faster():
+    # A slice of columns, neither (in, out) nor its transpose, would take oneDNN's reference code: 500 times as slow.
+    sliced = not (weight.is_contiguous() or weight.T.is_contiguous())
+    if plain or sliced or torch.compiler.is_compiling() or not onednn_is_faster():
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     return OneDNNAffine.apply(x, weight, bias)
 

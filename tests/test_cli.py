@@ -294,6 +294,8 @@ def test_the_job_gets_the_configuration_and_success_is_0(monkeypatch, capsys):
     ("error", "status", "said"),
     [
         (FtError("it is broken; mend it"), 1, "error: it is broken; mend it\n"),
+        (OSError(28, "No space left on device"), 1, f"error: No space left on device: {Config.output_dir}\n"),
+        (PermissionError(13, "Permission denied", "a/b"), 1, "error: Permission denied: a/b\n"),
         (UsageError("one", "two"), 2, "error: one\nerror: two\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted; --resume continues from the newest checkpoint\n"),
     ],

@@ -109,6 +109,7 @@ def test_every_type_of_text_and_whole_number_is_read(tmp_path, text_type, label_
         {"huggingface": '{"info": {"features": {"label": {"dtype": "int64"}}}}'},
         {"huggingface": '{"info": {"features": {"label": {"names": "neg"}}}}'},
         {"huggingface": '{"info": {"features": {"label": {"names": [1, 2]}}}}'},
+        {"huggingface": '{"info": {"features": {"label": {"names": ["neg", 2]}}}}'},
     ],
 )
 def test_metadata_without_label_names_is_no_error(tmp_path, metadata):

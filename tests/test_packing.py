@@ -135,6 +135,7 @@ def test_a_selection_in_sequences_padded_to_one_length_is_the_same_selection(len
     packed, padded = Selection.last(lengths, counts), Selection.last(lengths, counts, pad_to=length)
     starts = torch.arange(len(lengths)).repeat_interleave(torch.tensor(counts)) * length
     assert torch.equal(padded.rows, starts + Packing.of(lengths).positions[packed.rows])
+    assert padded.mask.shape[-1] == length
     assert torch.equal(padded.mask[..., : max(lengths)], packed.mask)
     assert not padded.mask[..., max(lengths) :].any()
     assert torch.equal(padded.packing.slots, packed.packing.slots)

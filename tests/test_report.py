@@ -84,6 +84,18 @@ def test_figures_are_written_in_full(path, clock):
     assert (event["loss"], event["learning_rate"], event["grad_norm"]) == (0.1 + 0.2, 1 / 3e5, 1e-30)
 
 
+@pytest.mark.parametrize("grad_norm", [float("inf"), float("nan")])
+def test_a_gradient_that_overflowed_has_no_norm(path, clock, capsys, grad_norm):
+    with open_report(path) as report:
+        clock.now += 1
+        report.training(1, 0.1, **{**FIGURES, "grad_norm": grad_norm})
+    (event,) = events(path)
+    assert list(event) == TRAINING_KEYS
+    assert event["grad_norm"] is None
+    assert not re.search("NaN|Infinity", path.read_text()), "neither is JSON"
+    assert "  grad norm overflow  " in capsys.readouterr().out
+
+
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_goes_on_behind_the_others(path):
     with open_report(path) as report:
         report.write(1, 0.1, {"loss": 1.0})
