@@ -140,7 +140,7 @@ def test_flag_and_file_win_over_the_resumed_run():
 
 
 def test_resume_finds_the_run_in_the_default_folder():
-    write_json(f"{Config.output_dir}/config.json", seed=6)
+    write_json(f"{Config.output_dir}/config.json", seed=6, output_dir="where/it/was")
     assert read_arguments(["--resume"]) == Config(resume=NEWEST, seed=6)
     assert read_arguments([]) == Config(), "without --resume an earlier run says nothing"
 
@@ -156,8 +156,9 @@ def test_resume_takes_a_run_or_one_of_its_checkpoints(path):
 def test_a_resumed_demo_goes_on_in_its_folder():
     resumed = read_arguments(["--demo", "--resume"])
     assert resumed == Config(resume=NEWEST, demo=True, **SETTINGS)
-    elsewhere = read_arguments(["--demo", "--resume", "--output-dir", "runs/b"])
-    assert elsewhere == Config(resume=NEWEST, demo=True, **{**SETTINGS, "output_dir": "runs/b"})
+    in_b = {**SETTINGS, "output_dir": "runs/b"}
+    assert read_arguments(["--demo", "--resume", "--output-dir", "runs/b"]) == Config(resume=NEWEST, demo=True, **in_b)
+    assert read_arguments(["--demo", "--resume", "runs/b"]) == Config(resume="runs/b", demo=True, **in_b)
 
 
 def test_that_a_run_was_resumed_or_overwrote_another_is_not_inherited():
