@@ -129,7 +129,7 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
         base = {**SETTINGS, **base}
         run = Path(settings.get("output_dir", base["output_dir"]))
     if resume is not None and (run / "config.json").is_file():
-        return {**read_config_file(run / "config.json"), **base, "output_dir": str(run)}
+        return {**base, **read_config_file(run / "config.json"), "output_dir": str(run)}
     return base
 
 

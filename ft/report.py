@@ -21,6 +21,7 @@ class Report:
         self.metrics_path = metrics_path
         self._file = metrics_path.open("ab")
         self._file.truncate(metrics_bytes)
+        self._file.seek(0, 2)  # truncating leaves the position, which `metrics_bytes` tells, behind the new end
         # On a terminal a bar, elsewhere (a file, a pipe) only the log lines, whole ones.
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
