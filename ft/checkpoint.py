@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FtError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(value, dict):
         raise FtError(f"{path} must hold a JSON object")

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Never
 
@@ -50,6 +52,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    # A file name may hold bytes that are no text: they are shown escaped, where printing would fail otherwise.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         config = read_arguments(arguments)
         from ft.job import run_job  # here, since --help and a wrong flag need not wait for torch
@@ -79,12 +85,16 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     Raises:
         UsageError: with one sentence for every problem there is.
     """
-    parsed, rest = _parser().parse_known_args(arguments)
+    words = _with_negative_numbers_joined(arguments)
+    switches = {flag(name) for name, (kind, _) in field_types().items() if kind is bool}
+    valued = [word for word in words if word.partition("=")[0] in switches and "=" in word]
+    problems = [f"{word.partition('=')[0]} takes no value, leave {word.partition('=')[2]!r} out" for word in valued]
+    parsed, rest = _parser().parse_known_args([word for word in words if word not in valued])
     # What follows an unknown flag is taken for its value, which is no problem of its own.
-    problems = [
+    problems += [
         _unknown(argument)
         for before, argument in zip(["", *rest], rest, strict=False)
-        if argument.startswith("-") or not before.startswith("-")
+        if argument.startswith("-") or not before.startswith("-") or "=" in before
     ]
     config_file = vars(parsed).pop("config", None)
     settings: dict[str, Any] = {}
@@ -113,9 +123,22 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     return config
 
 
+def _with_negative_numbers_joined(arguments: Sequence[str]) -> list[str]:
+    """`--flag -1e-3` as `--flag=-1e-3`, since argparse takes most forms of a negative number for a flag."""
+    words: list[str] = []
+    for word in arguments:
+        if words and re.fullmatch(r"--[^=]+", words[-1]) and re.fullmatch(r"-([0-9.]|inf|nan).*", word, re.IGNORECASE):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
     """What --resume and --demo put in place of the defaults: the settings of the run that goes on, or the demo's."""
     resume = settings.get("resume")
+    if not isinstance(settings.get("output_dir", ""), str):
+        return {}  # which `Config` refuses
     if resume is not None and resume != NEWEST:
         given = Path(resume)
         run = given.parent if given.name.startswith("checkpoint-") else given

@@ -8,7 +8,7 @@ import ast
 import functools
 import inspect
 import json
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -219,7 +219,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"the configuration {path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"the configuration {path} must be a JSON object of settings")
@@ -238,6 +238,12 @@ def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
     ]
 
 
+def _shortened(value: float) -> str:
+    """A number in a message: of hundreds of digits the first ones."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
+
+
 def _problems(config: Config) -> list[str]:
     """Everything that is wrong with a configuration, one sentence each."""
     problems = []
@@ -253,18 +259,22 @@ def _problems(config: Config) -> list[str]:
             problems.append(f"{flag(name)} is {value!r}, it must be {wanted}")
         elif choices and value not in choices:
             problems.append(f"{flag(name)} is {value!r}, it must be one of {', '.join(choices)}")
-        elif kind is float and not math.isfinite(value):
-            problems.append(f"{flag(name)} is {value}, it must be finite")
+        elif kind is float and not abs(value) <= sys.float_info.max:
+            problems.append(f"{flag(name)} is {_shortened(value)}, it must be finite")
+        elif kind is int and value >= 2**63:
+            problems.append(f"{flag(name)} is {_shortened(value)}, it must be below 2**63")
         elif name in _MINIMUM and value < _MINIMUM[name]:
             problems.append(f"{flag(name)} is {value}, it must be at least {_MINIMUM[name]}")
         elif name == "dropout" and value >= 1:
             problems.append(f"--dropout is {value}, it must be below 1")
         elif name == "epochs" and value <= 0:
             problems.append(f"--epochs is {value}, it must be above 0")
-        elif name == "seed" and value >= 2**63:
-            problems.append(f"--seed is {value}, it must be below 2**63")
+        elif name == "epochs" and value > 1e6:
+            problems.append(f"--epochs is {_shortened(value)}, it must be at most 1000000")
         elif kind is str and not value:
             problems.append(f"{flag(name)} is empty")
+        elif kind is str and "\0" in value:
+            problems.append(f"{flag(name)} is {value!r}, it must not hold a NUL character")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
     return problems

@@ -79,7 +79,7 @@ def read_split(name: str, paths: Sequence[Path]) -> Split:
             if absent:
                 raise FtError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(schema.names)}")
             table = pq.read_table(path, columns=["text", "label"])
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise FtError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from error
         for column, fits, wanted in (
             ("text", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t), "text"),
@@ -91,7 +91,11 @@ def read_split(name: str, paths: Sequence[Path]) -> Split:
             if table[column].null_count:
                 row = table[column].is_null().to_pylist().index(True)
                 raise FtError(f"the {column} in row {row} of {path} is null; fill it or leave the row out")
-        texts += table["text"].to_pylist()
+        for row, text in enumerate(table["text"].cast(pa.large_binary()).to_pylist()):
+            try:
+                texts.append(text.decode())
+            except UnicodeDecodeError as error:
+                raise FtError(f"the text in row {row} of {path} is not UTF-8: {error.reason}") from error
         labels += table["label"].to_pylist()
         label_names = label_names or _label_names(schema.metadata)
     if not texts:
@@ -104,7 +108,7 @@ def _label_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = features["label"]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 

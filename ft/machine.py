@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -24,20 +25,17 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device is {name!r}, it must be cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda":
-        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= present:
-            raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds {present} CUDA devices here")
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds no MPS device here")
-    elif device.type != "cpu":
+    # By pattern, as torch.device() takes names of other accelerators too and lets an index beyond 127 wrap around.
+    kind = re.fullmatch(r"cpu|mps|cuda(:(?P<index>0|[1-9][0-9]{0,8}))?", name)
+    if kind is None:
         raise UsageError(f"--device is {name!r}, it must be cpu, cuda, cuda:N or mps")
-    return device
+    if name.startswith("cuda"):
+        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(kind["index"] or 0) >= present:
+            raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds {present} CUDA devices here")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds no MPS device here")
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,9 @@ def choose_precision(setting: str, device: torch.device) -> Precision:
     if setting != "auto":
         return Precision(setting, "as --precision says", device)
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        with torch.cuda.device(device):  # the question is put to the current GPU, which need not be the one meant
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if has_bf16:
             return Precision("bf16", "this GPU computes bf16 in hardware", device)
         return Precision("fp16", "this GPU computes fp16 but no bf16 in hardware", device)
     if device.type == "mps":

@@ -24,6 +24,8 @@ def predict(
 
     No other token's logit is computed. The model is left in the mode it was found in.
     """
+    if not texts:
+        return torch.empty(0, len(label_ids))
     device = model.wte.weight.device
     # The label of an example is only its target, so that any will do here.
     examples = encode(Split("given", list(texts), [0] * len(texts)), tokenizer, label_ids, max_length)

@@ -201,6 +201,15 @@ def test_that_a_run_was_resumed_or_overwrote_another_is_not_inherited():
         ("--epochs 0", ["--epochs is 0.0, it must be above 0"]),
         ("--learning-rate NaN", ["--learning-rate is nan, it must be finite"]),
         ("--learning-rate 1e999", ["--learning-rate is inf, it must be finite"]),
+        ("--learning-rate -1e-3", ["--learning-rate is -0.001, it must be at least 0.0"]),
+        ("--learning-rate -.5e+2 --seed 1", ["--learning-rate is -50.0, it must be at least 0.0"]),
+        ("--epochs -inf", ["--epochs is -inf, it must be finite"]),
+        ("--epochs 1e308", ["--epochs is 1e+308, it must be at most 1000000"]),
+        ("--xyzzy -1e3", ["there is no flag --xyzzy; --help lists all flags"]),
+        ("--foo=4 stray", ["there is no flag --foo; --help lists all flags", "'stray' belongs to no flag"]),
+        ("--demo=1 --batch-size 0", ["--demo takes no value, leave '1' out",
+                                     "--batch-size is 0, it must be at least 1"]),
+        ("--overwrite -1", ["--overwrite takes no value, leave '-1' out"]),
         ("--learning-rate fast", ["--learning-rate is 'fast', it must be a number"]),
         ("--dropout 1", ["--dropout is 1.0, it must be below 1"]),
         ("--precision fp8", ["--precision is 'fp8', it must be one of auto, fp32, bf16, fp16"]),
@@ -244,6 +253,11 @@ def test_a_wrong_command_line_is_refused_with_everything_that_is_wrong(command_l
         ('{"batch_size": "8"}', "--batch-size is '8', it must be a whole number"),
         ('{"batch_size": null}', "--batch-size is None, it must be a whole number"),
         ('{"epochs": NaN}', "--epochs is nan, it must be finite"),
+        ('{"epochs": ' + "9" * 400 + "}", f"--epochs is {'9' * 20}... (400 digits), it must be finite"),
+        ('{"max_steps": ' + "9" * 400 + "}", f"--max-steps is {'9' * 20}... (400 digits), it must be below 2**63"),
+        ('{"output_dir": 3}', "--output-dir is 3, it must be a text"),
+        ('{"output_dir": null}', "--output-dir is None, it must be a text"),
+        ('{"output_dir": "a\\u0000b"}', "--output-dir is 'a\\x00b', it must not hold a NUL character"),
         ('{"demo": "yes"}', "--demo is 'yes', it must be true or false"),
     ],
 )
@@ -258,7 +272,7 @@ def test_a_wrong_configuration_file_is_refused_like_a_wrong_flag(content, proble
         assert problems_of("--resume", ".") == [problem.replace("mine", "config")]
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in (*NOT_OF_THE_RUN, "output_dir")])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_OF_THE_RUN])
 def test_every_setting_of_a_file_is_checked_for_its_type(name):
     wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[field_types()[name][0]]
     write_json("mine.json", **{name: [1]})

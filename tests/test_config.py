@@ -149,6 +149,10 @@ WRONG = [
     ({"epochs": 0.0}, "--epochs is 0.0, it must be above 0"),
     ({"epochs": -1.0}, "--epochs is -1.0, it must be above 0"),
     ({"epochs": float("nan")}, "--epochs is nan, it must be finite"),
+    ({"epochs": 10**400}, f"--epochs is 1{'0' * 19}... (401 digits), it must be finite"),
+    ({"epochs": 1e7}, "--epochs is 10000000.0, it must be at most 1000000"),
+    ({"max_steps": 2**63}, "--max-steps is 9223372036854775808, it must be below 2**63"),
+    ({"model": "a\0b"}, "--model is 'a\\x00b', it must not hold a NUL character"),
     ({"epochs": float("inf")}, "--epochs is inf, it must be finite"),
     ({"learning_rate": -1e-5}, "--learning-rate is -1e-05, it must be at least 0.0"),
     ({"learning_rate": float("nan")}, "--learning-rate is nan, it must be finite"),
@@ -218,6 +222,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_fields():
         {"seed": 0, "learning_rate": 0.0, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0},
         {"seed": 2**63 - 1, "dropout": 0.0, "epochs": 1e-3},
         {"dropout": 0.999, "epochs": 2, "learning_rate": 1},
+        {"max_steps": 2**63 - 1, "epochs": 1e6},
         {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "keep_checkpoints": 1},
         {"resume": "newest"},
         {"overwrite": True},
@@ -265,6 +270,8 @@ def test_a_file_written_by_hand_may_have_fewer_settings(tmp_path):
         (b"\xff\xfe", "the configuration {path} is not JSON: 'utf-8' codec can't decode byte 0xff in position 0: "
                       "invalid start byte"),
         (b"[]", "the configuration {path} must be a JSON object of settings"),
+        (b"[" * 100_000, "the configuration {path} is not JSON: maximum recursion depth exceeded while decoding a JSON "
+                         "array from a unicode string"),
         (b"null", "the configuration {path} must be a JSON object of settings"),
         (b'{"batchsize": 8}', "the configuration {path} has unknown settings: batchsize"),
         (b'{"seed": 1, "b": 8, "a": 0}', "the configuration {path} has unknown settings: b, a"),

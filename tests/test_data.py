@@ -152,6 +152,15 @@ def test_a_table_that_does_not_fit_is_refused_by_file_column_and_row(tmp_path, c
     assert str(raised.value) == message.format(path=path)
 
 
+def test_a_text_that_is_not_utf8_is_refused_by_row(tmp_path):
+    buffers = pa.array([b"good", b"\xff\xfe bad"], pa.binary()).buffers()
+    text = pa.StringArray.from_buffers(2, buffers[1], buffers[2])
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": text, "label": [0, 1]}), path)
+    with pytest.raises(FtError, match=f"the text in row 1 of {path} is not UTF-8: invalid start byte"):
+        read_split("train", [path])
+
+
 def test_the_file_named_is_the_one_that_is_wrong(tmp_path):
     good = write_parquet(tmp_path / "good.parquet", ["a", "b"], [0, 1])
     bad = write_parquet(tmp_path / "bad.parquet", ["c", None], [0, 1])

@@ -173,6 +173,10 @@ def test_probabilities_are_a_softmax_over_the_label_tokens(demo_model, batch_siz
     assert result.max(dim=-1).values.std() > 0.01, "texts must differ for this test to say anything"
 
 
+def test_no_texts_have_no_probabilities(demo_model):
+    assert predict(*demo_model, [], [1, 2], max_length=12).shape == (0, 2)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_predicting_keeps_the_mode_and_the_random_state(demo_model, training):
     model, tokenizer = demo_model

@@ -190,3 +190,15 @@ def test_the_demo_is_the_same_program_and_can_be_run_again(tmp_path, capsys):
         assert "Finished 3 steps" in output
         assert output.rstrip().endswith("python run.py --device cuda (or mps, or cpu)")
     assert len(metrics(tmp_path / "demo")) == 3
+
+
+def test_a_resumed_demo_keeps_the_settings_of_its_run(tmp_path, capsys):
+    arguments = ["--demo", "--output-dir", str(tmp_path / "demo")]
+    assert main([*arguments, "--max-steps", "2", "--batch-size", "3", "--save-steps", "1"]) == 0
+    for name in ("final", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "demo" / name)
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "Continuing after step 1" in output
+    assert "Plan: 2 steps of 3 reviews" in output

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(machine, "Path", FakePath)
 
@@ -71,6 +73,12 @@ def test_a_device_that_is_present_is_taken(pretend, name):
         ("CPU", 1, "--device is 'CPU', it must be cpu, cuda, cuda:N or mps"),
         ("", 1, "--device is '', it must be cpu, cuda, cuda:N or mps"),
         ("cuda:x", 1, "--device is 'cuda:x', it must be cpu, cuda, cuda:N or mps"),
+        ("cuda:200", 1, "--device is 'cuda:200', PyTorch {torch} finds 1 CUDA devices here"),
+        ("cuda:256", 1, "--device is 'cuda:256', PyTorch {torch} finds 1 CUDA devices here"),
+        ("cuda:01", 2, "--device is 'cuda:01', it must be cpu, cuda, cuda:N or mps"),
+        ("cuda:", 2, "--device is 'cuda:', it must be cpu, cuda, cuda:N or mps"),
+        ("cpu:1", 1, "--device is 'cpu:1', it must be cpu, cuda, cuda:N or mps"),
+        ("mps:3", 1, "--device is 'mps:3', it must be cpu, cuda, cuda:N or mps"),
         ("cuda:-1", 1, "--device is 'cuda:-1', it must be cpu, cuda, cuda:N or mps"),
         ("meta", 1, "--device is 'meta', it must be cpu, cuda, cuda:N or mps"),
         ("xpu", 1, "--device is 'xpu', it must be cpu, cuda, cuda:N or mps"),
@@ -106,6 +114,26 @@ AVX512 = "processor : 0\nflags : fpu avx512f avx512_bf16\n"
 def test_auto_takes_the_fastest_format_that_is_computed_in_hardware(pretend, device, machine_has, name, reason):
     pretend(**machine_has)
     assert choose_precision("auto", device) == Precision(name, reason, device)
+
+
+def test_auto_asks_the_gpu_that_is_meant_not_the_current_one(pretend, monkeypatch):
+    pretend(cuda=2)
+    current = [torch.device("cuda:0")]
+
+    class FakeCurrent:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", FakeCurrent)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[-1] == torch.device("cuda:1"))
+    assert choose_precision("auto", torch.device("cuda:1")).name == "bf16"
+    assert choose_precision("auto", torch.device("cuda:0")).name == "fp16"
 
 
 @pytest.mark.parametrize("setting", ["fp32", "bf16", "fp16"])

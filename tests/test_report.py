@@ -103,6 +103,7 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_goes_on_behind_t
         report.write(2, 0.2, {"loss": 2.0})
         report.write(3, 0.3, {"loss": 3.0})
     with open_report(path, first_step=1, metrics_bytes=kept) as report:
+        assert report.metrics_bytes == kept
         assert events(path) == [{"step": 1, "epoch": 0.1, "loss": 1.0}]
         report.write(2, 0.2, {"loss": 2.5})
         assert report.metrics_bytes == path.stat().st_size
