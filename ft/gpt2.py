@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ft.dropout import Dropout
 from ft.errors import FtError
 from ft.matmul import affine, matrix_products
 from ft.packing import Packing, Selection
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one matrix product
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.attn_pdrop = config.attn_pdrop
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, packing: Packing, selection: Selection | None = None) -> Tensor:
         """(N, C) -> (N, C), or (S, C) for a selection: its queries against everybody's keys and values."""
@@ -143,7 +144,7 @@ class MLP(nn.Module):
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Linear(config.n_embd, n_inner)
         self.c_proj = Linear(n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(N, C) -> (N, C)."""
@@ -180,7 +181,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(
             config.n_positions, config.n_embd, _weight=torch.empty(config.n_positions, config.n_embd)
         )
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.activation_checkpointing: ActivationCheckpointing = "none"

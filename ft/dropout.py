@@ -1,0 +1,38 @@
+"""Dropout, whose random numbers take longer on a CPU than all other work on the same rows together."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEVELS = 2**16
+
+
+class Dropout(nn.Module):
+    """Sets each element to 0 with probability p while training, and scales the others so that the mean stays.
+
+    Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (2014).
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        if not self.training or self.p == 0.0:
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.p)
+        return dropout_by_16_bits(x, self.p)
+
+
+def dropout_by_16_bits(x: Tensor, p: float) -> Tensor:
+    """Dropout that takes 16 random bits an element, four times as fast on a CPU as `F.dropout`.
+
+    PyTorch draws a number from its generator for every element; here one of 64 bits serves four. The probability is
+    rounded to a multiple of 1/65536, and the scale belongs to the rounded one.
+    """
+    dropped = min(round(p * LEVELS), LEVELS - 1)
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = numbers.view(torch.int16)[: x.numel()].view(x.shape)
+    return torch.where(bits >= dropped - LEVELS // 2, x * (LEVELS / (LEVELS - dropped)), 0.0)
