@@ -10,14 +10,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, markdown_table, write_result
 from benchmarks.trainer import Inputs, parser_of_inputs, peak_memory_bytes, prepared_inputs
+from ft import dropout, matmul
 from ft.checkpoint import State, load_weights, read_json
 from ft.config import Config
 from ft.data import Batch, Example, collate, encode, epoch_order, label_tokens, read_split, read_tokenizer
@@ -51,9 +52,11 @@ class Variant:
         padded: every sequence has the length of the batch's longest.
         selected_before: from where on only the supervised rows are computed.
         dense_lookup: the gradient of the token look-up is a second (V, C) array.
-        adamw: which of PyTorch's three implementations.
+        adamw: which of PyTorch's three implementations; the program calls the fused one's kernel itself.
         clips_in_optimizer: AdamW scales the gradients as it reads them; only the fused one can.
         keeps_memory: freed memory stays with the process.
+        dropout_by_element: PyTorch's own dropout, which draws a random number for each element.
+        mkl_only: no matrix product goes to oneDNN. Where the program sends none there, nothing changes.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Variant:
     adamw: Literal["fused", "foreach", "for-loop"] = "fused"
     clips_in_optimizer: bool = True
     keeps_memory: bool = True
+    dropout_by_element: bool = False
+    mkl_only: bool = False
 
 
 ALL_ON = Variant("all savings")
@@ -78,7 +83,9 @@ VARIANTS = (
     Variant("AdamW for-loop, clipping as its own pass", adamw="for-loop", clips_in_optimizer=False),
     Variant("clipping as its own pass", clips_in_optimizer=False),
     Variant("freed memory handed back", keeps_memory=False),
-    Variant("no saving", True, True, "loss", True, "for-loop", False, False),
+    Variant("PyTorch's own dropout", dropout_by_element=True),
+    Variant("matrix products by MKL alone", mkl_only=True),
+    Variant("no saving", True, True, "loss", True, "for-loop", False, False, True, True),
 )
 
 
@@ -121,7 +128,7 @@ def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
         hidden_states = model.h[-1](hidden_states, batch.packing)
     if variant.selected_before == "head":
         hidden_states = hidden_states.index_select(0, rows)
-    logits = F.linear(model.ln_f(hidden_states), model.wte.weight)
+    logits = matmul.affine(model.ln_f(hidden_states), model.wte.weight.T)
     return logits.index_select(0, rows) if variant.selected_before == "loss" else logits
 
 
@@ -141,8 +148,13 @@ def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
 def step(model: GPT2, optimizer: torch.optim.AdamW, examples: Sequence[Example], variant: Variant) -> float:
     """One optimiser step, the body of the loop in `ft/train.py` for one batch; returns the loss."""
     batch = build_batch(examples, variant)
-    loss = F.cross_entropy(logits_of(model, batch, variant), batch.target_ids)
-    loss.backward()
+    with ExitStack() as patches:
+        if variant.dropout_by_element:
+            patches.enter_context(patch.object(dropout, "dropout_by_16_bits", F.dropout))
+        if variant.mkl_only:
+            patches.enter_context(patch.object(matmul, "onednn_is_faster", lambda: False))
+        loss = F.cross_entropy(logits_of(model, batch, variant), batch.target_ids)
+        loss.backward()
     update(model, optimizer, variant)
     return loss.item()
 
@@ -163,7 +175,7 @@ def build(inputs: Inputs, keeps_memory: bool, dropout: float) -> tuple[GPT2, tor
     config = GPT2Config.from_dict(read_json(inputs.model / "config.json"))
     model = GPT2(replace(config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)).train()
     load_weights(model, [inputs.model / "model.safetensors"])
-    return model, build_optimizer(model, LEARNING_RATE, weight_decay=0.0)
+    return model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
 def batches(inputs: Inputs, first_step: int, steps: int) -> list[list[Example]]:
@@ -195,7 +207,7 @@ def first_losses(inputs: Inputs, variant: Variant) -> tuple[list[float], int]:
 
 def first_losses_of_the_program(inputs: Inputs) -> list[float]:
     """The same losses from `ft.train.train`, against which those of the variants are held."""
-    model, optimizer = build(inputs, keeps_memory=True, dropout=0.0)
+    model, _ = build(inputs, keeps_memory=True, dropout=0.0)
     config = Config(
         batch_size=BATCH_SIZE,
         max_length=MAX_LENGTH,
@@ -210,7 +222,7 @@ def first_losses_of_the_program(inputs: Inputs) -> list[float]:
     report.pause.return_value = nullcontext()
     train(
         model,
-        optimizer,
+        build_optimizer(model, LEARNING_RATE, weight_decay=0.0),
         PRECISION.grad_scaler(),
         read_examples(inputs),
         config,

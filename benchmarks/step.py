@@ -25,7 +25,7 @@ from ft.data import Example, Split, collate, read_split
 from ft.evaluate import Evaluation
 from ft.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.machine import Precision
-from ft.optim import build_optimizer
+from ft.optim import AdamW, build_optimizer
 from ft.train import train
 
 PARTS = ("data", "forward", "backward", "clip", "AdamW", "other")
@@ -84,10 +84,16 @@ class ClockedScaler(torch.amp.GradScaler):
         self._clock.mark("forward" if outputs.requires_grad else "backward")
         return outputs
 
+    def step(self, optimizer: AdamW) -> None:
+        """The update, which begins when the gradients' norm is known."""
+        self._clock.mark("clip")
+        optimizer.step()
+        self._clock.mark("AdamW")
+
 
 def build(
     size: str, activation_checkpointing: ActivationCheckpointing = "none", **config_overrides: Any
-) -> tuple[GPT2, torch.optim.AdamW, GPT2Config]:
+) -> tuple[GPT2, AdamW, GPT2Config]:
     """A model of random weights and its optimiser, made as the job makes them (after `keep_freed_memory`)."""
     config = GPT2Config.from_dict(model_config(size, **config_overrides))
     model = GPT2(config)
@@ -97,20 +103,14 @@ def build(
     return model, build_optimizer(model, learning_rate=2e-5, weight_decay=0.0), config
 
 
-def timed_steps(
-    model: GPT2, optimizer: torch.optim.AdamW, examples: Sequence[Example], batch_size: int
-) -> list[dict[str, float]]:
+def timed_steps(model: GPT2, optimizer: AdamW, examples: Sequence[Example], batch_size: int) -> list[dict[str, float]]:
     """Train on all examples once, by `ft.train.train` as it is, and return the seconds of each part of each step.
 
-    The marks come from the loop's own arguments and from hooks: `forward` includes the loss, `backward` all up to the
+    The marks come from the loop's own arguments and from a hook: `forward` includes the loss, `backward` all up to the
     learning rate, `other` is the clearing of gradients.
     """
     clock = Clock()
-    hooks = [
-        model.register_forward_pre_hook(lambda *_: clock.mark("data")),
-        optimizer.register_step_pre_hook(lambda *_: clock.mark("clip")),
-        optimizer.register_step_post_hook(lambda *_: clock.mark("AdamW")),
-    ]
+    hook = model.register_forward_pre_hook(lambda *_: clock.mark("data"))
     train(
         model,
         optimizer,
@@ -124,8 +124,7 @@ def timed_steps(
         evaluate=lambda: Evaluation(loss=0.0, accuracy=0.0),
         save=lambda state: None,
     )
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     return clock.steps
 
 

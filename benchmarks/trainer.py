@@ -80,9 +80,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Block:
-    """The steps of one turn, and the most memory that the process has ever held."""
+    """The steps of one turn, when the process began its very first one, and the most memory it has ever held."""
 
     steps: list[Step]
+    first_began: float
     peak_bytes: int
 
 
@@ -102,13 +103,19 @@ class Turns:
         self.steps: list[Step] = []
         self.left = 1
         self.started = time.perf_counter()
+        self.first_began: float | None = None
+
+    def step_begins(self) -> None:
+        """Note when the first step begins: imports, weights and tokenising are done. The clock is the machine's."""
+        if self.first_began is None:
+            self.first_began = time.perf_counter()
 
     def step_done(self, loss: float, tokens: int = 0) -> None:
         """Note a step, and wait if it was the last of this turn."""
         self.steps.append(Step(time.perf_counter() - self.started, loss, tokens))
         self.left -= 1
         if self.left == 0:
-            self.connection.send(Block(self.steps, peak_memory_bytes()))
+            self.connection.send(Block(self.steps, self.first_began, peak_memory_bytes()))
             self.steps = []
             self.left = self._wait()
         self.started = time.perf_counter()
@@ -145,6 +152,9 @@ def run_trainer(turns: Turns, row: Row, inputs: Inputs) -> None:
     from benchmarks.trainer_reference import build_trainer
 
     class TakeTurns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            turns.step_begins()
+
         def on_log(
             self,
             args: "TrainingArguments",
@@ -189,6 +199,7 @@ def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
     ) -> None:
         *_, state = arguments
         turns.actions = {"evaluate": evaluate, "save": lambda: save(state)}
+        turns.step_begins()
         train(*arguments, evaluate=evaluate, save=save, **others | {"report": TakeTurns()})
 
     job.train = train_in_turns
@@ -229,7 +240,8 @@ class Worker:
         self.process.start()
         theirs.close()  # so that a worker that dies is noticed
         self.blocks: list[Block] = [self.connection.recv()]
-        self.start_up = time.perf_counter() - started
+        self.first_step_done = time.perf_counter() - started
+        self.start_up = self.blocks[0].first_began - started
         self.seconds: dict[str, list[float]] = {"evaluate": [], "save": []}
 
     def train(self, steps: int) -> None:
@@ -284,8 +296,12 @@ def measure(row: Row, inputs: Inputs, steps: int, rounds: int) -> dict[str, Any]
             "tokens_per_second": tokens / step,
             "evaluation_samples_per_second": VALIDATION_REVIEWS / evaluation,
             "start_up": worker.start_up,
+            "first_step_done": worker.first_step_done,
             "save": save,
-            "whole_job": worker.start_up + (STEPS - 1) * step + EVALUATIONS[name] * evaluation + SAVES[name] * save,
+            "whole_job": worker.first_step_done
+            + (STEPS - 1) * step
+            + EVALUATIONS[name] * evaluation
+            + SAVES[name] * save,
             "peak_bytes": peaks[name],
             "step_seconds": step_seconds,
             "losses": [step.loss for step in worker.steps],
@@ -302,7 +318,8 @@ SHOWN = (
     ("steps_per_second", "steps/s", 1, ".3f", False),
     ("tokens_per_second", "tokens/s", 1, ".0f", False),
     ("evaluation_samples_per_second", "evaluation (samples/s)", 1, ".1f", False),
-    ("start_up", "process start to the end of the first step (s)", 1, ".1f", True),
+    ("start_up", "process start to the first step (s)", 1, ".1f", True),
+    ("first_step_done", "process start to the end of the first step (s)", 1, ".1f", True),
     ("save", "saving a checkpoint (s)", 1, ".2f", True),
     ("whole_job", "whole job (min)", 1 / 60, ".1f", True),
     ("peak_bytes", "peak memory (GiB)", 2**-30, ".2f", True),
@@ -338,6 +355,7 @@ def goals_table(results: dict[str, dict[str, Any]]) -> str:
         ("step time, no checkpointing and no dropout", "c", "step", 2.7),
         ("evaluation, as each comes", "a", "evaluation_samples_per_second", 2.5),
         ("whole job, as each comes", "a", "whole_job", 3.5),
+        ("start-up, as each comes", "a", "start_up", 2.0),
         ("peak memory, as each comes", "a", "peak_bytes", 1.0),
     ]
     lines = [
@@ -362,10 +380,11 @@ def notes(results: dict[str, dict[str, Any]], steps: int, rounds: int) -> str:
         f"before them not counted, in turns of {BLOCK}; of {rounds} evaluations of the {VALIDATION_REVIEWS} validation "
         f"reviews and as many saves. Tokens are those of the reviews, without padding. Peak memory is that of the "
         f"process up to the last training step. A save of `ft` waits until the disk has it, one of the Trainer does "
-        f"not. Start-up is with all files in the page cache.\n\n"
-        f"The whole job is calculated from these figures: start-up, {STEPS} steps, {EVALUATIONS['trainer']} "
-        f"evaluations and {SAVES['trainer']} checkpoints; for `ft` one more of each, the test split and the finished "
-        f"model."
+        f"not. Start-up is with all files in the page cache; the first step is the slowest, as it takes its memory "
+        f"from the system.\n\n"
+        f"The whole job is calculated from these figures: the first step's end, {STEPS - 1} more steps, "
+        f"{EVALUATIONS['trainer']} evaluations and {SAVES['trainer']} checkpoints; for `ft` one more of each, the test "
+        f"split and the finished model."
     )
 
 

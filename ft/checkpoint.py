@@ -24,11 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from ft.data import END_OF_TEXT
 from ft.errors import FtError
 from ft.gpt2 import GPT2, GPT2Config
+from ft.optim import AdamW
 
 
 @dataclass
@@ -238,17 +238,19 @@ def _optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(ordered):
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
             if f"{key}.{name}" not in tensors:
                 raise FtError(f"the checkpoint's optimizer.safetensors has no {key}.{name}")
-            # A copy, as the file's pages must not become the optimiser's memory: rotation deletes the file.
-            state.setdefault(index, {})[key] = tensors[f"{key}.{name}"].clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            saved = tensors[f"{key}.{name}"]
+            if saved.shape != value.shape:
+                raise FtError(
+                    f"{key}.{name} in the checkpoint's optimizer.safetensors has shape {tuple(saved.shape)}, the model "
+                    f"says {tuple(value.shape)}"
+                )
+            value.copy_(saved)
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -74,11 +74,12 @@ def read_split(name: str, paths: Sequence[Path]) -> Split:
     label_names: tuple[str, ...] | None = None
     for path in paths:
         try:
-            schema = pq.read_schema(path)
+            file = pq.ParquetFile(path)  # not read_table(), which imports pandas where there is one
+            schema = file.schema_arrow
             absent = [column for column in ("text", "label") if column not in schema.names]
             if absent:
                 raise FtError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(schema.names)}")
-            table = pq.read_table(path, columns=["text", "label"])
+            table = file.read(columns=["text", "label"])
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise FtError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from error
         for column, fits, wanted in (

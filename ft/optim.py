@@ -1,21 +1,95 @@
 """From gradients to new weights: parameter groups, the learning rate of each step, clipping, AdamW."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2).
+
+    For a weight w with gradient g, learning rate lr, weight decay d, and steps t counted from 1:
+
+        w <- w - lr d w
+        m <- beta1 m + (1 - beta1) g                    the first moment, `exp_avg`
+        v <- beta2 v + (1 - beta2) g^2                  the second, `exp_avg_sq`
+        w <- w - lr m' / (sqrt(v') + eps)               where m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t)
+
+    One kernel does it all, the one behind `torch.optim.AdamW(fused=True)`: it reads and writes each weight, gradient
+    and moment once per step, where operations one by one would make a pass over all of them for each. It is called
+    directly because constructing PyTorch's class imports PyTorch's compiler, half of a small job's start-up.
+
+    Attributes:
+        learning_rate: lr of the next step.
+        param_groups: the weights as lists under `params`, each with its `weight_decay`.
+        state: for each weight its two moments and its number of steps, as tensors.
+        grad_scale: what the next step divides all gradients by, a scalar tensor; None for 1.
+        found_inf: a scalar tensor that is 1 to skip the next step, which `torch.amp.GradScaler` sets; None for 0.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # tells GradScaler to hand over its scale rather than make a pass of its own
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.param_groups, self.learning_rate, self.betas, self.eps = param_groups, learning_rate, betas, eps
+        self.state = {
+            weight: {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(weight, requires_grad=False),
+            }
+            for group in param_groups
+            for weight in group["params"]
+        }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all weights that have a gradient."""
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            steps = [self.state[weight]["step"] for weight in weights]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                weights,
+                [weight.grad for weight in weights],
+                [self.state[weight]["exp_avg"] for weight in weights],
+                [self.state[weight]["exp_avg_sq"] for weight in weights],
+                [],
+                steps,
+                lr=self.learning_rate,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=group["weight_decay"],
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=self.grad_scale,
+                found_inf=self.found_inf,
+            )
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf] * len(steps))  # a skipped step is none
+
+    def zero_grad(self) -> None:
+        """Free all gradients; the next backward pass makes new ones."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
 
 
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019) with the recipe's constants.
+    """AdamW with the recipe's constants and the parameter groups that GPT-2 was trained with.
 
-    Weight decay acts on the matrices of linear layers only, as GPT-2 was trained: biases and norms have no scale to
-    shrink towards, and an embedding's row should not fade because its token is rare.
-
-    `fused=True` reads and writes each weight, gradient and moment once per step; the unfused forms make a pass over
-    all of them for every operation of the formula.
+    Weight decay acts on the matrices of linear layers only: biases and norms have no scale to shrink towards, and an
+    embedding's row should not fade because its token is rare.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -23,7 +97,7 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
         is_matrix = parameter.ndim == 2 and not name.startswith(("wte", "wpe"))
         (decayed if is_matrix else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return AdamW(groups, learning_rate)
 
 
 def learning_rate_at(
@@ -53,11 +127,11 @@ def clip_in_optimizer(optimizer: AdamW, max_norm: float, loss_scale: float | Ten
     """Have the next `optimizer.step()` scale all gradients so that their global norm is at most `max_norm`.
 
     Clipping (Pascanu et al., "On the difficulty of training recurrent neural networks", 2013) multiplies gradients by
-    max_norm / norm where norm exceeds max_norm. Fused AdamW divides gradients by its `grad_scale` as it reads them, so
+    max_norm / norm where norm exceeds max_norm. AdamW divides gradients by its `grad_scale` as it reads them, so
     that clipping costs no pass of its own over them, only the one that measures the norm.
 
     Args:
-        optimizer: a fused AdamW whose parameters have gradients.
+        optimizer: the optimiser of parameters that have gradients.
         max_norm: the largest norm that is left alone; 0 clips nothing.
         loss_scale: the factor by which mixed precision made the loss, and so the gradients, larger.
 
@@ -69,5 +143,5 @@ def clip_in_optimizer(optimizer: AdamW, max_norm: float, loss_scale: float | Ten
     if max_norm > 0:
         # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that the clipped gradients are the same; float, as the kernel
         # reads its scale in that type whatever the parameters' is.
-        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0).float()
     return norm

@@ -12,7 +12,7 @@ from ft.data import Batch, Example, epoch_order
 from ft.evaluate import Evaluation
 from ft.gpt2 import GPT2
 from ft.machine import Precision
-from ft.optim import clip_in_optimizer, learning_rate_at
+from ft.optim import AdamW, clip_in_optimizer, learning_rate_at
 from ft.report import Report
 
 
@@ -41,7 +41,7 @@ def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list
 
 def train(
     model: GPT2,
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     scaler: torch.amp.GradScaler,
     examples: Sequence[Example],
     config: Config,
@@ -76,19 +76,17 @@ def train(
             loss_sum += loss.detach()  # stays on the device: reading it would wait for the step to finish
 
         # Clip and update.
-        learning_rate = learning_rate_at(
+        optimizer.learning_rate = learning_rate_at(
             state.step,
             last_step,
             peak=config.learning_rate,
             warmup_steps=config.warmup_steps,
             schedule=config.lr_schedule,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
         grad_norm = clip_in_optimizer(optimizer, config.max_grad_norm, loss_scale=scaler.scale(one))
-        scaler.step(optimizer)  # with fp16 it skips the update if a gradient overflowed
+        scaler.step(optimizer)  # type: ignore[arg-type]  # with fp16 it skips the update if a gradient overflowed
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         state.step += 1
         state.loss_steps += 1
         report.step(
@@ -100,7 +98,13 @@ def train(
         epoch = state.step / per_epoch
         if state.step % config.logging_steps == 0 or state.step == last_step:
             mean_loss = loss_sum.item() / state.loss_steps
-            report.training(state.step, epoch, loss=mean_loss, learning_rate=learning_rate, grad_norm=grad_norm.item())
+            report.training(
+                state.step,
+                epoch,
+                loss=mean_loss,
+                learning_rate=optimizer.learning_rate,
+                grad_norm=grad_norm.item(),
+            )
             state.train_loss_sum += mean_loss * state.loss_steps
             state.loss_steps = 0
             loss_sum.zero_()
