@@ -22,7 +22,6 @@ from ft import hub
 from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Example, Split, collate, read_split
-from ft.evaluate import Evaluation
 from ft.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.machine import Precision
 from ft.optim import AdamW, build_optimizer
@@ -121,8 +120,9 @@ def timed_steps(model: GPT2, optimizer: AdamW, examples: Sequence[Example], batc
         precision=FP32,
         collate=collate,
         report=clock,
-        evaluate=lambda: Evaluation(loss=0.0, accuracy=0.0),
+        evaluate=lambda state: None,
         save=lambda state: None,
+        stopping=lambda: False,
     )
     hook.remove()
     return clock.steps

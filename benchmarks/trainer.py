@@ -195,10 +195,10 @@ def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
             turns.step_done(loss, self.tokens)
 
     def train_in_turns(
-        *arguments: Any, evaluate: Callable[[], Any], save: Callable[[Any], None], **others: Any
+        *arguments: Any, evaluate: Callable[[Any], None], save: Callable[[Any], None], **others: Any
     ) -> None:
         *_, state = arguments
-        turns.actions = {"evaluate": evaluate, "save": lambda: save(state)}
+        turns.actions = {"evaluate": lambda: evaluate(state), "save": lambda: save(state)}
         turns.step_begins()
         train(*arguments, evaluate=evaluate, save=save, **others | {"report": TakeTurns()})
 
@@ -215,6 +215,7 @@ def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
         logging_steps=1,
         eval_steps=NEVER,  # both are done when the driver asks for them
         save_steps=NEVER,
+        save_blocking=True,  # as the Trainer does
     )
     job.run_job(config)
 

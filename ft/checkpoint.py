@@ -6,29 +6,29 @@ Every folder written here is a complete model folder; a checkpoint adds what tra
     optimizer.safetensors    AdamW's moments and step counts, by parameter name
     rng.safetensors          the random states that dropout draws from
     state.json               step, sums, best figures, loss scale: see `State`
+    manifest.json            the size and SHA-256 of each of these
 
 Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
 """
 
-import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ft.data import END_OF_TEXT
 from ft.errors import FtError
+from ft.files import NewFolder, complete_or_absent, damage_of, read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import AdamW
+
+WEIGHTS, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
 
 
 @dataclass
@@ -40,6 +40,8 @@ class State:
         loss_sum: sum of the training losses since the last logged line.
         loss_steps: how many losses that sum holds.
         train_loss_sum: sum of the training losses of all steps up to the last logged line.
+        skipped_steps: steps without an update, because loss or gradient was not finite.
+        evaluation_due: the run was stopped before or in the evaluation that belongs to this step.
         best_step, best_accuracy, best_loss: the best evaluation so far, by accuracy, then loss.
         last_accuracy: that of the newest evaluation.
         metrics_bytes: the length of metrics.jsonl at this point; what a broken run wrote after it is cut off.
@@ -50,12 +52,20 @@ class State:
     loss_sum: float = 0.0
     loss_steps: int = 0
     train_loss_sum: float = 0.0
+    skipped_steps: int = 0
+    evaluation_due: bool = False
     best_step: int | None = None
     best_accuracy: float = 0.0
-    best_loss: float = float("inf")
+    best_loss: float | None = None
     last_accuracy: float = 0.0
     metrics_bytes: int = 0
     seconds: float = 0.0
+
+    def note(self, loss: float, accuracy: float) -> None:
+        """The evaluation that was due had this result."""
+        self.evaluation_due, self.last_accuracy = False, accuracy
+        if self.best_loss is None or (accuracy, -loss) > (self.best_accuracy, -self.best_loss):
+            self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
 
 
 @dataclass(frozen=True)
@@ -73,19 +83,16 @@ class ModelSource:
     label_names: Sequence[str]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, as it was at one moment."""
 
-    Raises:
-        FtError: the file cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FtError(f"cannot read {path} as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FtError(f"{path} must hold a JSON object")
-    return value
+    config: GPT2Config
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random_states: dict[str, Tensor]
+    state: State
+    grad_scaler: dict[str, Any]
 
 
 def read_tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +114,8 @@ def load_weights(model: GPT2, paths: Sequence[Path]) -> None:
     """Fill the model from published weights.
 
     Raises:
-        FtError: a file is unreadable, or a tensor is missing, superfluous or of another shape; names the file.
+        FtError: a file is unreadable, or a tensor is missing, superfluous, of another shape, or holds what is no
+            number; names the file.
     """
     try:
         model.load_published(read_tensors(paths))
@@ -115,71 +123,85 @@ def load_weights(model: GPT2, paths: Sequence[Path]) -> None:
         raise FtError(f"{', '.join(map(str, paths))}: {error}") from error
 
 
-def save_model(folder: Path, model: GPT2, source: ModelSource) -> None:
-    """Write a model folder that `transformers` loads as it is: AutoModelForCausalLM and AutoTokenizer."""
-    own = {field.name: getattr(model.config, field.name) for field in fields(GPT2Config)}
+def save_model(folder: NewFolder, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
+    """Write what `transformers` loads as it is: AutoModelForCausalLM and AutoTokenizer."""
+    own = {field.name: getattr(config, field.name) for field in fields(GPT2Config)}
     labels = {
         "id2label": {str(label): name for label, name in enumerate(source.label_names)},
         "label2id": {name: label for label, name in enumerate(source.label_names)},
     }
-    config = {**source.config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own, **labels}
-    end_of_text_id = source.config.get("eos_token_id", model.config.vocab_size - 1)
+    published = {**source.config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own, **labels}
+    end_of_text_id = source.config.get("eos_token_id", config.vocab_size - 1)
     generation = {"bos_token_id": source.config.get("bos_token_id", end_of_text_id), "eos_token_id": end_of_text_id}
     tokenizer = {
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": model.config.n_positions,
+        "model_max_length": config.n_positions,
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
         "add_prefix_space": False,
     }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation)
-    _write_json(folder / "tokenizer_config.json", tokenizer)
-    shutil.copyfile(source.tokenizer, folder / "tokenizer.json")
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    folder.write_json("config.json", published)
+    folder.write_json("generation_config.json", generation)
+    folder.write_json("tokenizer_config.json", tokenizer)
+    folder.copy("tokenizer.json", source.tokenizer)
+    folder.write_tensors(WEIGHTS, weights, metadata={"format": "pt"})
 
 
-@contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder to write into that gets the name `folder` only when it is complete and on the disk.
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, not copied."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
-    A run that breaks off meanwhile leaves a folder of another name, which the next one replaces.
+
+def take_snapshot(model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, state: State, *, copy: bool) -> Snapshot:
+    """All that a checkpoint holds; with `copy` in memory of its own, so that training can go on meanwhile."""
+
+    def kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if copy else tensors
+
+    moments = {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    return Snapshot(
+        config=model.config,
+        weights=kept(weights_of(model)),
+        optimizer=kept(moments),
+        random_states=_random_states(),
+        state=replace(state),
+        grad_scaler=scaler.state_dict(),
+    )
+
+
+def write_checkpoint(run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool) -> None:
+    """Write `checkpoint-<step>` below `run`, and once it has proved whole, delete those that are no longer kept.
+
+    Kept are the newest `keep`, and with `keep_best` that of the best evaluation. Checkpoints of later steps, left by a
+    run that was resumed from an earlier one, are not counted and not touched.
+
+    Raises:
+        OSError: the disk is full, or refuses; the checkpoints that were there are there.
     """
-    unfinished = folder.with_name(f".unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    for path in [*unfinished.iterdir(), unfinished]:
-        _fsync(path)
-    if folder.exists():  # a run that was resumed from an older checkpoint has come here again
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    _fsync(folder.parent)
-
-
-def save_checkpoint(
-    run: Path,
-    model: GPT2,
-    source: ModelSource,
-    optimizer: AdamW,
-    scaler: torch.amp.GradScaler,
-    state: State,
-    keep: int,
-) -> None:
-    """Write `checkpoint-<step>` below `run`, then delete all but the newest `keep` checkpoints.
-
-    Checkpoints of later steps, left by a run that was resumed from an earlier one, are not counted and not touched.
-    """
+    state = snapshot.state
     folder = run / f"checkpoint-{state.step}"
-    with complete_or_absent(folder) as unfinished:
-        save_model(unfinished, model, source)
-        save_file(_optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
-        save_file(_random_states(), unfinished / "rng.safetensors")
-        _write_json(unfinished / "state.json", {**asdict(state), "grad_scaler": scaler.state_dict()})
-    for old in [path for path in checkpoints(run) if step_of(path) <= state.step][:-keep]:
-        shutil.rmtree(old)
+    with complete_or_absent(folder) as new:
+        save_model(new, snapshot.config, snapshot.weights, source)
+        new.write_tensors(OPTIMIZER, snapshot.optimizer)
+        new.write_tensors(RANDOM, snapshot.random_states)
+        new.write_json(STATE, {**asdict(state), "grad_scaler": snapshot.grad_scaler})
+        new.write_manifest()
+    old = [path for path in checkpoints(run) if step_of(path) <= state.step][:-keep]
+    old = [path for path in old if not (keep_best and step_of(path) == state.best_step)]
+    if not old:
+        return
+    if damage := damage_of_checkpoint(folder):
+        raise OSError(None, f"what was written reads back otherwise: {damage}", str(folder))
+    for path in old:
+        # Under another name first: what is half deleted must not pass for a checkpoint.
+        doomed = path.with_name(f".unfinished-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -189,7 +211,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder has the name of a finished checkpoint."""
-    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None and folder.is_dir()
+    return re.fullmatch(r"checkpoint-[0-9]{1,18}", folder.name) is not None and folder.is_dir()
 
 
 def step_of(folder: Path) -> int:
@@ -197,71 +219,70 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
+def damage_of_checkpoint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None if they are as they were written."""
+    return damage_of(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+
+
 def load_checkpoint(folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler) -> State:
-    """Put model, optimiser, loss scale and random states back to where `save_checkpoint` found them.
+    """Put model, optimiser, loss scale and random states back to where they were when the checkpoint was taken.
 
     Raises:
         FtError: a file is missing, unreadable or does not fit the model.
     """
-    load_weights(model, [folder / "model.safetensors"])
-    _restore_optimizer(model, optimizer, dict(read_tensors([folder / "optimizer.safetensors"])))
-    _restore_random_states(dict(read_tensors([folder / "rng.safetensors"])))
-    saved = read_json(folder / "state.json")
+    load_weights(model, [folder / WEIGHTS])
+    _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])))
+    saved = read_json(folder / STATE)
+    problem = FtError(f"{folder / STATE} is not a state of this program")
     try:
-        loss_scale = saved.pop("grad_scaler")
+        loss_scale = dict(saved.pop("grad_scaler"))
+        state = State(**saved)
         if loss_scale:  # empty where the run was not in fp16, which another device may have chosen now
             scaler.load_state_dict(loss_scale)
-        return State(**saved)
-    except (KeyError, TypeError) as error:
-        raise FtError(f"{folder / 'state.json'} is not a state of this program: {error}") from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """AdamW's state as `<key>.<parameter name>`: exp_avg, exp_avg_sq and step."""
-    return {
-        f"{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+        _restore_random_states(dict(read_tensors([folder / RANDOM])))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise problem from error
+    for field in fields(State):
+        value, default = getattr(state, field.name), field.default
+        optional = default is None and value is None
+        whole = isinstance(default, int) or field.name == "best_step"
+        if not optional and type(value) not in ((int, bool) if whole else (int, float)):
+            raise problem
+    if state.step < 0 or state.loss_steps < 0 or state.metrics_bytes < 0:
+        raise problem
+    return state
 
 
 @torch.no_grad()
 def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            if f"{key}.{name}" not in tensors:
-                raise FtError(f"the checkpoint's optimizer.safetensors has no {key}.{name}")
-            saved = tensors[f"{key}.{name}"]
+            saved = tensors.get(f"{key}.{name}")
+            if saved is None:
+                raise FtError(f"the checkpoint's {OPTIMIZER} has no {key}.{name}")
             if saved.shape != value.shape:
                 raise FtError(
-                    f"{key}.{name} in the checkpoint's optimizer.safetensors has shape {tuple(saved.shape)}, the model "
-                    f"says {tuple(value.shape)}"
+                    f"{key}.{name} in the checkpoint's {OPTIMIZER} has shape {tuple(saved.shape)}, the model says "
+                    f"{tuple(value.shape)}"
                 )
             value.copy_(saved)
 
 
 def _random_states() -> dict[str, Tensor]:
+    """The states of all generators that a run draws from. Python's own and NumPy's are none of them."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
 def _restore_random_states(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states.pop("cpu").clone())
     for device, state in states.items():
-        if torch.cuda.is_available() and int(device.removeprefix("cuda:")) < torch.cuda.device_count():
+        if device == "mps":
+            if torch.backends.mps.is_available():
+                torch.mps.set_rng_state(state.clone())
+        elif torch.cuda.is_available() and int(device.removeprefix("cuda:")) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state.clone(), device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from ft.config import NEWEST, Config, field_help, field_types, flag, parse_value, read_config_file
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, Stopped, UsageError
 
 EXAMPLES = """\
 examples:
@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the program; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the program; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 128 + n for signal n."""
     # A file name may hold bytes that are no text: they are shown escaped, where printing would fail otherwise.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -71,6 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:  # what the disk or its permissions refuse; files that are read have messages of their own
         print(f"error: {error.strerror or error}: {error.filename or config.output_dir}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("\ninterrupted; --resume continues from the newest checkpoint", file=sys.stderr)
         return 130

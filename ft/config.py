@@ -107,6 +107,14 @@ class Config:
     """save a checkpoint, from which --resume continues"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints to keep"""
+    keep_best: bool = False
+    """also keep the checkpoint of the best evaluation, by accuracy, then loss, and save at each that is better"""
+    save_blocking: bool = False
+    """write checkpoints while the training waits: slower, but without a second copy of weights and moments in memory"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """at a loss or gradient that is infinite or no number: stop before the update, or leave it out and go on"""
+    max_skipped_steps: int = 10
+    """with --on-nonfinite skip: stop after leaving out more updates than this"""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work.
@@ -142,7 +150,14 @@ FREE_ON_RESUME = (
     "eval_steps",
     "save_steps",
     "keep_checkpoints",
+    "keep_best",
+    "save_blocking",
+    "on_nonfinite",
+    "max_skipped_steps",
 )
+
+# What a resumed run may have more of; less of it would end before its checkpoint's schedule does.
+LONGER_ON_RESUME = ("epochs", "max_steps")
 
 _MINIMUM: dict[str, float] = {
     "max_steps": 1,
@@ -160,6 +175,7 @@ _MINIMUM: dict[str, float] = {
     "eval_steps": 1,
     "save_steps": 1,
     "keep_checkpoints": 1,
+    "max_skipped_steps": 0,
 }
 
 
@@ -230,12 +246,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
-    """One sentence for each setting that would make a resumed run another run than the one it continues."""
-    return [
-        f"{flag(name)} was {old[name]!r} and would be {value!r}"
+    """One line for each setting that would make a resumed run another run than the one it continues: a table."""
+    changed = [
+        (flag(name), repr(old[name]), repr(value))
         for name, value in asdict(new).items()
-        if name in old and name not in FREE_ON_RESUME and old[name] != value
+        if name in old and name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME) and old[name] != value
     ]
+    widths = [max(map(len, column)) for column in zip(*changed, strict=True)]
+    return [f"{name:{widths[0]}} was {before:{widths[1]}} and would be {after}" for name, before, after in changed]
 
 
 def _shortened(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The two ways a run ends because of something the user can mend."""
+"""The ways a run ends before its end: two that the user can mend, and one that was asked for."""
 
 
 class FtError(Exception):
@@ -18,3 +18,11 @@ class UsageError(FtError):
     def __init__(self, *problems: str) -> None:
         self.problems = problems
         super().__init__("\n".join(problems))
+
+
+class Stopped(Exception):  # noqa: N818, as nothing is wrong
+    """A signal has ended the run, after it was saved; `status` is the exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        self.status = status
+        super().__init__(message)

@@ -1,6 +1,6 @@
 """Loss and accuracy over a whole split."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,15 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT2, examples: Sequence[Example], label_ids: Sequence[int], *, batch_size: int, precision: Precision
-) -> Evaluation:
-    """Loss and accuracy of `model` on all examples.
+    model: GPT2,
+    examples: Sequence[Example],
+    label_ids: Sequence[int],
+    *,
+    batch_size: int,
+    precision: Precision,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Loss and accuracy of `model` on all examples; None if `stopping` says, before some batch, that the run is to end.
 
     The prediction is the likeliest of the label tokens. Nothing here draws random numbers, and the model is left in
     the mode it was found in: a run that evaluates ends in the same weights as one that does not.
@@ -33,6 +39,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     for batch in in_batches(examples, by_length(examples), batch_size):
+        if stopping():
+            return None
         batch = batch.to(device)
         with precision.autocast():
             logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)

@@ -55,6 +55,16 @@ class GPT2Config:
         "tie_word_embeddings": True,
     }
 
+    # Far above any GPT-2: what lies beyond is a mistake, and is to be told before memory is asked for.
+    LARGEST = {  # noqa: RUF012
+        "vocab_size": 2**22,
+        "n_positions": 2**20,
+        "n_embd": 2**16,
+        "n_layer": 2**10,
+        "n_head": 2**10,
+        "n_inner": 2**18,
+    }
+
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> "GPT2Config":
         """Reads a published `config.json`.
@@ -68,10 +78,10 @@ class GPT2Config:
             if key in published and published[key] != value
         ]
         config = cls(**{field.name: published[field.name] for field in fields(cls) if field.name in published})
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+        for name, most in cls.LARGEST.items():
             value = getattr(config, name)
-            if not (name == "n_inner" and value is None) and (type(value) is not int or value < 1):
-                problems.append(f"{name} is {value!r}, it must be a whole number from 1")
+            if not (name == "n_inner" and value is None) and (type(value) is not int or not 1 <= value <= most):
+                problems.append(f"{name} is {value!r}, it must be a whole number from 1 to {most}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"):
             value = getattr(config, name)
             if type(value) not in (int, float) or not 0 <= value < 1:
@@ -255,8 +265,14 @@ class GPT2(nn.Module):
             elif tensor.shape != missing[name].shape:
                 shape = tuple(missing.pop(name).shape)
                 problems.append(f"{published_name} has shape {tuple(tensor.shape)}, the configuration says {shape}")
+            elif not tensor.is_floating_point():
+                problems.append(f"{published_name} holds {tensor.dtype}, not floating-point numbers")
+                missing.pop(name)
+            elif not torch.isfinite(missing[name].copy_(tensor).sum()):  # a sum is finite only if all its terms are
+                problems.append(f"{published_name} holds infinities or values that are no numbers")
+                missing.pop(name)
             else:
-                missing.pop(name).copy_(tensor)
+                missing.pop(name)
         problems += [f"{name} is missing" for name in missing]
         if head is not None and not problems and not torch.equal(head.to(self.wte.weight), self.wte.weight):
             problems.append("lm_head.weight differs from wte.weight: the head is not tied to the embeddings")

@@ -185,9 +185,12 @@ def _files(source: _Source, choose: _Choice) -> dict[str, Path]:
 
 
 def _names_in(folder: Path, source: _Source) -> list[str]:
-    """List the files of a folder: those of a model at its top, those of a data set at any depth."""
+    """List the files of a folder: those of a model at its top, those of a data set at any depth.
+
+    A link that leads nowhere is listed too, so that it is told of and not passed over.
+    """
     paths = folder.iterdir() if source.kind == "model" else folder.rglob("*.parquet")
-    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
 
 
 def _check_beginning(path: Path) -> None:
@@ -245,7 +248,8 @@ def _cached_files(source: _Source, choose: _Choice) -> dict[str, Path] | None:
                 allow_patterns=[],  # only look up the folder: `choose` says whether it is complete
             )
         )
-        return {name: folder / name for name in choose(_names_in(folder, source))}
+        present = [name for name in _names_in(folder, source) if (folder / name).exists()]
+        return {name: folder / name for name in choose(present)}
     except (errors.LocalEntryNotFoundError, FtError):
         return None
 

@@ -12,7 +12,6 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
     8  training           here: everything put together, and what is left behind
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +25,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ft import checkpoint, hub
+from ft import checkpoint, hub, runs
 from ft.checkpoint import ModelSource, State
-from ft.config import NEWEST, Config, changed_on_resume, read_config_file
+from ft.config import Config
 from ft.data import (
     Batch,
     Example,
@@ -40,14 +39,18 @@ from ft.data import (
     read_split,
     read_tokenizer,
 )
-from ft.errors import FtError, UsageError
+from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
+from ft.files import complete_or_absent, read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
+from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
 from ft.predict import predict
 from ft.report import Report
-from ft.train import steps_per_epoch, total_steps, train
+from ft.saver import Saver
+from ft.stop import StopRequest
+from ft.train import rows_of_step, steps_per_epoch, total_steps, train
 
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
@@ -68,16 +71,21 @@ def run_job(config: Config) -> None:
 
     Raises:
         FtError: something the user can mend is wrong; the message says what.
+        Stopped: a signal asked to end; the run is saved.
     """
-    started = time.perf_counter()
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    run = Path(config.output_dir)
-    resume_from = _resume_from(run, config)
+    with runs.own_folder(config) as run:
+        _run_in(run, config, device, precision)
+
+
+def _run_in(run: Path, config: Config, device: torch.device, precision: Precision) -> None:
+    started = time.perf_counter()
+    resume_from = runs.checkpoint_to_resume(run, config)
     if config.demo:
         config = _with_demo_inputs(config, run / "inputs")
     if resume_from is not None:
-        _refuse_another_run(resume_from, config)
+        runs.refuse_another_run(resume_from, config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if not config.release_memory:
         keep_freed_memory()
@@ -85,9 +93,12 @@ def run_job(config: Config) -> None:
     # Data, tokenizer, examples.
     needs_weights = config.init == "pretrained" and resume_from is None
     files = hub.model_files(config.model, config.model_revision, with_weights=needs_weights)
-    published = checkpoint.read_json(files.config)
+    published = read_json(files.config)
     model_config = _model_config(published, files.config, config)
     data = _read_data(config, read_tokenizer(files.tokenizer), model_config)
+    train_examples = data.examples["train"]
+    last_step = total_steps(len(train_examples), config)
+    longer = runs.lengthened(resume_from, config, len(train_examples)) if resume_from is not None else None
 
     # Model and optimiser, as published or as a checkpoint left them.
     model = GPT2(model_config)
@@ -102,94 +113,99 @@ def run_job(config: Config) -> None:
     scaler = precision.grad_scaler()
     torch.manual_seed(config.seed)
     state = State()
-    last_step = total_steps(len(data.examples["train"]), config)
     if resume_from is not None:
         state = checkpoint.load_checkpoint(resume_from, model, optimizer, scaler)
         if state.step >= last_step and (run / "final").is_dir():
             print(f"This run is finished: all {last_step:,} steps are done and the model lies in {run / 'final'}.")
             return
-        print(f"Continuing after step {state.step:,}, from {resume_from}.")
+        print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
     started -= state.seconds
+    room = runs.room_for(run, _number_of_parameters(model), config)
     if config.resume is None:
-        _clear(run)
-    run.mkdir(parents=True, exist_ok=True)
+        runs.clear(run)
     config.save(run / "config.json")
-    print(_opening(config, model, precision, data, last_step))
+    print(_opening(config, model, precision, data, last_step), room, sep="\n")
 
     # The loop.
     source = ModelSource(published, files.tokenizer, data.label_names)
-    with Report(
-        run / "metrics.jsonl", total_steps=last_step, first_step=state.step, metrics_bytes=state.metrics_bytes
-    ) as report:
+    with (
+        StopRequest() as stopping,
+        Report(
+            run / "metrics.jsonl", total_steps=last_step, first_step=state.step, metrics_bytes=state.metrics_bytes
+        ) as report,
+        _error_advice(config, run, train_examples),
+    ):
+        epochs = 1 / steps_per_epoch(len(train_examples), config)
+        write = partial(
+            checkpoint.write_checkpoint, run, source=source, keep=config.keep_checkpoints, keep_best=config.keep_best
+        )
+        saver = Saver(write, report.line, blocking=config.save_blocking)
 
-        def evaluate_on(split: str) -> Evaluation:
-            examples = data.examples[split]
-            with uncompiled(config.compile):
-                return evaluate(model, examples, data.label_ids, batch_size=config.eval_batch_size, precision=precision)
+        def evaluate_on(split: str) -> Evaluation | None:
+            with uncompiled(config.compile), report.pause("evaluating"):
+                return evaluate(
+                    model,
+                    data.examples[split],
+                    data.label_ids,
+                    batch_size=config.eval_batch_size,
+                    precision=precision,
+                    stopping=stopping,
+                )
+
+        def validate(state: State) -> None:
+            result = evaluate_on("validation")
+            if result is not None:
+                report.evaluation(state.step, state.step * epochs, loss=result.loss, accuracy=result.accuracy)
+                state.note(result.loss, result.accuracy)
 
         def save(state: State) -> None:
-            state.metrics_bytes, state.seconds = report.metrics_bytes, time.perf_counter() - started
-            checkpoint.save_checkpoint(run, model, source, optimizer, scaler, state, config.keep_checkpoints)
+            with report.pause("saving"):
+                state.metrics_bytes, state.seconds = report.metrics_bytes, time.perf_counter() - started
+                saver.save(checkpoint.take_snapshot(model, optimizer, scaler, state, copy=not config.save_blocking))
 
-        with _memory_advice(config):
-            train(
-                model,
-                optimizer,
-                scaler,
-                data.examples["train"],
-                config,
-                state,
-                precision=precision,
-                collate=_collate_function(config),
-                report=report,
-                evaluate=lambda: evaluate_on("validation"),
-                save=save,
-            )
+        try:
+            if state.evaluation_due:  # the run was stopped in the evaluation that belongs to this step
+                validate(state)
+                if not stopping():
+                    save(state)
+            if not stopping():
+                train(
+                    model,
+                    optimizer,
+                    scaler,
+                    train_examples,
+                    config,
+                    state,
+                    precision=precision,
+                    collate=_collate_function(config),
+                    report=report,
+                    evaluate=validate,
+                    save=save,
+                    stopping=stopping,
+                )
+        finally:
+            saver.wait()
+        test = evaluate_on("test") if "test" in data.examples and not stopping() else None
+        if stopping():
+            if saver.failure is not None:
+                raise FtError(f"stopped, but the last checkpoint could not be written: {saver.failure}")
+            raise stopping.stopped(f"Stopped after step {state.step:,}. To continue: python run.py --resume {run}")
         seconds = time.perf_counter() - started
-        test = evaluate_on("test") if "test" in data.examples else None
         if test is not None:
-            epochs = state.step / steps_per_epoch(len(data.examples["train"]), config)
-            report.evaluation(state.step, epochs, loss=test.loss, accuracy=test.accuracy, split="test")
+            report.evaluation(state.step, state.step * epochs, loss=test.loss, accuracy=test.accuracy, split="test")
 
     # What is left behind.
-    with checkpoint.complete_or_absent(run / "final") as folder:
-        checkpoint.save_model(folder, model, source)
+    with complete_or_absent(run / "final") as folder:
+        checkpoint.save_model(folder, model_config, checkpoint.weights_of(model), source)
+    if saver.failure is not None:
+        raise FtError(
+            f"the model lies in {run / 'final'}, but the last checkpoint could not be written "
+            f"({saver.failure.strerror or saver.failure}): a longer run could only continue from the one before"
+        )
     print(_closing(run, state, seconds, config, test))
     print(_three_predictions(model, data, config.max_length))
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
-
-
-def _resume_from(run: Path, config: Config) -> Path | None:
-    """The checkpoint to continue from, if that is wanted and there is one.
-
-    Raises:
-        UsageError: the folder holds files and neither --resume nor --overwrite is given, or --resume names no run.
-    """
-    if config.resume is None:
-        if run.is_dir() and any(run.iterdir()) and not (config.overwrite or config.demo):
-            raise UsageError(
-                f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, "
-                "--overwrite replaces that run, another --output-dir keeps it"
-            )
-        return None
-    given = run if config.resume == NEWEST else Path(config.resume)
-    if given != run and not given.is_dir():
-        raise UsageError(f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint")
-    if checkpoint.is_checkpoint(given):
-        return given
-    newest = next(reversed(checkpoint.checkpoints(given)), None)
-    if newest is None:
-        print(f"No checkpoint in {given} yet: starting from the beginning.")
-    return newest
-
-
-def _clear(run: Path) -> None:
-    """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
-    for name in ("config.json", "metrics.jsonl"):
-        (run / name).unlink(missing_ok=True)
-    for folder in (*checkpoint.checkpoints(run), run / "final"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_demo_inputs(config: Config, folder: Path) -> Config:
@@ -198,18 +214,6 @@ def _with_demo_inputs(config: Config, folder: Path) -> Config:
 
     model, dataset = write_demo(folder)
     return replace(config, model=str(model), dataset=str(dataset))
-
-
-def _refuse_another_run(resume_from: Path, config: Config) -> None:
-    """Stop a resume whose settings would make it another run.
-
-    Raises:
-        UsageError: one sentence per setting.
-    """
-    recorded = resume_from.parent / "config.json"
-    changed = changed_on_resume(read_config_file(recorded), config) if recorded.exists() else []
-    if changed:
-        raise UsageError(*changed, "--resume continues the same run: leave these flags out, or start another run")
 
 
 def _model_config(published: dict[str, Any], path: Path, config: Config) -> GPT2Config:
@@ -273,14 +277,23 @@ def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:
 
 
 @contextmanager
-def _memory_advice(config: Config) -> Iterator[None]:
-    """Turn an out-of-memory error into one that says what takes less.
+def _error_advice(config: Config, run: Path, examples: Sequence[Example]) -> Iterator[None]:
+    """Turn what can go wrong in the loop into errors that say what helps.
 
     Raises:
-        FtError: memory ran out inside.
+        FtError: memory ran out inside, or a loss or gradient was not finite.
     """
     try:
         yield
+    except NonFiniteError as error:
+        rows = ", ".join(map(str, rows_of_step(len(examples), config, error.step)))
+        newest = next(reversed(checkpoint.checkpoints(run)), None)
+        raise FtError(
+            f"{error}; it read the rows {rows} of the training split. The weights were not updated with it"
+            + (f", and {newest} is from before it" if newest else "")
+            + f". A lower --learning-rate (now {config.learning_rate}) or --precision fp32 may help; --on-nonfinite "
+            f"skip leaves out up to --max-skipped-steps {config.max_skipped_steps} such steps"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
             raise
@@ -293,14 +306,17 @@ def _memory_advice(config: Config) -> Iterator[None]:
         ) from error
 
 
+def _number_of_parameters(model: GPT2) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _opening(config: Config, model: GPT2, precision: Precision, data: Data, last_step: int) -> str:
     """The paragraph at the start of a run."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {name: len(examples) for name, examples in data.examples.items()}
     start = "" if config.init == "pretrained" else ", from random weights"
     return (
-        f"Fine-tuning {config.model}{start}: {parameters:,} parameters, on {precision.device} in {precision.name} "
-        f"({precision.reason}).\n"
+        f"Fine-tuning {config.model}{start}: {_number_of_parameters(model):,} parameters, on {precision.device} in "
+        f"{precision.name} ({precision.reason}).\n"
         f"Data: {config.dataset}, {', '.join(f'{n:,} reviews to {VERB[name]}' for name, n in sizes.items())}; "
         f"labels {', '.join(data.label_names)}.\n"
         f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} reviews; every "
@@ -315,7 +331,7 @@ def _closing(run: Path, state: State, seconds: float, config: Config, test: Eval
     return (
         f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
         f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
-        f"Mean training loss {state.train_loss_sum / state.step:.4f}.\n"
+        f"Mean training loss {state.train_loss_sum / max(1, state.step - state.skipped_steps):.4f}.\n"
         f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best (step "
         f"{state.best_step:,})" + (f"; test accuracy {test.accuracy:.2%}" if test else "") + ".\n"
         f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in {run / 'metrics.jsonl'}."

@@ -38,6 +38,11 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def reading_waits(device: torch.device) -> bool:
+    """Whether reading a number from the device waits until all work that is queued on it is done."""
+    return device.type != "cpu"
+
+
 @dataclass(frozen=True)
 class Precision:
     """The number format in which matrix products are computed; weights and the optimiser always stay in fp32."""

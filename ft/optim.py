@@ -103,7 +103,6 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
 def learning_rate_at(
     step: int,
     total_steps: int,
-    *,
     peak: float,
     warmup_steps: int = 0,
     schedule: Literal["linear", "cosine", "constant"] = "linear",

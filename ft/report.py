@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ class Report:
         """Open the metrics file at the length that the state says; later lines are of a run that broke off."""
         self.metrics_path = metrics_path
         self._file = metrics_path.open("ab")
-        self._file.truncate(metrics_bytes)
+        if metrics_path.stat().st_size < metrics_bytes:
+            print(f"WARNING: {metrics_path} has lost its end: lines of earlier steps are missing.")
+        else:
+            self._file.truncate(metrics_bytes)
         self._file.seek(0, 2)  # truncating leaves the position, which `metrics_bytes` tells, behind the new end
         # On a terminal a bar, elsewhere (a file, a pipe) only the log lines, whole ones.
         self._bar = tqdm(
@@ -41,7 +45,8 @@ class Report:
 
     @property
     def metrics_bytes(self) -> int:
-        """The length of metrics.jsonl."""
+        """The length of metrics.jsonl, all of which is on the disk."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def line(self, text: str) -> None:
@@ -70,9 +75,14 @@ class Report:
         seconds = now - self._started - self._paused
         speed = {"samples_per_second": self._reviews / seconds, "tokens_per_second": self._tokens / seconds}
         self._started, self._paused, self._reviews, self._tokens = now, 0.0, 0, 0
-        # Gradients that overflowed in fp16 have no norm, nor has JSON an infinity; their step was skipped.
+        # Gradients that overflowed in fp16 have no norm, nor has JSON an infinity; their step was skipped. Where all
+        # steps since the last line were skipped, there is no mean loss either.
         overflowed = not math.isfinite(grad_norm)
-        figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": None if overflowed else grad_norm}
+        figures = {
+            "loss": loss if math.isfinite(loss) else None,
+            "learning_rate": learning_rate,
+            "grad_norm": None if overflowed else grad_norm,
+        }
         self.write(step, epoch, {**figures, **{name: round(value, 2) for name, value in speed.items()}})
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} reviews/s"

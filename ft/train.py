@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Batch, Example, epoch_order
-from ft.evaluate import Evaluation
 from ft.gpt2 import GPT2
-from ft.machine import Precision
+from ft.machine import Precision, reading_waits
+from ft.nonfinite import NonFiniteGuard
 from ft.optim import AdamW, clip_in_optimizer, learning_rate_at
 from ft.report import Report
 
@@ -39,6 +39,11 @@ def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list
             yield [window[i : i + config.batch_size] for i in range(0, len(window), config.batch_size)]
 
 
+def rows_of_step(num_examples: int, config: Config, step: int) -> list[int]:
+    """The row numbers of the examples that optimiser step `step` (from 0) reads."""
+    return [row for rows in next(windows(num_examples, config, step)) for row in rows]
+
+
 def train(
     model: GPT2,
     optimizer: AdamW,
@@ -50,15 +55,23 @@ def train(
     precision: Precision,
     collate: Callable[[Sequence[Example]], Batch],
     report: Report,
-    evaluate: Callable[[], Evaluation],
+    evaluate: Callable[[State], None],
     save: Callable[[State], None],
+    stopping: Callable[[], bool],
 ) -> None:
-    """Train `model` in place from step `state.step` to the last one, evaluating and saving on the way."""
+    """Train `model` in place from step `state.step` to the last one, evaluating and saving on the way.
+
+    When `stopping` says so, the step in hand is finished and saved.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite, and no more steps may be skipped.
+    """
     device = model.wte.weight.device
     last_step = total_steps(len(examples), config)
     per_epoch = steps_per_epoch(len(examples), config)
     one = torch.ones((), device=device)
     loss_sum = state.loss_sum * one
+    guard = NonFiniteGuard(device, state, limit=config.max_skipped_steps if config.on_nonfinite == "skip" else 0)
     model.train()
 
     for window in windows(len(examples), config, state.step):
@@ -67,23 +80,20 @@ def train(
 
         # Forward and backward. Gradients of several batches add up; each loss is divided by the supervised tokens of
         # the whole window, so that the sum is the mean over them, however unequal the batches are.
+        window_loss = 0.0 * one
         for batch in batches:
             batch = batch.to(device)
             with precision.autocast():
                 logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
             loss = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / num_targets
             scaler.scale(loss).backward()
-            loss_sum += loss.detach()  # stays on the device: reading it would wait for the step to finish
+            window_loss += loss.detach()
 
         # Clip and update.
-        optimizer.learning_rate = learning_rate_at(
-            state.step,
-            last_step,
-            peak=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            schedule=config.lr_schedule,
-        )
+        lr = learning_rate_at(state.step, last_step, config.learning_rate, config.warmup_steps, config.lr_schedule)
+        optimizer.learning_rate = lr
         grad_norm = clip_in_optimizer(optimizer, config.max_grad_norm, loss_scale=scaler.scale(one))
+        loss_sum += guard.watch(optimizer, window_loss, grad_norm, scales_loss=scaler.is_enabled())
         scaler.step(optimizer)  # type: ignore[arg-type]  # with fp16 it skips the update if a gradient overflowed
         scaler.update()
         optimizer.zero_grad()
@@ -93,29 +103,27 @@ def train(
             reviews=sum(map(len, window)),
             tokens=sum(len(examples[row].input_ids) for rows in window for row in rows),
         )
+        if not reading_waits(device):
+            guard.check()
 
-        # Log, evaluate, save: in this order, so that a checkpoint knows of all that was said up to its step.
-        epoch = state.step / per_epoch
-        if state.step % config.logging_steps == 0 or state.step == last_step:
-            mean_loss = loss_sum.item() / state.loss_steps
-            report.training(
-                state.step,
-                epoch,
-                loss=mean_loss,
-                learning_rate=optimizer.learning_rate,
-                grad_norm=grad_norm.item(),
-            )
-            state.train_loss_sum += mean_loss * state.loss_steps
+        # Log, evaluate, save: in this order, so that a checkpoint knows of all that was said up to its step. Only here
+        # is anything read from the device: it would have to finish first what the steps have queued on it.
+        epoch, last = state.step / per_epoch, state.step == last_step
+        if state.step % config.logging_steps == 0 or last:
+            guard.check()
+            losses = loss_sum.item()
+            mean_loss = losses / state.loss_steps if state.loss_steps else math.nan
+            report.training(state.step, epoch, loss=mean_loss, learning_rate=lr, grad_norm=grad_norm.item())
+            state.train_loss_sum += losses
             state.loss_steps = 0
             loss_sum.zero_()
-        if state.step % config.eval_steps == 0 or state.step == last_step:
-            with report.pause("evaluating"):
-                result = evaluate()
-            state.last_accuracy = result.accuracy
-            report.evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
-            if (result.accuracy, -result.loss) > (state.best_accuracy, -state.best_loss):
-                state.best_step, state.best_accuracy, state.best_loss = state.step, result.accuracy, result.loss
-        if state.step % config.save_steps == 0 or state.step == last_step:
+        if state.step % config.eval_steps == 0 or last:
+            state.evaluation_due = True  # and stays so if the run is stopped meanwhile
+            evaluate(state)
+        stops = stopping()
+        if state.step % config.save_steps == 0 or last or stops or (config.keep_best and state.best_step == state.step):
+            guard.check()
             state.loss_sum = loss_sum.item()
-            with report.pause("saving"):
-                save(state)
+            save(state)
+        if stops:
+            return

@@ -51,3 +51,18 @@ def write_parquet(path, texts, labels, names=("neg", "pos")):
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(pa.table({"text": texts, "label": labels}).replace_schema_metadata(metadata), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def inputs(demo_inputs, tmp_path_factory):
+    """A two-layer GPT-2 and the first reviews of the demo, 77 of them to train on, as arguments of the command line."""
+    from benchmarks.synthetic import write_model
+
+    model, dataset = demo_inputs
+    config = json.loads((model / "config.json").read_text())
+    ids = {name: config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    tiny = write_model(tmp_path_factory.mktemp("tiny"), "tiny", seed=1, tokenizer_from=model, **ids)
+    folder = tmp_path_factory.mktemp("data")
+    for split, rows in (("train", 77), ("validation", 12), ("test", 4)):
+        pq.write_table(pq.read_table(dataset / f"{split}.parquet").slice(0, rows), folder / f"{split}.parquet")
+    return ["--model", str(tiny), "--dataset", str(folder), "--device", "cpu", "--learning-rate", "1e-3"]

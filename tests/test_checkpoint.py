@@ -11,14 +11,15 @@ from ft.checkpoint import (
     ModelSource,
     State,
     checkpoints,
-    complete_or_absent,
     load_checkpoint,
     load_weights,
-    read_json,
-    save_checkpoint,
-    save_model,
+    take_snapshot,
+    weights_of,
+    write_checkpoint,
 )
+from ft.checkpoint import save_model as write_model
 from ft.errors import FtError
+from ft.files import NewFolder, complete_or_absent, read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import build_optimizer
 from ft.packing import Packing
@@ -44,6 +45,15 @@ def trained(model):
     model(torch.tensor([1, 2, 3]), Packing.of([3])).square().mean().backward()
     optimizer.step()
     return model, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+
+
+def save_model(path, model, source):
+    write_model(NewFolder(path), model.config, weights_of(model), source)
+
+
+def save_checkpoint(run, model, source, optimizer, scaler, state, keep, keep_best=False):
+    snapshot = take_snapshot(model, optimizer, scaler, state, copy=False)
+    write_checkpoint(run, snapshot, source, keep=keep, keep_best=keep_best)
 
 
 def test_transformers_loads_what_we_save_with_equal_logits_and_tokens(model, source, tmp_path, caplog):
@@ -141,7 +151,7 @@ def test_no_checkpoint_has_its_name_before_it_is_complete(trained, source, tmp_p
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ft.checkpoint._random_states", fail)
+        patch.setattr("ft.files.NewFolder.write_manifest", fail)
         with pytest.raises(OSError, match="No space"):
             save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=2), keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
@@ -153,7 +163,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "old").touch()
     with complete_or_absent(tmp_path / "final") as folder:
-        (folder / "new").touch()
+        folder.write("new", [])
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ft.config import (
     FREE_ON_RESUME,
+    LONGER_ON_RESUME,
     NOT_OF_THE_RUN,
     Config,
     changed_on_resume,
@@ -293,15 +294,17 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, content, messag
 def test_what_makes_it_another_run_is_told_and_nothing_else(name):
     old, new = dataclasses.asdict(Config()), changed(name)
     message = f"{flag(name)} was {old[name]!r} and would be {getattr(new, name)!r}"
-    assert changed_on_resume(old, new) == ([] if name in FREE_ON_RESUME else [message])
+    assert changed_on_resume(old, new) == ([] if name in (*FREE_ON_RESUME, *LONGER_ON_RESUME) else [message])
 
 
 def test_every_change_is_told_and_a_setting_that_was_not_recorded_is_none():
     old = dataclasses.asdict(Config())
     assert changed_on_resume(old, Config()) == []
     assert changed_on_resume({}, changed("seed")) == []
-    told = changed_on_resume(old, changed("seed", "epochs", "model", "device"))
-    assert [sentence.split()[0] for sentence in told] == ["--model", "--epochs", "--seed"]
+    told = changed_on_resume(old, changed("seed", "learning_rate", "epochs", "model", "device"))
+    assert [sentence.split()[0] for sentence in told] == ["--model", "--seed", "--learning-rate"]
+    assert len({sentence.index(" was ") for sentence in told}) == 1, "a table"
+    assert len({sentence.index(" and would be ") for sentence in told}) == 1
 
 
 def test_what_decides_the_weights_is_not_free_on_resume():
@@ -311,3 +314,4 @@ def test_what_decides_the_weights_is_not_free_on_resume():
     decides |= {"precision", "tf32", "compile", "static_shapes"}  # how it rounds, and what dropout drops
     assert decides | set(FREE_ON_RESUME) == set(FIELDS)
     assert not decides & set(FREE_ON_RESUME)
+    assert set(LONGER_ON_RESUME) == {"epochs", "max_steps"}

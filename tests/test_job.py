@@ -55,7 +55,8 @@ def test_the_program_from_start_to_end(small, tmp_path):
     assert "samples/s" in done.stdout
     assert "Three validation reviews:" in done.stdout
     run = tmp_path / "run"
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-5", "config.json", "final", "metrics.jsonl"]
+    names = [".lock", "checkpoint-5", "config.json", "final", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == names
     training, evaluation, test = metrics(run)
     assert list(training) == [
         "step",

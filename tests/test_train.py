@@ -210,15 +210,16 @@ def test_a_resumed_run_ends_in_the_same_bits(run, stop, precision, accumulation,
     }
     calm = run("calm", **settings)
 
-    from ft import checkpoint
+    from ft.saver import Saver
 
-    def save_and_break(*arguments):
-        save(*arguments)
+    def save_and_break(self, snapshot):
+        save(self, snapshot)
+        self.wait()
         raise KeyboardInterrupt
 
-    save = checkpoint.save_checkpoint
+    save = Saver.save
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", save_and_break)
+        patch.setattr(Saver, "save", save_and_break)
         with pytest.raises(KeyboardInterrupt):
             run("broken", **settings)
     with (run_folder := calm.parent / "broken").joinpath("metrics.jsonl").open("a") as file:
@@ -346,3 +347,35 @@ def test_the_configuration_of_a_run_reproduces_it(run, tmp_path):
     )
     run_job(again)
     assert same(folder / "checkpoint-20", tmp_path / "again" / "checkpoint-20")
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended_and_says_what_the_rate_does(run, capsys):
+    run(epochs=1)
+    capsys.readouterr()
+    folder = run(epochs=2, resume="newest")
+    output = capsys.readouterr().out
+    assert "Continuing after step 10" in output
+    assert (
+        "The run becomes longer: 20 steps instead of 10. From here on the learning rate now falls to 0 at step 20"
+        in (output)
+    )
+    rates = {event["step"]: event["learning_rate"] for event in events(folder)}
+    assert rates[10] == pytest.approx(1e-3 * 1 / 10)
+    assert rates[11] == pytest.approx(1e-3 * 10 / 20)
+    assert rates[20] == pytest.approx(1e-3 * 1 / 20)
+    assert [event["step"] for event in events(folder)] == list(range(1, 21))
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+
+
+def test_a_run_cannot_become_shorter(run):
+    run(epochs=2)
+    with pytest.raises(FtError, match=r"--epochs would end the run after 10 steps, it was planned for 20"):
+        run(epochs=1, resume="newest")
+    with pytest.raises(FtError, match=r"--max-steps would end the run after 15 steps"):
+        run(epochs=2, max_steps=15, resume="newest")
+
+
+def test_of_a_constant_rate_a_longer_run_keeps_it(run, capsys):
+    run(epochs=1, lr_schedule="constant")
+    run(epochs=2, lr_schedule="constant", resume="newest")
+    assert "the learning rate stays as it is" in capsys.readouterr().out

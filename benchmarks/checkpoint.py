@@ -1,0 +1,198 @@
+"""How long the training stands still for a checkpoint, and what that costs in memory.
+
+    python -m benchmarks.checkpoint --tokenizer DIR
+
+Every way of saving runs in a process of its own, on a model of random weights with its optimiser's state: some steps
+without a save, then saves with some steps after each. The stall of a save is what it and the steps after it take more
+than as many steps without. Where a thread writes in the background, the steps after the save bear what it takes away.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.step import GIB, build, in_own_process, peak_memory, random_examples, review_like_lengths, timed_steps
+from benchmarks.synthetic import SIZES, model_config, write_model
+from ft.checkpoint import ModelSource, State, take_snapshot, write_checkpoint
+from ft.machine import keep_freed_memory
+from ft.saver import Saver
+
+BATCH_SIZE = 8
+WAYS = {
+    "ft": "ft, in the background",
+    "ft blocking": "ft, --save-blocking",
+    "torch.save": "torch.save, not forced to the disk",
+    "async_save": "torch.distributed.checkpoint.async_save",
+    "trainer": "Trainer, not forced to the disk",
+}
+
+
+def main() -> None:
+    """Measure every way and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--size", choices=SIZES, default="gpt2")
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="before the first save and after each")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for way in WAYS:
+            folder = Path(work) / "run"
+            folder.mkdir()
+            figures[way] = in_own_process(measure, way, options.size, options.tokenizer, folder, options)
+            shutil.rmtree(folder)
+    rows = [
+        [
+            WAYS[way],
+            f"{figure['call_seconds']:.2f}",
+            f"{figure['stall_seconds']:.2f}",
+            f"{figure['stall_seconds'] / figures['ft blocking']['stall_seconds']:.2f}",
+            f"{figure['peak_bytes'] / GIB:.2f}",
+        ]
+        for way, figure in figures.items()
+    ]
+    header = ["way of saving", "the call (s)", "stall (s)", "stall / ft, --save-blocking", "peak memory (GiB)"]
+    text = markdown_table(header, rows) + (
+        f"\n\n{options.size}, batches of {BATCH_SIZE}, fp32, weights and AdamW's moments. Medians of {options.saves} "
+        f"saves after a first that does not count, each followed by {options.steps} steps; a step takes "
+        f"{figures['ft']['step_seconds']:.2f} s. The Trainer's stall is its call, and its memory that of a process "
+        "which has its own libraries loaded."
+    )
+    write_result("checkpoint", {"size": options.size, "ways": figures}, text)
+    draw(figures)
+
+
+def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """The figures of one way; for a process of its own."""
+    keep_freed_memory()
+    if way == "trainer":
+        return measure_trainer(size, tokenizer, folder, options.saves)
+    model, optimizer, config = build(size)
+    count = BATCH_SIZE * options.steps
+    examples = random_examples(review_like_lengths(count), config.vocab_size)
+
+    def steps() -> list[float]:
+        return [sum(step.values()) for step in timed_steps(model, optimizer, examples, BATCH_SIZE)]
+
+    steps()
+    before = steps()
+    save = SAVERS[way](model, optimizer, tokenizer, folder)
+    calls, stalls, saved_steps = [], [], []
+    for number in range(1, options.saves + 2):
+        started = time.perf_counter()
+        save(number)
+        calls.append(time.perf_counter() - started)
+        after = steps()
+        saved_steps.append(sum(after))
+        stalls.append(calls[-1] + sum(after))
+    after_all = steps()
+    step = statistics.median([*before, *after_all])
+    usual = statistics.median([sum(before), sum(after_all)])
+    return {
+        "step_seconds": step,
+        "call_seconds": statistics.median(calls[1:]),
+        "stall_seconds": statistics.median(stall - usual for stall in stalls[1:]),
+        "peak_bytes": peak_memory(),
+    }
+
+
+def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Callable[[int], None]:
+    """The program's own way."""
+    source = ModelSource(model_config("gpt2"), tokenizer / "tokenizer.json", ("neg", "pos"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    write = partial(write_checkpoint, folder, source=source, keep=2, keep_best=False)
+    saver = Saver(write, print, blocking=blocking)
+    return lambda step: saver.save(take_snapshot(model, optimizer, scaler, State(step=step), copy=not blocking))
+
+
+def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Callable[[int], None]:
+    """A pickle of both, as most scripts write it."""
+
+    def save(step: int) -> None:
+        moments = dict(enumerate(optimizer.state.values()))
+        torch.save({"model": model.state_dict(), "optimizer": moments}, folder / f"{step % 2}.pt")
+
+    return save
+
+
+def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Callable[[int], None]:
+    """PyTorch's own asynchronous checkpoints, in a group of one process."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+    pending: list[Any] = []
+
+    def save(step: int) -> None:
+        if pending:
+            pending.pop().result()
+        state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        for i, moments in enumerate(optimizer.state.values()):
+            state |= {f"{i}.{name}": value for name, value in moments.items()}
+        target = folder / str(step % 2)
+        shutil.rmtree(target, ignore_errors=True)
+        pending.append(dcp.async_save(state, checkpoint_id=str(target)))
+
+    return save
+
+
+SAVERS = {
+    "ft": partial(our_saver, False),
+    "ft blocking": partial(our_saver, True),
+    "torch.save": torch_saver,
+    "async_save": async_saver,
+}
+
+
+def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int) -> dict[str, float]:
+    """The Trainer's own save, which its training waits for."""
+    from benchmarks.trainer_reference import build_trainer
+
+    model_dir = write_model(folder / "model", size, tokenizer_from=tokenizer)
+    rows = [{"text": "a film", "label": row % 2} for row in range(3 * BATCH_SIZE)]
+    trainer, steps = build_trainer(model_dir, rows, folder / "out", gradient_checkpointing=False)
+    trainer.train()
+    seconds = []
+    for _ in range(saves + 1):
+        started = time.perf_counter()
+        trainer._save_checkpoint(trainer.model, None)
+        seconds.append(time.perf_counter() - started)
+        shutil.rmtree(folder / "out")
+    call = statistics.median(seconds[1:])
+    return {
+        "step_seconds": statistics.median(step.seconds for step in steps),
+        "call_seconds": call,
+        "stall_seconds": call,
+        "peak_bytes": peak_memory(),
+    }
+
+
+def draw(figures: dict[str, Any]) -> None:
+    """A bar per way, as `results/checkpoint.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
+    seconds = [ways["stall_seconds"] for ways in figures.values()]
+    bars = axes.barh([WAYS[way] for way in figures], seconds)
+    axes.bar_label(bars, fmt=" %.2f s", fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="seconds that a checkpoint holds the training up (median)")
+    figure.savefig(RESULTS / "checkpoint.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

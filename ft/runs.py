@@ -1,0 +1,134 @@
+"""The folder of a run: who may write there, what is to be continued, and whether there is room."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ft import checkpoint
+from ft.config import NEWEST, Config, changed_on_resume, flag, read_config_file
+from ft.errors import FtError, UsageError
+from ft.files import LOCK, locked, tidy
+from ft.train import total_steps
+
+BYTES_PER_PARAMETER = 12  # in a checkpoint: the weight and AdamW's two moments, 4 bytes each
+
+
+@contextmanager
+def own_folder(config: Config) -> Iterator[Path]:
+    """The run's folder, for this process alone, without what a process that died there has left half done.
+
+    Raises:
+        FtError: another process is at work there.
+        UsageError: it holds files and neither --resume nor --overwrite is given, or --resume names no folder.
+    """
+    run = Path(config.output_dir)
+    if config.resume not in (None, NEWEST) and not Path(str(config.resume)).is_dir():
+        raise UsageError(f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint")
+    with locked(run):
+        holds_files = any(entry.name != LOCK for entry in run.iterdir())
+        if holds_files and config.resume is None and not (config.overwrite or config.demo):
+            raise UsageError(
+                f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, "
+                "--overwrite replaces that run, another --output-dir keeps it"
+            )
+        tidy(run)
+        yield run
+
+
+def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
+    """The newest whole checkpoint to continue from, if that is wanted and there is one.
+
+    Raises:
+        FtError: the checkpoint named is damaged, or all are.
+    """
+    if config.resume is None:
+        return None
+    given = run if config.resume == NEWEST else Path(config.resume)
+    if checkpoint.is_checkpoint(given):
+        if damage := checkpoint.damage_of_checkpoint(given):
+            raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest whole one")
+        return given
+    found = checkpoint.checkpoints(given)
+    for folder in reversed(found):
+        damage = checkpoint.damage_of_checkpoint(folder)
+        if damage is None:
+            return folder
+        print(f"WARNING: {folder} is damaged and left out: {damage}.")
+    if found:
+        raise FtError(f"no checkpoint in {given} is whole, so that nothing can be continued; --overwrite starts anew")
+    print(f"No checkpoint in {given} yet: starting from the beginning.")
+    return None
+
+
+def refuse_another_run(resume_from: Path, config: Config) -> None:
+    """Stop a resume whose settings would make it another run.
+
+    Raises:
+        UsageError: one line per setting.
+    """
+    recorded = resume_from.parent / "config.json"
+    changed = changed_on_resume(read_config_file(recorded), config) if recorded.exists() else []
+    if changed:
+        raise UsageError(*changed, "--resume continues the same run: leave these flags out, or start another run")
+
+
+def lengthened(resume_from: Path, config: Config, num_examples: int) -> str | None:
+    """What a longer --epochs or --max-steps does to the schedule of a resumed run; None if it is as long as before.
+
+    Raises:
+        UsageError: the run would be shorter than before.
+    """
+    recorded = resume_from.parent / "config.json"
+    if not recorded.exists():
+        return None
+    before = Config(**read_config_file(recorded))
+    old, new = (total_steps(num_examples, each) for each in (before, config))
+    if new < old:
+        names = [name for name in ("epochs", "max_steps") if getattr(before, name) != getattr(config, name)]
+        raise UsageError(
+            f"{' and '.join(map(flag, names))} would end the run after {new} steps, it was planned for {old}: a "
+            "resumed run can only become longer"
+        )
+    if new == old:
+        return None
+    what = "stays as it is" if config.lr_schedule == "constant" else f"now falls to 0 at step {new:,}"
+    return (
+        f"The run becomes longer: {new:,} steps instead of {old:,}. From here on the learning rate {what}, as if the "
+        f"run had been planned so, while the steps up to here followed the schedule of {old:,}."
+    )
+
+
+def room_for(run: Path, parameters: int, config: Config) -> str:
+    """How much disk the checkpoints will take and how much is free, in a sentence.
+
+    Raises:
+        FtError: there is no room for a single one and the finished model.
+    """
+    each, final = BYTES_PER_PARAMETER * parameters, 4 * parameters
+    most = each * (config.keep_checkpoints + config.keep_best + 1) + final  # one is written before the oldest goes
+    # What an earlier part of the run has written lies there already.
+    present = sum(path.stat().st_size for folder in checkpoint.checkpoints(run) for path in folder.iterdir())
+    free = shutil.disk_usage(run).free
+    if free < each + final - present:
+        raise FtError(
+            f"{run} has {_size(free)} free, a checkpoint and the finished model need {_size(each + final)}: make "
+            "room, or take an --output-dir on another disk"
+        )
+    short = free < most - present
+    return (
+        f"Disk: a checkpoint takes {_size(each)}, all that are kept at most {_size(most)}; {_size(free)} are free."
+        + (" WARNING: that is too little; saves will fail when the disk is full." if short else "")
+    )
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def clear(run: Path) -> None:
+    """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).unlink(missing_ok=True)
+    for folder in (*checkpoint.checkpoints(run), run / "final"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,51 @@
+"""Stopping in good order when the system or the person asks for it by a signal."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from ft.errors import Stopped
+
+# SIGTERM comes from `kill`, torchrun and job schedulers, SIGUSR1 from Slurm (--signal=USR1@60) before its time is up.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class StopRequest:
+    """Notes that one of `SIGNALS` has come, while used as a context manager; a second Ctrl-C ends the process at once.
+
+    Python runs the handler between two operations of the main thread, so that a matrix product is never cut short.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread ask for signals
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._number == number == signal.SIGINT:
+            os._exit(128 + number)
+        self._number = number
+        # Not by print(), which the handler may have interrupted.
+        again = " (Ctrl-C again: leave at once)" if number == signal.SIGINT else ""
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving{again}\n".encode())
+
+    def __call__(self) -> bool:
+        """Whether the run should stop."""
+        return self._number is not None
+
+    def stopped(self, message: str) -> Stopped:
+        """The error that ends the run, with the exit status that shells give to a signal: 128 and its number."""
+        assert self._number is not None
+        return Stopped(message, status=128 + self._number)

@@ -1,0 +1,287 @@
+"""Folders that are complete or absent, whatever fails; manifests, the safetensors written here, and the lock."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ft import files
+from ft.errors import FtError
+from ft.files import MANIFEST, NewFolder, complete_or_absent, damage_of, locked, read_json, tidy
+
+ROOT = Path(__file__).parents[1]
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_read_back_by_the_library(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(7, 5, generator=generator),
+        "transposed": torch.randn(3, 4, generator=generator).T,
+        "half": torch.randn(3, generator=generator).half(),
+        "brain": torch.randn(2, 2, generator=generator).bfloat16(),
+        "double": torch.randn(1, generator=generator).double(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "bytes": torch.arange(11, dtype=torch.uint8),
+        "whole": torch.arange(3),
+        "ünï": torch.zeros(1),
+    }
+    NewFolder(tmp_path).write_tensors("x.safetensors", tensors, {"format": "pt"})
+    back = load_file(tmp_path / "x.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor), name
+
+
+def test_tensors_of_many_chunks_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 16)
+    tensors = {"a": torch.arange(101.0), "b": torch.arange(5.0)}
+    NewFolder(tmp_path).write_tensors("x.safetensors", tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(tmp_path / "x.safetensors").items())
+
+
+# --- complete or absent -----------------------------------------------------------------------------------------------
+
+
+def write_good(folder, content=b"good"):
+    with complete_or_absent(folder) as new:
+        new.write("a", [content, b"!"])
+        new.write_json("b.json", {"x": 1})
+        new.write_manifest()
+
+
+def test_a_whole_folder_has_no_damage(tmp_path):
+    write_good(tmp_path / "f")
+    assert damage_of(tmp_path / "f", ["a", "b.json"]) is None
+    assert sorted(os.listdir(tmp_path / "f")) == ["a", "b.json", MANIFEST]
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def rewrite_manifest(change):
+    def do(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest["files"])
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return do
+
+
+def lead_outside(folder):
+    (folder.parent / "outside").write_bytes(b"good!")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["../outside"] = manifest["files"]["a"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def make_link(folder):
+    (folder.parent / "elsewhere").write_bytes((folder / "a").read_bytes())
+    (folder / "a").unlink()
+    (folder / "a").symlink_to(folder.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "a").write_bytes(b"goof!"), "a has other bytes than were written"),
+        (lambda f: (f / "a").write_bytes(b"good"), "a has 4 bytes, not 5"),
+        (lambda f: (f / "a").write_bytes(b""), "a has 0 bytes, not 5"),
+        (lambda f: (f / "a").unlink(), "a is missing or no plain file"),
+        (lambda f: ((f / "a").unlink(), (f / "a").mkdir()), "a is missing or no plain file"),
+        (make_link, "a is missing or no plain file"),
+        (lead_outside, "../outside is missing or no plain file"),
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing or unreadable"),
+        (lambda f: (f / MANIFEST).write_text("{"), "manifest.json is missing or unreadable"),
+        (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is missing or unreadable"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is missing or unreadable"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json is no list of files"),
+        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), "manifest.json is no list of files"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a": null}}'), "manifest.json is no list of files"),
+        (rewrite_manifest(lambda entries: entries.pop("a")), "manifest.json does not list a"),
+        (rewrite_manifest(lambda entries: entries["a"].update(sha256=None)), "a has other bytes than were written"),
+        (rewrite_manifest(lambda entries: entries["a"].update(size="5")), "a has 5 bytes, not 5"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    write_good(tmp_path / "f")
+    damage(tmp_path / "f")
+    assert damage_of(tmp_path / "f", ["a", "b.json"]) == message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["files", "a", "size", ".."]), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["files", "a"]), JSON) | JSON)
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_no_manifest_makes_a_traceback(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("f") / "f"
+    write_good(folder)
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert damage_of(folder, ["a"])
+
+
+class Fault(OSError):
+    """The error that the test makes the system give."""
+
+
+class Faults:
+    """Lets the n-th file operation fail, and counts them."""
+
+    def __init__(self, monkeypatch, fails_at):
+        self.count, self.fails_at = 0, fails_at
+        for name in ("fsync", "rename", "unlink", "rmdir", "mkdir", "open"):
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
+        monkeypatch.setattr(files, "open", self.open, raising=False)
+
+    def tick(self):
+        self.count += 1
+        if self.count == self.fails_at:
+            raise Fault(28, "No space left on device")
+
+    def wrap(self, function):
+        def call(*arguments, **keywords):
+            self.tick()
+            return function(*arguments, **keywords)
+
+        return call
+
+    def open(self, path, mode):
+        self.tick()
+        file = open(path, mode)  # noqa: SIM115
+        write = file.write
+
+        class Wrapper:
+            def __enter__(inner):
+                return inner
+
+            def __exit__(inner, *_):
+                file.close()
+
+            def write(inner, data):
+                if self.count + 1 == self.fails_at:
+                    write(bytes(data)[: len(data) // 2])  # half of it gets through
+                self.tick()
+                return write(data)
+
+            def flush(inner):
+                self.tick()
+                file.flush()
+
+            def fileno(inner):
+                return file.fileno()
+
+        return Wrapper()
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_whatever_operation_fails_the_folder_is_old_or_new_and_whole(tmp_path, replaces, record_property):
+    faults_seen = 0
+    for fails_at in range(1, 200):
+        parent = tmp_path / str(fails_at)
+        parent.mkdir()
+        if replaces:
+            write_good(parent / "f", b"old")
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, fails_at)
+            try:
+                write_good(parent / "f", b"new")
+                failed = False
+            except Fault:
+                failed = True
+        faults_seen += failed
+        tidy(parent)
+        if replaces or not failed:
+            assert damage_of(parent / "f", ["a", "b.json"]) is None
+            assert (parent / "f" / "a").read_bytes() in ((b"old!", b"new!") if failed else (b"new!",))
+        else:
+            assert not (parent / "f").exists() or damage_of(parent / "f", ["a", "b.json"]) is None
+        assert set(os.listdir(parent)) <= {"f"}
+        if faults.count < fails_at:
+            break
+    else:
+        pytest.fail("there is always one more operation")
+    assert faults_seen > 15
+    record_property("file operations made to fail", faults_seen)
+
+
+def test_a_process_that_dies_between_the_two_renames_loses_nothing(tmp_path):
+    write_good(tmp_path / "f", b"old")
+    (tmp_path / "f").rename(tmp_path / ".replaced-f")
+    (tmp_path / ".unfinished-f").mkdir()
+    tidy(tmp_path)
+    assert os.listdir(tmp_path) == ["f"]
+    assert damage_of(tmp_path / "f", ["a"]) is None
+
+
+def test_what_was_replaced_is_cleared(tmp_path):
+    write_good(tmp_path / "f", b"new")
+    write_good(tmp_path / ".replaced-f", b"old")
+    tidy(tmp_path)
+    assert os.listdir(tmp_path) == ["f"]
+    assert (tmp_path / "f" / "a").read_bytes() == b"new!"
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ft.files import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_in_use_names_the_process_and_is_free_when_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        message = rf"another run is at work in .*run: process {holder.pid}\."
+        with pytest.raises(FtError, match=message), locked(tmp_path / "run"):
+            pytest.fail("two at once")
+        holder.kill()
+        holder.wait()
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
+    with locked(tmp_path / "a" / "run"):
+        pass
+    assert not (tmp_path / "a" / "run").exists()
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    assert (tmp_path / "run" / "file").exists()
+
+
+def test_a_folder_may_vanish_under_the_lock(tmp_path):
+    import shutil
+
+    with locked(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[]", b"3", b"{", b"[" * 100_000, b"<html>", b"version https://git"]
+)
+def test_what_is_no_json_object_is_refused_by_name(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(FtError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")

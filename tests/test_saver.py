@@ -1,0 +1,226 @@
+"""Saving beside the training, and what a run does when the disk refuses."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ft import checkpoint
+from ft.checkpoint import State, checkpoints, damage_of_checkpoint, load_checkpoint, take_snapshot, write_checkpoint
+from ft.cli import main
+from ft.gpt2 import GPT2, GPT2Config
+from ft.optim import build_optimizer
+from ft.saver import Saver
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
+FULL = OSError(28, "No space left on device")
+
+
+class Step:
+    """Stands for a snapshot."""
+
+    def __init__(self, step):
+        self.state = State(step=step)
+
+
+def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_next():
+    written, lines, may_end = [], [], threading.Event()
+
+    def write(snapshot):
+        assert may_end.wait(30)
+        written.append(snapshot.state.step)
+
+    saver = Saver(write, lines.append, blocking=False)
+    saver.save(Step(1))
+    assert written == [], "the call returned before the write ended"
+    threading.Timer(0.05, may_end.set).start()
+    saver.save(Step(2))
+    assert written[0] == 1, "one at a time"
+    saver.wait()
+    assert (written, lines, saver.failure) == ([1, 2], [], None)
+
+
+def test_a_blocking_save_has_ended_when_it_returns():
+    written = []
+    Saver(lambda snapshot: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
+    assert written
+
+
+def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
+    errors, lines = [FULL, None], []
+
+    def write(snapshot):
+        if error := errors.pop(0):
+            raise error
+
+    saver = Saver(write, lines.append, blocking=False)
+    saver.save(Step(1))
+    saver.wait()
+    assert saver.failure is FULL
+    assert lines == [
+        "WARNING: checkpoint 1 could not be written: No space left on device. The run goes on and tries again at the "
+        "next one; those written before are untouched."
+    ]
+    saver.save(Step(2))
+    saver.wait()
+    assert saver.failure is None
+
+
+def test_a_defect_in_the_thread_is_raised_in_the_run():
+    def write(snapshot):
+        raise ZeroDivisionError("a defect")
+
+    saver = Saver(write, print, blocking=False)
+    saver.save(Step(1))
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        saver.wait()
+    saver.wait()
+
+
+def test_a_snapshot_does_not_follow_the_training(demo_inputs, tmp_path):
+    folder, _ = demo_inputs
+    published = checkpoint.read_json(folder / "config.json")
+    model = GPT2(GPT2Config.from_dict(published))
+    model.init_weights(1)
+    optimizer, scaler = build_optimizer(model, 1e-3, 0.0), torch.amp.GradScaler("cpu", enabled=False)
+    state = State(step=3)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    snapshot = take_snapshot(model, optimizer, scaler, state, copy=True)
+    state.step = 4
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+            optimizer.state[parameter]["exp_avg"].add_(1.0)
+    source = checkpoint.ModelSource(published, folder / "tokenizer.json", ("neg", "pos"))
+    write_checkpoint(tmp_path, snapshot, source, keep=1, keep_best=False)
+    assert load_checkpoint(tmp_path / "checkpoint-3", model, optimizer, scaler) == State(step=3)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    assert all((state["exp_avg"] == 0).all() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("blocking", [[], ["--save-blocking"]])
+def test_a_save_that_fails_costs_no_step(inputs, tmp_path, monkeypatch, capsys, blocking):
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    assert main([*inputs, *SETTINGS, "--output-dir", str(calm)]) == 0
+    seen = []
+
+    def write_manifest(self):
+        seen.append(1)
+        if len(seen) in (1, 3):
+            raise FULL
+        original(self)
+
+    original = checkpoint.NewFolder.write_manifest
+    monkeypatch.setattr(checkpoint.NewFolder, "write_manifest", write_manifest)
+    capsys.readouterr()
+    assert main([*inputs, *SETTINGS, *blocking, "--output-dir", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert "WARNING: checkpoint 5 could not be written: No space left on device." in output
+    assert "WARNING: checkpoint 15 could not be written" in output
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-20"]
+    last = "checkpoint-20/optimizer.safetensors"
+    assert (run / last).read_bytes() == (calm / last).read_bytes()
+
+
+def test_a_last_save_that_fails_is_a_failure_and_the_one_before_stays(inputs, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def write_manifest(self):
+        seen.append(1)
+        if len(seen) == 4:
+            raise FULL
+        original(self)
+
+    original = checkpoint.NewFolder.write_manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.NewFolder, "write_manifest", write_manifest)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "the last checkpoint could not be written (No space left on device)" in error
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-10", "checkpoint-15"]
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert all(damage_of_checkpoint(path) is None for path in checkpoints(tmp_path / "run"))
+
+
+def test_a_folder_that_vanishes_costs_no_step(inputs, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+
+    def vanish(*arguments, **keywords):
+        seen.append(1)
+        if len(seen) == 2:
+            shutil.rmtree(run)
+        return original(*arguments, **keywords)
+
+    from ft import job
+
+    original, seen = job.evaluate, []
+    monkeypatch.setattr(job, "evaluate", vanish)
+    assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
+    assert (run / "final" / "model.safetensors").exists()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
+
+
+LIMITED = """
+import resource, sys
+from ft.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_told_and_does_not_end_the_run(inputs, tmp_path):
+    run = tmp_path / "run"
+    weights = (Path(inputs[1]) / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", LIMITED, str(weights + 5000), *inputs, *SETTINGS, "--output-dir", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.count("could not be written: File too large.") == 4
+    assert done.returncode == 1
+    assert "the last checkpoint could not be written (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoints(run) == []
+    assert (run / "final" / "model.safetensors").exists(), "the finished model is smaller than the limit"
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, tmp_path, monkeypatch, capsys):
+    from ft import runs
+
+    arguments = [*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]
+    usage = shutil.disk_usage(tmp_path)
+    each = 12 * 1_000_000 / 1e9
+    parameters = 1_000_000
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage._replace(free=int(2 * each * 1e9)))
+    from ft.config import Config
+
+    text = runs.room_for(tmp_path, parameters, Config())
+    assert text == (
+        "Disk: a checkpoint takes 12.0 MB, all that are kept at most 40.0 MB; 24.0 MB are free. WARNING: that is too "
+        "little; saves will fail when the disk is full."
+    )
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "has 0.0 MB free, a checkpoint and the finished model need" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_checkpoint_is_kept(inputs, tmp_path, monkeypatch):
+    from ft import job
+    from ft.evaluate import Evaluation
+
+    # By accuracy, then by loss; the seventh is that of the last step, the eighth that of the test split.
+    results = iter([(0.9, 0.5), (0.8, 0.7), (0.7, 0.7), (0.7, 0.7), (0.5, 0.6), (0.9, 0.7), (0.1, 0.2), (0.1, 0.9)])
+    monkeypatch.setattr(job, "evaluate", lambda *_, **__: Evaluation(*next(results)))
+    run = tmp_path / "run"
+    flags = ["--keep-best", "--keep-checkpoints", "1", "--eval-steps", "3", "--output-dir", str(run)]
+    assert main([*inputs, *SETTINGS, *flags]) == 0
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-9", "checkpoint-20"]
+    state = json.loads((run / "checkpoint-20" / "state.json").read_text())
+    assert (state["best_step"], state["best_accuracy"], state["best_loss"]) == (9, 0.7, 0.7)

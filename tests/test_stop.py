@@ -1,0 +1,143 @@
+"""Signals end a run in good order: the step in hand is finished and saved, and the run goes on from there exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from test_kill import assert_same_end
+
+from ft import job
+from ft.cli import main
+from ft.report import Report
+from ft.stop import StopRequest
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
+
+
+@pytest.fixture
+def calm(inputs, tmp_path):
+    assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / "calm")]) == 0
+    return tmp_path / "calm"
+
+
+def resume_and_compare(inputs, run, calm, capsys):
+    capsys.readouterr()
+    assert main([*inputs, *SETTINGS, "--output-dir", str(run), "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert_same_end(run, calm, 20)
+    return output
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+@pytest.mark.parametrize("step", [1, 7, 8, 20])
+def test_a_signal_ends_the_run_after_its_step(inputs, calm, tmp_path, monkeypatch, capfd, name, status, step):
+    def step_and_signal(self, **counts):
+        count(self, **counts)
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    count, steps = Report.step, []
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "step", step_and_signal)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == status
+    error = capfd.readouterr().err
+    assert f"{name}: finishing this step and saving" in error
+    assert f"Stopped after step {step}. To continue: python run.py --resume {run}" in error
+    assert "Traceback" not in error
+    assert not (run / "final").exists()
+    assert f"Continuing after step {step}," in resume_and_compare(inputs, run, calm, capfd)
+
+
+def test_a_signal_in_an_evaluation_leaves_it_for_the_resumed_run(inputs, calm, tmp_path, monkeypatch, capfd):
+    def evaluate(*arguments, stopping, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, stopping=stopping, **keywords)
+
+    original, calls = job.evaluate, []
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "evaluate", evaluate)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 143
+    assert json.loads((run / "checkpoint-8" / "state.json").read_text())["evaluation_due"] is True
+    evaluated = [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if "eval" in line
+    ]
+    assert evaluated == [4]
+    resume_and_compare(inputs, run, calm, capfd)
+
+
+@pytest.mark.parametrize("number", [5, 6], ids=["of the last step", "of the test split"])
+def test_a_signal_in_the_last_evaluations(inputs, calm, tmp_path, monkeypatch, capfd, number):
+    def evaluate(*arguments, **keywords):
+        seen.append(1)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **keywords)
+
+    original, seen = job.evaluate, []
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "evaluate", evaluate)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 143
+    resume_and_compare(inputs, run, calm, capfd)
+
+
+def test_several_signals_are_one(inputs, tmp_path, monkeypatch, capfd):
+    def step_and_signals(self, **counts):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Report, "step", step_and_signals)
+    assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]) == 130
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+TWICE = """
+import os, signal, time
+from ft.stop import StopRequest
+with StopRequest() as stopping:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", stopping(), flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "still here True\n")
+    assert "Ctrl-C again: leave at once" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_handlers_are_put_back_and_other_threads_ask_for_none():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stopping:
+        assert signal.getsignal(signal.SIGTERM) != before
+        assert not stopping()
+    assert signal.getsignal(signal.SIGTERM) == before
+    errors = []
+
+    def work():
+        try:
+            with StopRequest() as stopping:
+                assert not stopping()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
