@@ -108,7 +108,7 @@ def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argpars
 
 def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Callable[[int], None]:
     """The program's own way."""
-    source = ModelSource(model_config("gpt2"), tokenizer / "tokenizer.json", ("neg", "pos"))
+    source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     write = partial(write_checkpoint, folder, source=source, keep=2, keep_best=False)
     saver = Saver(write, print, blocking=blocking)

@@ -11,6 +11,7 @@ Every folder written here is a complete model folder; a checkpoint adds what tra
 Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
 """
 
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 from ft.data import END_OF_TEXT
 from ft.errors import FtError
-from ft.files import NewFolder, complete_or_absent, damage_of, read_json
+from ft.files import UNFINISHED, NewFolder, complete_or_absent, damage_of, read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import AdamW
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
+SUPERSEDED = ".superseded-"
 
 
 @dataclass
@@ -64,6 +66,8 @@ class State:
     def note(self, loss: float, accuracy: float) -> None:
         """The evaluation that was due had this result."""
         self.evaluation_due, self.last_accuracy = False, accuracy
+        if not math.isfinite(loss):
+            return
         if self.best_loss is None or (accuracy, -loss) > (self.best_accuracy, -self.best_loss):
             self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
 
@@ -74,12 +78,12 @@ class ModelSource:
 
     Attributes:
         config: the published config.json.
-        tokenizer: path of tokenizer.json.
+        tokenizer: the content of tokenizer.json, as its file may be gone when the run is saved.
         label_names: the words of the labels, kept in config.json as `id2label`.
     """
 
     config: dict[str, Any]
-    tokenizer: Path
+    tokenizer: bytes
     label_names: Sequence[str]
 
 
@@ -144,7 +148,7 @@ def save_model(folder: NewFolder, config: GPT2Config, weights: dict[str, Tensor]
     folder.write_json("config.json", published)
     folder.write_json("generation_config.json", generation)
     folder.write_json("tokenizer_config.json", tokenizer)
-    folder.copy("tokenizer.json", source.tokenizer)
+    folder.write("tokenizer.json", [source.tokenizer])
     folder.write_tensors(WEIGHTS, weights, metadata={"format": "pt"})
 
 
@@ -177,8 +181,7 @@ def take_snapshot(model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, s
 def write_checkpoint(run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool) -> None:
     """Write `checkpoint-<step>` below `run`, and once it has proved whole, delete those that are no longer kept.
 
-    Kept are the newest `keep`, and with `keep_best` that of the best evaluation. Checkpoints of later steps, left by a
-    run that was resumed from an earlier one, are not counted and not touched.
+    Kept are the newest `keep`, and with `keep_best` that of the best evaluation.
 
     Raises:
         OSError: the disk is full, or refuses; the checkpoints that were there are there.
@@ -191,17 +194,31 @@ def write_checkpoint(run: Path, snapshot: Snapshot, source: ModelSource, *, keep
         new.write_tensors(RANDOM, snapshot.random_states)
         new.write_json(STATE, {**asdict(state), "grad_scaler": snapshot.grad_scaler})
         new.write_manifest()
+        if damage := damage_of_checkpoint(new.path):
+            raise OSError(None, f"what was written reads back otherwise: {damage}", str(folder))
+    delete_old(run, state, keep=keep, keep_best=keep_best)
+
+
+def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
+    """Delete the checkpoints that are no longer kept when that of `state` is the newest: see `write_checkpoint`."""
     old = [path for path in checkpoints(run) if step_of(path) <= state.step][:-keep]
     old = [path for path in old if not (keep_best and step_of(path) == state.best_step)]
-    if not old:
-        return
-    if damage := damage_of_checkpoint(folder):
-        raise OSError(None, f"what was written reads back otherwise: {damage}", str(folder))
     for path in old:
         # Under another name first: what is half deleted must not pass for a checkpoint.
-        doomed = path.with_name(f".unfinished-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        path.rename(path.with_name(UNFINISHED + path.name))
+    for doomed in (*run.glob(f"{UNFINISHED}checkpoint-*"), *run.glob(f"{SUPERSEDED}*")):
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def supersede_later(run: Path, step: int) -> None:
+    """Take the name from the checkpoints of later steps, as the run goes on from `step` and will not come from them.
+
+    They are deleted when it has saved for the first time.
+    """
+    for path in checkpoints(run):
+        if step_of(path) > step:
+            shutil.rmtree(run / (SUPERSEDED + path.name), ignore_errors=True)
+            path.rename(run / (SUPERSEDED + path.name))
 
 
 def checkpoints(run: Path) -> list[Path]:

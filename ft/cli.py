@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
@@ -19,6 +21,8 @@ examples:
   python run.py --demo                   the same program without the Hub, in half a minute
   python run.py --resume                 continue where the last run broke off
   python run.py --model ./my-gpt2 --dataset ./my-reviews --output-dir runs/mine
+  python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
+  python run.py evaluate runs/rotten_tomatoes --split test
 """
 
 # Stands for a flag that was given without its value, so that this too is told together with everything else.
@@ -56,8 +60,15 @@ def main(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    place = "while reading or writing"
     try:
+        if arguments and arguments[0] in ("predict", "evaluate"):
+            from ft import ask
+
+            {"predict": ask.predict, "evaluate": ask.evaluate}[arguments[0]](arguments[1:])
+            return 0
         config = read_arguments(arguments)
+        place = config.output_dir
         from ft.job import run_job  # here, since --help and a wrong flag need not wait for torch
 
         run_job(config)
@@ -68,11 +79,15 @@ def main(arguments: Sequence[str]) -> int:
     except FtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at its end
+        return 128 + 13  # as if SIGPIPE had ended the process
     except OSError as error:  # what the disk or its permissions refuse; files that are read have messages of their own
-        print(f"error: {error.strerror or error}: {error.filename or config.output_dir}", file=sys.stderr)
+        print(f"error: {error.strerror or error}: {error.filename or place}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        with suppress(OSError):  # as in ft/stop.py
+            print(stopped, file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("\ninterrupted; --resume continues from the newest checkpoint", file=sys.stderr)
@@ -144,7 +159,7 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
         return {}  # which `Config` refuses
     if resume is not None and resume != NEWEST:
         given = Path(resume)
-        run = given.parent if given.name.startswith("checkpoint-") else given
+        run = given.parent if re.fullmatch(r"checkpoint-[0-9]+", given.name) else given
         base: dict[str, Any] = {"output_dir": str(run)}
     else:
         run = Path(settings.get("output_dir", Config.output_dir))

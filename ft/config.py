@@ -8,6 +8,7 @@ import ast
 import functools
 import inspect
 import json
+import os
 import sys
 import types
 import typing
@@ -127,21 +128,25 @@ class Config:
             raise UsageError(*problems)
 
     def save(self, path: Path) -> None:
-        """Write all settings as JSON, in the order of this class."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write all settings as JSON, in the order of this class; the file is the old one until it is the new one."""
+        unfinished = path.with_name(f".unfinished-{path.name}")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
 
 
 # The value of `resume` that stands for the newest checkpoint in the output directory.
 NEWEST = "newest"
 
 # What one run of a folder may have and another not, without being another run.
-NOT_OF_THE_RUN = ("resume", "overwrite")
+NOT_OF_THE_RUN = ("resume", "overwrite", "save_dataset")
 
 # What may change when a run is resumed: none of it changes the weights that come out.
 FREE_ON_RESUME = (
     *NOT_OF_THE_RUN,
     "output_dir",
-    "save_dataset",
     "device",
     "eval_batch_size",
     "release_memory",

@@ -40,6 +40,7 @@ def evaluate(
     model.eval()
     for batch in in_batches(examples, by_length(examples), batch_size):
         if stopping():
+            model.train(was_training)
             return None
         batch = batch.to(device)
         with precision.autocast():

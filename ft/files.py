@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,6 @@ class NewFolder:
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write tensors as safetensors."""
         self.write(name, _safetensors(tensors, metadata))
-
-    def copy(self, name: str, source: Path) -> None:
-        """Write a copy of a file."""
-        self.write(name, [source.read_bytes()])
 
     def write_manifest(self) -> None:
         """Write what each file must be, for `damage_of`."""
@@ -141,6 +137,8 @@ def tidy(parent: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk itself."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # which Windows cannot be asked for
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -217,6 +215,8 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another run is at work in {folder}: process {process}. Wait for it, stop it (kill {process}), or "
                 "take another --output-dir"
             ) from None
+        except OSError:
+            break  # this file system has no locks
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()  # its owner deleted it just now: once more with a new one
@@ -226,7 +226,8 @@ def locked(folder: Path) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        if folder.is_dir() and [entry.name for entry in folder.iterdir()] == [LOCK]:
-            path.unlink()
-            folder.rmdir()
+        with suppress(OSError):  # another process may be coming in
+            if [entry.name for entry in folder.iterdir()] == [LOCK]:
+                path.unlink()
+                folder.rmdir()
         file.close()

@@ -12,6 +12,7 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
     8  training           here: everything put together, and what is left behind
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ft import checkpoint, hub, runs
-from ft.checkpoint import ModelSource, State
+from ft.checkpoint import ModelSource, Snapshot, State
 from ft.config import Config
 from ft.data import (
     Batch,
@@ -115,10 +116,12 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     state = State()
     if resume_from is not None:
         state = checkpoint.load_checkpoint(resume_from, model, optimizer, scaler)
-        if state.step >= last_step and (run / "final").is_dir():
+        if state.step >= last_step and not state.evaluation_due and runs.is_finished(run, resume_from):
             print(f"This run is finished: all {last_step:,} steps are done and the model lies in {run / 'final'}.")
             return
         print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
+        checkpoint.supersede_later(run, state.step)
+        checkpoint.delete_old(run, state, keep=config.keep_checkpoints, keep_best=config.keep_best)
     started -= state.seconds
     room = runs.room_for(run, _number_of_parameters(model), config)
     if config.resume is None:
@@ -127,7 +130,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     print(_opening(config, model, precision, data, last_step), room, sep="\n")
 
     # The loop.
-    source = ModelSource(published, files.tokenizer, data.label_names)
+    source = ModelSource(published, files.tokenizer.read_bytes(), data.label_names)
     with (
         StopRequest() as stopping,
         Report(
@@ -136,9 +139,13 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         _error_advice(config, run, train_examples),
     ):
         epochs = 1 / steps_per_epoch(len(train_examples), config)
-        write = partial(
-            checkpoint.write_checkpoint, run, source=source, keep=config.keep_checkpoints, keep_best=config.keep_best
-        )
+
+        def write(snapshot: Snapshot) -> None:
+            keep, keep_best = config.keep_checkpoints, config.keep_best
+            checkpoint.write_checkpoint(run, snapshot, source, keep=keep, keep_best=keep_best)
+            if not (run / "config.json").exists():  # the folder has vanished in between, and been made anew
+                config.save(run / "config.json")
+
         saver = Saver(write, report.line, blocking=config.save_blocking)
 
         def evaluate_on(split: str) -> Evaluation | None:
@@ -160,7 +167,12 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
 
         def save(state: State) -> None:
             with report.pause("saving"):
-                state.metrics_bytes, state.seconds = report.metrics_bytes, time.perf_counter() - started
+                saver.wait()  # before another copy of everything is made
+                try:
+                    state.metrics_bytes, state.seconds = report.metrics_bytes, time.perf_counter() - started
+                except OSError as error:
+                    saver.refused(state.step, error)
+                    return
                 saver.save(checkpoint.take_snapshot(model, optimizer, scaler, state, copy=not config.save_blocking))
 
         try:
@@ -287,7 +299,8 @@ def _error_advice(config: Config, run: Path, examples: Sequence[Example]) -> Ite
         yield
     except NonFiniteError as error:
         rows = ", ".join(map(str, rows_of_step(len(examples), config, error.step)))
-        newest = next(reversed(checkpoint.checkpoints(run)), None)
+        before = [path for path in checkpoint.checkpoints(run) if checkpoint.step_of(path) <= error.step]
+        newest = before[-1] if before else None
         raise FtError(
             f"{error}; it read the rows {rows} of the training split. The weights were not updated with it"
             + (f", and {newest} is from before it" if newest else "")
@@ -295,7 +308,8 @@ def _error_advice(config: Config, run: Path, examples: Sequence[Example]) -> Ite
             f"skip leaves out up to --max-skipped-steps {config.max_skipped_steps} such steps"
         ) from error
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+        told = re.search("out of memory|allocate memory", str(error))
+        if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
         detail = str(error).partition("\n")[0]
         raise FtError(
@@ -334,7 +348,8 @@ def _closing(run: Path, state: State, seconds: float, config: Config, test: Eval
         f"Mean training loss {state.train_loss_sum / max(1, state.step - state.skipped_steps):.4f}.\n"
         f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best (step "
         f"{state.best_step:,})" + (f"; test accuracy {test.accuracy:.2%}" if test else "") + ".\n"
-        f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in {run / 'metrics.jsonl'}."
+        f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in {run / 'metrics.jsonl'}. "
+        f'To ask it: python run.py predict {run} "a text"'
     )
 
 

@@ -27,7 +27,7 @@ class NonFiniteGuard:
         Where fp16 scales the loss, gradients that overflow are a matter of the scale, which is lowered until they fit.
         """
         finite = torch.isfinite(loss) if scales_loss else torch.isfinite(loss) & torch.isfinite(grad_norm)
-        optimizer.found_inf = (~finite).float()
+        optimizer.skip = (~finite).float()
         self._first = torch.where((self._first < 0) & ~finite, self._state.step, self._first)
         self._count += ~finite
         return torch.where(finite, loss, 0.0)

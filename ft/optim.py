@@ -25,12 +25,15 @@ class AdamW:
         learning_rate: lr of the next step.
         param_groups: the weights as lists under `params`, each with its `weight_decay`.
         state: for each weight its two moments and its number of steps, as tensors.
-        grad_scale: what the next step divides all gradients by, a scalar tensor; None for 1.
-        found_inf: a scalar tensor that is 1 to skip the next step, which `torch.amp.GradScaler` sets; None for 0.
+        grad_scale: what the next step divides all gradients by, a scalar tensor; absent for 1.
+        found_inf: a scalar tensor that is 1 to skip the next step; absent for 0. `torch.amp.GradScaler` sets this one
+            and `grad_scale`, and deletes both afterwards.
+        skip: the same as `found_inf`, set by others.
     """
 
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    grad_scale: Tensor
+    found_inf: Tensor
+    skip: Tensor | None = None
     _step_supports_amp_scaling = True  # tells GradScaler to hand over its scale rather than make a pass of its own
 
     def __init__(
@@ -54,6 +57,8 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update all weights that have a gradient."""
+        skips = [flag for flag in (getattr(self, "found_inf", None), self.skip) if flag is not None]
+        found_inf = torch.stack(skips).amax() if skips else None
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             steps = [self.state[weight]["step"] for weight in weights]
@@ -72,11 +77,11 @@ class AdamW:
                 eps=self.eps,
                 amsgrad=False,
                 maximize=False,
-                grad_scale=self.grad_scale,
-                found_inf=self.found_inf,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=found_inf,
             )
-            if self.found_inf is not None:
-                torch._foreach_sub_(steps, [self.found_inf] * len(steps))  # a skipped step is none
+            if found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf] * len(steps))  # a skipped step is none
 
     def zero_grad(self) -> None:
         """Free all gradients; the next backward pass makes new ones."""

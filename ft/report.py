@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +20,8 @@ class Report:
     def __init__(self, metrics_path: Path, *, total_steps: int, first_step: int, metrics_bytes: int) -> None:
         """Open the metrics file at the length that the state says; later lines are of a run that broke off."""
         self.metrics_path = metrics_path
-        self._file = metrics_path.open("ab")
+        self._file = metrics_path.open("ab", buffering=0)
+        self._pending = b""
         if metrics_path.stat().st_size < metrics_bytes:
             print(f"WARNING: {metrics_path} has lost its end: lines of earlier steps are missing.")
         else:
@@ -45,14 +46,20 @@ class Report:
 
     @property
     def metrics_bytes(self) -> int:
-        """The length of metrics.jsonl, all of which is on the disk."""
+        """The length of metrics.jsonl, all of which is on the disk.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        self._write_pending()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def line(self, text: str) -> None:
-        """Print a line for people, above the bar."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        """Print a line for people, above the bar. Nobody may be reading any more: that is no reason to end a run."""
+        with suppress(OSError):
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def step(self, reviews: int, tokens: int) -> None:
         """Count an optimiser step that saw this many reviews and input tokens."""
@@ -75,14 +82,10 @@ class Report:
         seconds = now - self._started - self._paused
         speed = {"samples_per_second": self._reviews / seconds, "tokens_per_second": self._tokens / seconds}
         self._started, self._paused, self._reviews, self._tokens = now, 0.0, 0, 0
-        # Gradients that overflowed in fp16 have no norm, nor has JSON an infinity; their step was skipped. Where all
-        # steps since the last line were skipped, there is no mean loss either.
+        # Gradients that overflowed in fp16 have no norm; their step was skipped. Where all steps since the last line
+        # were skipped, there is no mean loss either. JSON has no infinities, and `write` puts null for them.
         overflowed = not math.isfinite(grad_norm)
-        figures = {
-            "loss": loss if math.isfinite(loss) else None,
-            "learning_rate": learning_rate,
-            "grad_norm": None if overflowed else grad_norm,
-        }
+        figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         self.write(step, epoch, {**figures, **{name: round(value, 2) for name, value in speed.items()}})
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} reviews/s"
@@ -99,7 +102,12 @@ class Report:
         self.line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
 
     def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
-        """Append one event to metrics.jsonl."""
-        line = json.dumps({"step": step, "epoch": round(epoch, 4), **figures}) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
+        """Append one event to metrics.jsonl. What a full disk does not take is tried again with the next one."""
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in figures.items()}
+        self._pending += (json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n").encode()
+        with suppress(OSError):
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]

@@ -1,5 +1,7 @@
 """The folder of a run: who may write there, what is to be continued, and whether there is room."""
 
+import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +10,21 @@ from pathlib import Path
 from ft import checkpoint
 from ft.config import NEWEST, Config, changed_on_resume, flag, read_config_file
 from ft.errors import FtError, UsageError
-from ft.files import LOCK, locked, tidy
+from ft.files import LOCK, MANIFEST, locked, read_json, tidy
 from ft.train import total_steps
 
 BYTES_PER_PARAMETER = 12  # in a checkpoint: the weight and AdamW's two moments, 4 bytes each
+
+
+def _has_files(run: Path) -> bool:
+    return any(entry.name != LOCK for entry in run.iterdir())
+
+
+def _is_of_a_demo(run: Path) -> bool:
+    """Whether a folder holds a run of --demo, which may be replaced without being asked for."""
+    if not (run / "config.json").exists():
+        return {entry.name for entry in run.iterdir()} <= {LOCK, "inputs"}
+    return read_config_file(run / "config.json").get("demo") is True
 
 
 @contextmanager
@@ -23,11 +36,25 @@ def own_folder(config: Config) -> Iterator[Path]:
         UsageError: it holds files and neither --resume nor --overwrite is given, or --resume names no folder.
     """
     run = Path(config.output_dir)
-    if config.resume not in (None, NEWEST) and not Path(str(config.resume)).is_dir():
-        raise UsageError(f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint")
+    if config.resume not in (None, NEWEST):
+        given = Path(str(config.resume))
+        resumed = given.parent if re.fullmatch(r"checkpoint-[0-9]+", given.name) else given
+        if not resumed.is_dir():
+            raise UsageError(
+                f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint"
+            )
+        if resumed.resolve() != run.resolve():
+            raise UsageError(
+                f"--resume is {config.resume!r} and --output-dir {str(run)!r}: a run is continued in its own folder, "
+                "leave --output-dir out"
+            )
     with locked(run):
-        holds_files = any(entry.name != LOCK for entry in run.iterdir())
-        if holds_files and config.resume is None and not (config.overwrite or config.demo):
+        if (
+            config.resume is None
+            and not config.overwrite
+            and not (config.demo and _is_of_a_demo(run))
+            and _has_files(run)
+        ):
             raise UsageError(
                 f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, "
                 "--overwrite replaces that run, another --output-dir keeps it"
@@ -40,11 +67,14 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
     """The newest whole checkpoint to continue from, if that is wanted and there is one.
 
     Raises:
+        UsageError: --resume names no checkpoint.
         FtError: the checkpoint named is damaged, or all are.
     """
     if config.resume is None:
         return None
     given = run if config.resume == NEWEST else Path(config.resume)
+    if not given.is_dir():
+        raise UsageError(f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint")
     if checkpoint.is_checkpoint(given):
         if damage := checkpoint.damage_of_checkpoint(given):
             raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest whole one")
@@ -66,9 +96,15 @@ def refuse_another_run(resume_from: Path, config: Config) -> None:
 
     Raises:
         UsageError: one line per setting.
+        FtError: nobody knows what the settings were.
     """
     recorded = resume_from.parent / "config.json"
-    changed = changed_on_resume(read_config_file(recorded), config) if recorded.exists() else []
+    if not recorded.exists():
+        raise FtError(
+            f"{resume_from} has no {recorded} beside it, so that its settings are not known: put that file back, or "
+            "start another run"
+        )
+    changed = changed_on_resume(read_config_file(recorded), config)
     if changed:
         raise UsageError(*changed, "--resume continues the same run: leave these flags out, or start another run")
 
@@ -79,10 +115,7 @@ def lengthened(resume_from: Path, config: Config, num_examples: int) -> str | No
     Raises:
         UsageError: the run would be shorter than before.
     """
-    recorded = resume_from.parent / "config.json"
-    if not recorded.exists():
-        return None
-    before = Config(**read_config_file(recorded))
+    before = Config(**read_config_file(resume_from.parent / "config.json"))
     old, new = (total_steps(num_examples, each) for each in (before, config))
     if new < old:
         names = [name for name in ("epochs", "max_steps") if getattr(before, name) != getattr(config, name)]
@@ -97,6 +130,16 @@ def lengthened(resume_from: Path, config: Config, num_examples: int) -> str | No
         f"The run becomes longer: {new:,} steps instead of {old:,}. From here on the learning rate {what}, as if the "
         f"run had been planned so, while the steps up to here followed the schedule of {old:,}."
     )
+
+
+def is_finished(run: Path, resume_from: Path) -> bool:
+    """Whether the finished model is that of this checkpoint: a longer run may have left that of a shorter one."""
+    try:
+        listed = read_json(resume_from / MANIFEST)["files"][checkpoint.WEIGHTS]["sha256"]
+        with (run / "final" / checkpoint.WEIGHTS).open("rb") as file:
+            return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed)
+    except FileNotFoundError:
+        return False
 
 
 def room_for(run: Path, parameters: int, config: Config) -> str:
@@ -128,7 +171,7 @@ def _size(number: float) -> str:
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
-    for name in ("config.json", "metrics.jsonl"):
-        (run / name).unlink(missing_ok=True)
-    for folder in (*checkpoint.checkpoints(run), run / "final"):
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    for folder in (*checkpoint.checkpoints(run), *run.glob(f"{checkpoint.SUPERSEDED}*"), run / "final"):
         shutil.rmtree(folder, ignore_errors=True)
+    (run / "config.json").unlink(missing_ok=True)  # last, as checkpoints without it would be of an unknown run

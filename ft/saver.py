@@ -1,8 +1,10 @@
 """Writing checkpoints beside the training, so that it stands still only while the tensors are copied."""
 
 import os
+import sys
 from collections.abc import Callable
-from threading import Thread
+from contextlib import suppress
+from threading import Thread, get_native_id
 
 from ft.checkpoint import Snapshot
 
@@ -38,26 +40,30 @@ class Saver:
             defect, self._defect = self._defect, None
             raise defect
 
+    def refused(self, step: int, error: OSError) -> None:
+        """The disk did not take the checkpoint of this step."""
+        self.failure = error
+        self._say(
+            f"WARNING: checkpoint {step} could not be written: {error.strerror or error}. The run goes on and tries "
+            "again at the next one; those written before are untouched."
+        )
+
     def _work(self, snapshot: Snapshot) -> None:
-        _yield_to_others()
         try:
+            _yield_to_others()
             self._write(snapshot)
             self.failure = None
         except OSError as error:
-            self.failure = error
-            self._say(
-                f"WARNING: checkpoint {snapshot.state.step} could not be written: {error.strerror or error}. The run "
-                "goes on and tries again at the next one; those written before are untouched."
-            )
+            self.refused(snapshot.state.step, error)
         except BaseException as error:
             self._defect = error
 
 
 def _yield_to_others() -> None:
-    """Let this thread run only where a processor has nothing else to do, on systems that can.
+    """Rank this thread behind the training's, on systems that rank threads.
 
-    The threads of a matrix product wait for each other: one that is held up for a moment holds up all. On a machine
-    that is busy with other programs as well this thread would hardly ever run, and keeps its rank.
+    The threads of a matrix product wait for each other: one that is held up for a moment holds up all.
     """
-    if hasattr(os, "SCHED_IDLE") and os.getloadavg()[0] < 1.5 * (os.cpu_count() or 1):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # 0 is the calling thread
+    if sys.platform == "linux":
+        with suppress(OSError):  # some containers forbid it, and nothing depends on it
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)

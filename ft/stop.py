@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self._interrupted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -34,12 +36,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._number == number == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             os._exit(128 + number)
         self._number = number
-        # Not by print(), which the handler may have interrupted.
+        self._interrupted = self._interrupted or number == signal.SIGINT
         again = " (Ctrl-C again: leave at once)" if number == signal.SIGINT else ""
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving{again}\n".encode())
+        with suppress(OSError):  # whoever read the messages may be gone, killed by the same Ctrl-C
+            # Not by print(), which the handler may have interrupted.
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving{again}\n".encode())
 
     def __call__(self) -> bool:
         """Whether the run should stop."""

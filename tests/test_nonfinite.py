@@ -126,3 +126,18 @@ def test_nothing_is_read_from_the_device_until_it_is_checked(scales_loss):
     state.step = 9  # the loop has gone on
     with pytest.raises(NonFiniteError, match=re.escape("step 6 is not finite")):
         guard.check()
+
+
+def test_an_infinite_loss_with_finite_gradients_is_skipped_in_fp16_too():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = AdamW([{"params": [weight], "weight_decay": 0.0}], 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    guard = NonFiniteGuard(torch.device("cpu"), State(), limit=0)
+    guard.watch(optimizer, torch.tensor(float("inf")), torch.tensor(1.0), scales_loss=True)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight.detach(), torch.ones(3))
+    with pytest.raises(NonFiniteError):
+        guard.check()

@@ -98,7 +98,7 @@ def test_a_snapshot_does_not_follow_the_training(demo_inputs, tmp_path):
         for parameter in model.parameters():
             parameter.add_(1.0)
             optimizer.state[parameter]["exp_avg"].add_(1.0)
-    source = checkpoint.ModelSource(published, folder / "tokenizer.json", ("neg", "pos"))
+    source = checkpoint.ModelSource(published, (folder / "tokenizer.json").read_bytes(), ("neg", "pos"))
     write_checkpoint(tmp_path, snapshot, source, keep=1, keep_best=False)
     assert load_checkpoint(tmp_path / "checkpoint-3", model, optimizer, scaler) == State(step=3)
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
@@ -224,3 +224,72 @@ def test_the_best_checkpoint_is_kept(inputs, tmp_path, monkeypatch):
     assert [path.name for path in checkpoints(run)] == ["checkpoint-9", "checkpoint-20"]
     state = json.loads((run / "checkpoint-20" / "state.json").read_text())
     assert (state["best_step"], state["best_accuracy"], state["best_loss"]) == (9, 0.7, 0.7)
+
+
+def test_a_thread_that_may_not_lower_its_rank_writes_all_the_same(monkeypatch):
+    from ft import saver as module
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(module.os, "setpriority", refuse)
+    written = []
+    saver = Saver(lambda snapshot: written.append(snapshot), print, blocking=True)
+    saver.save(Step(1))
+    assert len(written) == 1
+    assert saver.failure is None
+
+
+def test_metrics_that_a_full_disk_does_not_take_are_written_later(inputs, tmp_path, monkeypatch, capsys):
+    from ft.report import Report
+
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    assert main([*inputs, *SETTINGS, "--output-dir", str(calm)]) == 0
+
+    class FullFor:
+        """A file on a disk that is full for some writes, and takes only half of the next one."""
+
+        def __init__(self, file):
+            self.file, self.writes = file, 0
+
+        def write(self, data):
+            self.writes += 1
+            if 2 <= self.writes <= 6:
+                raise FULL
+            return self.file.write(data[: len(data) // 2 + 1])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def init(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        self._file = FullFor(self._file)
+
+    original = Report.__init__
+    monkeypatch.setattr(Report, "__init__", init)
+    capsys.readouterr()
+    assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
+    assert "WARNING: checkpoint 5 could not be written: No space left on device." in capsys.readouterr().out
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
+    assert_same_metrics(run, calm)
+
+
+def assert_same_metrics(run, calm):
+    from test_kill import metrics_without_clock
+
+    assert metrics_without_clock(run) == metrics_without_clock(calm)
+
+
+def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    seen = []
+
+    def damage_of_checkpoint(folder):
+        seen.append(folder.name)
+        return "rng.safetensors has other bytes than were written" if "checkpoint-20" in folder.name else None
+
+    monkeypatch.setattr(checkpoint, "damage_of_checkpoint", damage_of_checkpoint)
+    assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 1
+    assert "reads back otherwise: rng.safetensors has other bytes" in capsys.readouterr().out
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
+    assert seen == [f".unfinished-checkpoint-{step}" for step in (5, 10, 15, 20)]

@@ -1,0 +1,227 @@
+"""The commands that ask a finished model: `predict` about texts, `evaluate` about a whole split.
+
+python run.py predict RUN [TEXT ...]
+python run.py evaluate RUN --split test
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Never
+
+from ft.errors import FtError, UsageError
+
+if TYPE_CHECKING:
+    from ft.classifier import Classifier
+
+PREDICT_EXAMPLES = """\
+examples:
+  python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
+  python run.py predict runs/rotten_tomatoes --file reviews.txt --json > answers.jsonl
+  cat reviews.txt | python run.py predict runs/rotten_tomatoes
+"""
+
+
+EVALUATE_EXAMPLES = """\
+examples:
+  python run.py evaluate runs/rotten_tomatoes --split test
+  python run.py evaluate ./my-gpt2 --dataset ./my-reviews --json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are told and counted like those of the job's command line."""
+
+    def error(self, message: str) -> Never:
+        raise UsageError(message)
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """Read the command line and the texts, and print a label and probabilities for each.
+
+    Raises:
+        UsageError: the command line is wrong, or there are no texts.
+        FtError: the model or the file cannot be read.
+    """
+    parser = _Parser(
+        prog="python run.py predict",
+        description="What a fine-tuned model says of texts.",
+        epilog=PREDICT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+    parser.add_argument("texts", metavar="TEXT", nargs="*", help="left out: the lines of --file, or of the input")
+    parser.add_argument("--file", metavar="FILE", type=Path, help="a text per line, in UTF-8")
+    parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
+    _add_common_flags(parser)
+    options = parser.parse_args(arguments)
+    problems = _problems(options)
+    if options.texts and options.file:
+        problems.append("give texts or --file, not both")
+    if not options.texts and not options.file and sys.stdin.isatty():
+        problems.append("there are no texts: give them as arguments, by --file FILE, or through a pipe")
+    if problems:
+        raise UsageError(*problems)
+
+    texts = options.texts or _lines(options.file)
+    classifier = _load(options)
+    started = time.perf_counter()
+    predictions = classifier.predict(texts, options.batch_size)
+    seconds = time.perf_counter() - started
+    if not options.json:
+        print("  ".join(["label".ljust(10), *(name.rjust(8) for name in classifier.label_names), "text"]))
+    for text, prediction in zip(texts, predictions, strict=True):
+        if options.json:
+            line = {"text": text, "label": prediction.label, "probabilities": prediction.probabilities}
+            print(json.dumps(line, ensure_ascii=False))
+        else:
+            shown = [format(value, ".2%").rjust(max(8, len(name))) for name, value in prediction.probabilities.items()]
+            print("  ".join([prediction.label.ljust(10), *shown, shorten(text, 80, placeholder=" ...")]))
+    print(f"{len(texts):,} texts, {len(texts) / seconds:,.1f} texts/s, by {classifier.source}", file=sys.stderr)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Read the command line, predict a split of a data set, and print how good that was.
+
+    Raises:
+        UsageError: the command line is wrong, or it is not known which data set is meant.
+        FtError: the model or the data cannot be read, or do not belong together.
+    """
+    parser = _Parser(
+        prog="python run.py evaluate",
+        description="How good a fine-tuned model is on a whole split of a data set.",
+        epilog=EVALUATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
+    parser.add_argument("--dataset", metavar="TEXT", help="Hub id or folder; left out: that of the run")
+    parser.add_argument("--mistakes", metavar="N", type=int, default=5, help="show the N surest mistakes (default 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    _add_common_flags(parser)
+    options = parser.parse_args(arguments)
+    problems = _problems(options)
+    if options.mistakes < 0:
+        problems.append(f"--mistakes is {options.mistakes}, it must be at least 0")
+    dataset = options.dataset or _dataset_of(Path(options.model))
+    if dataset is None:
+        problems.append(f"{options.model} does not say what it was trained on: name a --dataset")
+    if problems:
+        raise UsageError(*problems)
+
+    import torch  # here, as in `_load`
+
+    from ft.data import read_split
+    from ft.hub import dataset_files
+    from ft.scores import confident_mistakes, scores
+
+    classifier = _load(options)
+    names = classifier.label_names
+    files = dataset_files(str(dataset))
+    if options.split not in files:
+        raise FtError(f"{dataset} has no {options.split} split; it has {', '.join(files)}")
+    split = read_split(options.split, files[options.split])
+    for row, label in enumerate(split.labels):
+        if not 0 <= label < len(names):
+            raise FtError(
+                f"the label in row {row} of the {split.name} split is {label}, the model knows 0 to {len(names) - 1} "
+                f"({', '.join(names)})"
+            )
+    started = time.perf_counter()
+    predictions = classifier.predict(split.texts, options.batch_size)
+    seconds = time.perf_counter() - started
+    probabilities = torch.tensor([list(each.probabilities.values()) for each in predictions], dtype=torch.float64)
+    labels = torch.tensor(split.labels)
+    result = scores(probabilities, labels)
+    mistakes = [
+        {"row": row, "true": names[split.labels[row]], "label": predictions[row].label,
+         "probability": predictions[row].probabilities[predictions[row].label], "text": split.texts[row]}
+        for row in confident_mistakes(probabilities, labels, options.mistakes)
+    ]  # fmt: skip
+    if options.json:
+        print(json.dumps({"split": split.name, "labels": names, **asdict(result), "mistakes": mistakes}, indent=2))
+        return
+    print(
+        f"{split.name}: {len(predictions):,} texts, accuracy {result.accuracy:.2%}, macro F1 {result.macro_f1:.4f}, "
+        f"calibration error {result.calibration_error:.2%} ({len(predictions) / seconds:,.1f} texts/s, by "
+        f"{classifier.source})\n"
+    )
+    width = max(9, *map(len, names))
+    print("  ".join(["label".ljust(width), "precision", "   recall", "       F1", "    texts"]))
+    for i, name in enumerate(names):
+        figures = (result.precision[i], result.recall[i])
+        count = sum(result.confusion[i])
+        print("  ".join([name.ljust(width), *(f"{x:9.2%}" for x in figures), f"{result.f1[i]:9.4f}", f"{count:9,}"]))
+    print("\n" + "  ".join(["true, said".ljust(width + 1), *(name.rjust(width) for name in names)]))
+    for name, counts in zip(names, result.confusion, strict=True):
+        print("  ".join([name.ljust(width + 1), *(f"{count:{width},}" for count in counts)]))
+    print("\nstated probability  accuracy      texts")
+    for stated, true, count in result.bins:
+        print(f"{stated:18.2%}  {true:8.2%}  {count:9,}")
+    if mistakes:
+        print("\nthe surest mistakes:")
+    for each in mistakes:
+        text = shorten(str(each["text"]), 90, placeholder=" ...")
+        print(f"  {each['label']} ({each['probability']:.1%}, it is {each['true']}): {text}")
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label-names", metavar="TEXT", help="words for the labels, where the model does not tell")
+    parser.add_argument("--max-length", metavar="N", type=int, help="tokens per text (default: those of the run)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=64, help="texts at once (default 64)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; left out: the best present")
+
+
+def _problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags that both commands have."""
+    return [
+        f"--{name.replace('_', '-')} is {getattr(options, name)}, it must be at least {least}"
+        for name, least in (("batch_size", 1), ("max_length", 2))
+        if getattr(options, name) is not None and getattr(options, name) < least
+    ]
+
+
+def _load(options: argparse.Namespace) -> "Classifier":
+    """The model that the command line names."""
+    from ft.classifier import load  # here, since --help and a mistake need not wait for PyTorch
+
+    names = [name.strip() for name in options.label_names.split(",")] if options.label_names else None
+    return load(options.model, device=options.device, label_names=names, max_length=options.max_length)
+
+
+def _dataset_of(source: Path) -> str | None:
+    """The data set of the run that `source` is or lies in; None where it is or lies in none."""
+    for folder in (source, source.parent):
+        try:
+            recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if isinstance(recorded["dataset"], str):
+                return recorded["dataset"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _lines(path: Path | None) -> list[str]:
+    """The lines of a file, or of the standard input.
+
+    Raises:
+        FtError: it cannot be read, is no UTF-8, or has no lines.
+    """
+    name = str(path or "the input")
+    try:
+        content = path.read_bytes() if path else sys.stdin.buffer.read()
+        lines = content.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise FtError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FtError(f"{name} is not UTF-8: {error.reason} in byte {error.start}") from error
+    if not lines:
+        raise FtError(f"{name} has no lines, so that there is nothing to predict")
+    return lines
