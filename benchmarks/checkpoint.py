@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint --tokenizer DIR
 
-Every way of saving runs in a process of its own, on a model of random weights with its optimiser's state: some steps
-without a save, then saves with some steps after each. The stall of a save is what it and the steps after it take more
-than as many steps without. Where a thread writes in the background, the steps after the save bear what it takes away.
+Every way of saving runs in a process of its own, on a model of random weights with its optimiser's state. Each save
+stands between steps without one; its stall is the time of the call, and what the steps that run while it is written in
+the background take more than the steps before and after.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
-    parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12, help="before the first save and after each")
+    parser.add_argument("--saves", type=int, default=3, help="of each way, after one that does not count")
+    parser.add_argument("--steps", type=int, default=6, help="before and after each save")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -64,8 +64,8 @@ def main() -> None:
     header = ["way of saving", "the call (s)", "stall (s)", "stall / ft, --save-blocking", "peak memory (GiB)"]
     text = markdown_table(header, rows) + (
         f"\n\n{options.size}, batches of {BATCH_SIZE}, fp32, weights and AdamW's moments. Medians of {options.saves} "
-        f"saves after a first that does not count, each followed by {options.steps} steps; a step takes "
-        f"{figures['ft']['step_seconds']:.2f} s. The Trainer's stall is its call, and its memory that of a process "
+        f"saves after a first that does not count; a step takes {figures['ft']['step_seconds']:.2f} s, and what ft writes "
+        f"in the background is on the disk after {figures['ft']['written_seconds']:.0f} s. The Trainer's stall is its call, and its memory that of a process "
         "which has its own libraries loaded."
     )
     write_result("checkpoint", {"size": options.size, "ways": figures}, text)
@@ -85,47 +85,57 @@ def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argpars
         return [sum(step.values()) for step in timed_steps(model, optimizer, examples, BATCH_SIZE)]
 
     steps()
-    before = steps()
-    save = SAVERS[way](model, optimizer, tokenizer, folder)
-    calls, stalls, saved_steps = [], [], []
+    save, is_writing = SAVERS[way](model, optimizer, tokenizer, folder)
+    usual, calls, stalls, written = [], [], [], []
     for number in range(1, options.saves + 2):
+        around = steps()
         started = time.perf_counter()
         save(number)
         calls.append(time.perf_counter() - started)
-        after = steps()
-        saved_steps.append(sum(after))
-        stalls.append(calls[-1] + sum(after))
-    after_all = steps()
-    step = statistics.median([*before, *after_all])
-    usual = statistics.median([sum(before), sum(after_all)])
+        meanwhile: list[float] = []
+        while is_writing():
+            meanwhile += steps()
+        written.append(time.perf_counter() - started)
+        around += steps()
+        usual += around
+        stalls.append(calls[-1] + sum(meanwhile) - len(meanwhile) * statistics.mean(around))
     return {
-        "step_seconds": step,
+        "step_seconds": statistics.median(usual),
         "call_seconds": statistics.median(calls[1:]),
-        "stall_seconds": statistics.median(stall - usual for stall in stalls[1:]),
+        "stall_seconds": statistics.median(stalls[1:]),
+        "written_seconds": statistics.median(written[1:]),
         "peak_bytes": peak_memory(),
     }
 
 
-def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Callable[[int], None]:
+Way = tuple[Callable[[int], None], Callable[[], bool]]  # saves after a step; says whether that is still being written
+
+
+def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
     """The program's own way."""
     source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     write = partial(write_checkpoint, folder, source=source, keep=2, keep_best=False)
     saver = Saver(write, print, blocking=blocking)
-    return lambda step: saver.save(take_snapshot(model, optimizer, scaler, State(step=step), copy=not blocking))
+
+    def save(step: int) -> None:
+        saver.wait()
+        saver.save(take_snapshot(model, optimizer, scaler, State(step=step), copy=not blocking))
+
+    return save, lambda: saver.is_writing
 
 
-def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Callable[[int], None]:
+def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
     """A pickle of both, as most scripts write it."""
 
     def save(step: int) -> None:
         moments = dict(enumerate(optimizer.state.values()))
         torch.save({"model": model.state_dict(), "optimizer": moments}, folder / f"{step % 2}.pt")
 
-    return save
+    return save, lambda: False
 
 
-def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Callable[[int], None]:
+def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
     """PyTorch's own asynchronous checkpoints, in a group of one process."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -143,7 +153,7 @@ def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Ca
         shutil.rmtree(target, ignore_errors=True)
         pending.append(dcp.async_save(state, checkpoint_id=str(target)))
 
-    return save
+    return save, lambda: not pending[-1].done()
 
 
 SAVERS = {
@@ -173,6 +183,7 @@ def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int) -> dic
         "step_seconds": statistics.median(step.seconds for step in steps),
         "call_seconds": call,
         "stall_seconds": call,
+        "written_seconds": call,
         "peak_bytes": peak_memory(),
     }
 

@@ -31,6 +31,11 @@ class Saver:
         if self.blocking:
             self.wait()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a snapshot is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until nothing is being written. What went wrong in the thread and is no matter of the disk is raised."""
         if self._thread is not None:
