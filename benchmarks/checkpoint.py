@@ -62,11 +62,12 @@ def main() -> None:
         for way, figure in figures.items()
     ]
     header = ["way of saving", "the call (s)", "stall (s)", "stall / ft, --save-blocking", "peak memory (GiB)"]
+    background = figures["ft"]
     text = markdown_table(header, rows) + (
         f"\n\n{options.size}, batches of {BATCH_SIZE}, fp32, weights and AdamW's moments. Medians of {options.saves} "
-        f"saves after a first that does not count; a step takes {figures['ft']['step_seconds']:.2f} s, and what ft writes "
-        f"in the background is on the disk after {figures['ft']['written_seconds']:.0f} s. The Trainer's stall is its call, and its memory that of a process "
-        "which has its own libraries loaded."
+        f"saves after a first that does not count; a step takes {background['step_seconds']:.2f} s, and what ft writes "
+        f"in the background is on the disk after {background['written_seconds']:.0f} s. The Trainer's stall is its "
+        "call, and its memory that of a process which has its own libraries loaded."
     )
     write_result("checkpoint", {"size": options.size, "ways": figures}, text)
     draw(figures)

@@ -16,34 +16,23 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from ft import checkpoint, hub, runs
 from ft.checkpoint import ModelSource, Snapshot, State
 from ft.config import Config
-from ft.data import (
-    Batch,
-    Example,
-    Split,
-    collate,
-    collate_padded,
-    encode,
-    label_tokens,
-    read_split,
-    read_tokenizer,
-)
+from ft.data import Batch, Example, collate, collate_padded, read_tokenizer
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import complete_or_absent, read_json
-from ft.gpt2 import GPT2, GPT2Config
+from ft.gpt2 import GPT2
+from ft.inputs import Data, model_config_of, read_data
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
 from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
@@ -54,17 +43,6 @@ from ft.stop import StopRequest
 from ft.train import rows_of_step, steps_per_epoch, total_steps, train
 
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
-
-
-@dataclass(frozen=True)
-class Data:
-    """The splits as read, the same as examples, and what the labels are called and encoded as."""
-
-    splits: dict[str, Split]
-    examples: dict[str, list[Example]]
-    label_names: tuple[str, ...]
-    label_ids: list[int]
-    tokenizer: Tokenizer
 
 
 def run_job(config: Config) -> None:
@@ -95,8 +73,8 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     needs_weights = config.init == "pretrained" and resume_from is None
     files = hub.model_files(config.model, config.model_revision, with_weights=needs_weights)
     published = read_json(files.config)
-    model_config = _model_config(published, files.config, config)
-    data = _read_data(config, read_tokenizer(files.tokenizer), model_config)
+    model_config = model_config_of(published, files.config, config)
+    data = read_data(config, read_tokenizer(files.tokenizer), model_config)
     train_examples = data.examples["train"]
     last_step = total_steps(len(train_examples), config)
     longer = runs.lengthened(resume_from, config, len(train_examples)) if resume_from is not None else None
@@ -226,59 +204,6 @@ def _with_demo_inputs(config: Config, folder: Path) -> Config:
 
     model, dataset = write_demo(folder)
     return replace(config, model=str(model), dataset=str(dataset))
-
-
-def _model_config(published: dict[str, Any], path: Path, config: Config) -> GPT2Config:
-    """The model's configuration with the run's dropout.
-
-    Raises:
-        FtError: it is no GPT-2, or has fewer positions than --max-length asks for.
-    """
-    try:
-        model_config = GPT2Config.from_dict(published)
-    except FtError as error:
-        raise FtError(f"{path}: {error}") from error
-    if config.max_length > model_config.n_positions:
-        raise FtError(
-            f"--max-length is {config.max_length}, but {config.model} has {model_config.n_positions} positions; "
-            "lower it or take another --model"
-        )
-    if config.dropout is None:
-        return model_config
-    p = config.dropout
-    return replace(model_config, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
-
-
-def _read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -> Data:
-    """Fetch and read the data set, and make the examples.
-
-    Raises:
-        FtError: the data cannot be read or do not fit the labels or the model.
-    """
-    files = hub.dataset_files(config.dataset, config.dataset_revision)
-    if "validation" not in files:
-        raise FtError(f"{config.dataset} has no validation split (validation.parquet), which evaluation needs")
-    if config.save_dataset is not None:
-        hub.save_dataset(files, Path(config.save_dataset))
-    splits = {name: read_split(name, paths) for name, paths in files.items()}
-    names = splits["train"].label_names
-    if config.label_names is not None:
-        names = tuple(name.strip() for name in config.label_names.split(","))
-    if names is None:
-        raise FtError(f"{config.dataset} does not say what its labels are called; say it by --label-names neg,pos")
-    if tokenizer.get_vocab_size() > model_config.vocab_size:
-        raise FtError(
-            f"the tokenizer of {config.model} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
-            f"{model_config.vocab_size}: they do not belong together"
-        )
-    label_ids = label_tokens(names, tokenizer)
-    for name, token in zip(names, label_ids, strict=True):
-        if tokenizer.decode([token]) != name:
-            print(
-                f"Note: the label {name!r} is several tokens; its first, {tokenizer.decode([token])!r}, stands for it."
-            )
-    examples = {name: encode(split, tokenizer, label_ids, config.max_length) for name, split in splits.items()}
-    return Data(splits, examples, names, label_ids, tokenizer)
 
 
 def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:

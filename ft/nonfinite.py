@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ft.checkpoint import State
 from ft.errors import FtError
+from ft.machine import reading_waits
 from ft.optim import AdamW
 
 
@@ -25,11 +26,16 @@ class NonFiniteGuard:
         """Look at a step before its update. Returns the loss, 0 in place of one that is not finite.
 
         Where fp16 scales the loss, gradients that overflow are a matter of the scale, which is lowered until they fit.
+
+        Raises:
+            NonFiniteError: as `check` does, on a CPU.
         """
         finite = torch.isfinite(loss) if scales_loss else torch.isfinite(loss) & torch.isfinite(grad_norm)
         optimizer.skip = (~finite).float()
         self._first = torch.where((self._first < 0) & ~finite, self._state.step, self._first)
         self._count += ~finite
+        if not reading_waits(loss.device):
+            self.check()
         return torch.where(finite, loss, 0.0)
 
     def check(self) -> None:

@@ -10,7 +10,7 @@ from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Batch, Example, epoch_order
 from ft.gpt2 import GPT2
-from ft.machine import Precision, reading_waits
+from ft.machine import Precision
 from ft.nonfinite import NonFiniteGuard
 from ft.optim import AdamW, clip_in_optimizer, learning_rate_at
 from ft.report import Report
@@ -76,7 +76,8 @@ def train(
 
     for window in windows(len(examples), config, state.step):
         batches = [collate([examples[row] for row in rows]) for rows in window]
-        num_targets = sum(len(examples[row].target_ids) for rows in window for row in rows)
+        read = [examples[row] for rows in window for row in rows]
+        num_targets = sum(len(example.target_ids) for example in read)
 
         # Forward and backward. Gradients of several batches add up; each loss is divided by the supervised tokens of
         # the whole window, so that the sum is the mean over them, however unequal the batches are.
@@ -99,12 +100,7 @@ def train(
         optimizer.zero_grad()
         state.step += 1
         state.loss_steps += 1
-        report.step(
-            reviews=sum(map(len, window)),
-            tokens=sum(len(examples[row].input_ids) for rows in window for row in rows),
-        )
-        if not reading_waits(device):
-            guard.check()
+        report.step(reviews=len(read), tokens=sum(len(example.input_ids) for example in read))
 
         # Log, evaluate, save: in this order, so that a checkpoint knows of all that was said up to its step. Only here
         # is anything read from the device: it would have to finish first what the steps have queued on it.

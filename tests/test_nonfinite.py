@@ -105,7 +105,8 @@ def test_what_was_skipped_before_a_resume_counts(inputs, tmp_path, poison, capsy
 
 
 @pytest.mark.parametrize("scales_loss", [False, True])
-def test_nothing_is_read_from_the_device_until_it_is_checked(scales_loss):
+def test_nothing_is_read_from_the_device_until_it_is_checked(scales_loss, monkeypatch):
+    monkeypatch.setattr("ft.nonfinite.reading_waits", lambda device: True)  # as on an accelerator
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     optimizer = AdamW([{"params": [weight], "weight_decay": 0.0}], 0.1)
@@ -128,7 +129,8 @@ def test_nothing_is_read_from_the_device_until_it_is_checked(scales_loss):
         guard.check()
 
 
-def test_an_infinite_loss_with_finite_gradients_is_skipped_in_fp16_too():
+def test_an_infinite_loss_with_finite_gradients_is_skipped_in_fp16_too(monkeypatch):
+    monkeypatch.setattr("ft.nonfinite.reading_waits", lambda device: True)  # so that the update is tried
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     optimizer = AdamW([{"params": [weight], "weight_decay": 0.0}], 0.1)

@@ -121,7 +121,7 @@ class ScalarReads(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_nothing_is_read_from_the_device_between_log_lines(precision, accumulation, monkeypatch):
-    monkeypatch.setattr("ft.train.reading_waits", lambda device: True)  # as on an accelerator
+    monkeypatch.setattr("ft.nonfinite.reading_waits", lambda device: True)  # as on an accelerator
     counts = []
     for max_steps in (10, 30):
         config = Config(
