@@ -26,7 +26,7 @@ def slow_fsync(descriptor):
 for line in sys.stdin:
     process = os.fork()
     if process == 0:
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ.get("THREADS", "1")))
         os.fsync = slow_fsync
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = open(os.environ.get("ERRORS", os.devnull), "a")  # noqa: SIM115

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.synthetic import write_model
@@ -21,9 +22,10 @@ FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 class Killable:
     """A server of `killable.py`."""
 
-    def __init__(self, errors, seconds_per_fsync=0.0):
+    def __init__(self, errors, seconds_per_fsync=0.0, threads=1):
         environment = {
             **os.environ,
+            "THREADS": str(threads),
             "PYTHONPATH": str(ROOT),
             "SECONDS_PER_FSYNC": str(seconds_per_fsync),
             "ERRORS": str(errors),
@@ -129,10 +131,14 @@ def test_a_run_at_124m_parameters_that_is_killed_ten_times_ends_in_the_same_byte
     tmp_path, real_gpt2, real_dataset, record_property
 ):
     model = write_model(tmp_path / "gpt2", "gpt2", tokenizer_from=real_gpt2)
-    arguments = ["--model", str(model), "--dataset", str(real_dataset), "--device", "cpu", "--save-steps", "2"]
-    arguments += ["--eval-steps", "1000", "--logging-steps", "1", "--precision", "fp32", "--eval-batch-size", "256"]
-    killable = Killable(tmp_path / "errors")
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("train", 480), ("validation", 16), ("test", 16)):
+        pq.write_table(pq.read_table(real_dataset / f"{split}.parquet").slice(0, rows), data / f"{split}.parquet")
+    arguments = ["--model", str(model), "--dataset", str(data), "--device", "cpu", "--precision", "fp32"]
+    arguments += ["--save-steps", "3", "--eval-steps", "10", "--logging-steps", "1"]
+    killable = Killable(tmp_path / "errors", threads=2)
     try:
-        storm(killable, arguments, tmp_path, record_property, kills=10, steps=60, longest=8.0, seed=9)
+        storm(killable, arguments, tmp_path, record_property, kills=10, steps=60, longest=3.0, seed=9)
     finally:
         killable.close()
