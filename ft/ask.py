@@ -56,7 +56,9 @@ def predict(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
-    parser.add_argument("texts", metavar="TEXT", nargs="*", help="left out: the lines of --file, or of the input")
+    parser.add_argument(
+        "texts", metavar="TEXT", nargs="*", default=[], help="left out: the lines of --file, or of the input"
+    )
     parser.add_argument("--file", metavar="FILE", type=Path, help="a text per line, in UTF-8")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
     _add_common_flags(parser)

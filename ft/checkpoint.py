@@ -15,6 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -204,8 +205,10 @@ def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
     old = [path for path in checkpoints(run) if step_of(path) <= state.step][:-keep]
     old = [path for path in old if not (keep_best and step_of(path) == state.best_step)]
     for path in old:
-        # Under another name first: what is half deleted must not pass for a checkpoint.
-        path.rename(path.with_name(UNFINISHED + path.name))
+        # Under another name first: what is half deleted must not pass for a checkpoint. What cannot be deleted now may
+        # be after the next save, and is no reason to call this one a failure.
+        with suppress(OSError):
+            path.rename(path.with_name(UNFINISHED + path.name))
     for doomed in (*run.glob(f"{UNFINISHED}checkpoint-*"), *run.glob(f"{SUPERSEDED}*")):
         shutil.rmtree(doomed, ignore_errors=True)
 

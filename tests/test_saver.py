@@ -293,3 +293,19 @@ def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_pat
     assert "reads back otherwise: rng.safetensors has other bytes" in capsys.readouterr().out
     assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
     assert seen == [f".unfinished-checkpoint-{step}" for step in (5, 10, 15, 20)]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(inputs, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+
+    def rename(self, target):
+        if self.name == "checkpoint-5":
+            raise PermissionError(1, "Operation not permitted")
+        return original(self, target)
+
+    original = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-5", "checkpoint-15", "checkpoint-20"]
