@@ -198,6 +198,8 @@ def write_checkpoint(run: Path, snapshot: Snapshot, source: ModelSource, *, keep
         if damage := damage_of_checkpoint(new.path):
             raise OSError(None, f"what was written reads back otherwise: {damage}", str(folder))
     delete_old(run, state, keep=keep, keep_best=keep_best)
+    for superseded in run.glob(f"{SUPERSEDED}*"):
+        shutil.rmtree(superseded, ignore_errors=True)
 
 
 def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
@@ -209,7 +211,7 @@ def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
         # be after the next save, and is no reason to call this one a failure.
         with suppress(OSError):
             path.rename(path.with_name(UNFINISHED + path.name))
-    for doomed in (*run.glob(f"{UNFINISHED}checkpoint-*"), *run.glob(f"{SUPERSEDED}*")):
+    for doomed in run.glob(f"{UNFINISHED}checkpoint-*"):
         shutil.rmtree(doomed, ignore_errors=True)
 
 

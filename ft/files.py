@@ -158,7 +158,7 @@ def damage_of(folder: Path, needed: Iterable[str]) -> str | None:
         return f"{MANIFEST} is missing or unreadable"
     except (KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is no list of files"
-    for name in [*needed, *expected]:
+    for name in dict.fromkeys([*needed, *expected]):  # each once
         path = folder / name
         if name not in expected:
             return f"{MANIFEST} does not list {name}"
@@ -169,7 +169,7 @@ def damage_of(folder: Path, needed: Iterable[str]) -> str | None:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                if hashlib.file_digest(file, hashlib.sha256).hexdigest() != sha256:
                     return f"{name} has other bytes than were written"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"

@@ -67,6 +67,16 @@ def test_a_whole_folder_has_no_damage(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
+def test_each_file_is_read_once(tmp_path, monkeypatch):
+    import hashlib
+
+    write_good(tmp_path / "f")
+    digests, original = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *content: digests.append(1) or original(*content))
+    assert damage_of(tmp_path / "f", ["a", "b.json"]) is None
+    assert len(digests) == 2
+
+
 def rewrite_manifest(change):
     def do(folder):
         manifest = json.loads((folder / MANIFEST).read_text())

@@ -66,6 +66,7 @@ def test_after_going_back_the_later_checkpoints_count_no_more(inputs, run, monke
         interrupt(patch, at=2)
         assert main([*longer, "--resume", str(run / "checkpoint-5"), "--output-dir", str(run)]) == 130
     assert [path.name for path in checkpoints(run)] == ["checkpoint-5"]
+    assert (run / ".superseded-checkpoint-10").is_dir(), "deleted only when there is a new one"
     capsys.readouterr()
     assert main([*longer, "--resume", "--output-dir", str(run)]) == 0
     assert "Continuing after step 5" in capsys.readouterr().out
