@@ -35,7 +35,21 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are told and counted like those of the job's command line."""
+    """A command's parser with the flags that all have; its mistakes are told and counted like those of the job."""
+
+    def __init__(self, command: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=f"python run.py {command}",
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+        self.add_argument("--label-names", metavar="TEXT", help="words for the labels, where the model does not tell")
+        self.add_argument("--max-length", metavar="N", type=int, help="tokens per text (default: those of the run)")
+        self.add_argument("--batch-size", metavar="N", type=int, default=64, help="texts at once (default 64)")
+        self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; left out: the best present")
 
     def error(self, message: str) -> Never:
         raise UsageError(message)
@@ -48,20 +62,12 @@ def predict(arguments: Sequence[str]) -> None:
         UsageError: the command line is wrong, or there are no texts.
         FtError: the model or the file cannot be read.
     """
-    parser = _Parser(
-        prog="python run.py predict",
-        description="What a fine-tuned model says of texts.",
-        epilog=PREDICT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+    parser = _Parser("predict", "What a fine-tuned model says of texts.", PREDICT_EXAMPLES)
     parser.add_argument(
         "texts", metavar="TEXT", nargs="*", default=[], help="left out: the lines of --file, or of the input"
     )
     parser.add_argument("--file", metavar="FILE", type=Path, help="a text per line, in UTF-8")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
-    _add_common_flags(parser)
     options = parser.parse_args(arguments)
     problems = _problems(options)
     if options.texts and options.file:
@@ -95,19 +101,11 @@ def evaluate(arguments: Sequence[str]) -> None:
         UsageError: the command line is wrong, or it is not known which data set is meant.
         FtError: the model or the data cannot be read, or do not belong together.
     """
-    parser = _Parser(
-        prog="python run.py evaluate",
-        description="How good a fine-tuned model is on a whole split of a data set.",
-        epilog=EVALUATE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+    parser = _Parser("evaluate", "How good a fine-tuned model is on a whole split of a data set.", EVALUATE_EXAMPLES)
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
     parser.add_argument("--dataset", metavar="TEXT", help="Hub id or folder; left out: that of the run")
     parser.add_argument("--mistakes", metavar="N", type=int, default=5, help="show the N surest mistakes (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    _add_common_flags(parser)
     options = parser.parse_args(arguments)
     problems = _problems(options)
     if options.mistakes < 0:
@@ -172,13 +170,6 @@ def evaluate(arguments: Sequence[str]) -> None:
     for each in mistakes:
         text = shorten(str(each["text"]), 90, placeholder=" ...")
         print(f"  {each['label']} ({each['probability']:.1%}, it is {each['true']}): {text}")
-
-
-def _add_common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--label-names", metavar="TEXT", help="words for the labels, where the model does not tell")
-    parser.add_argument("--max-length", metavar="N", type=int, help="tokens per text (default: those of the run)")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=64, help="texts at once (default 64)")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; left out: the best present")
 
 
 def _problems(options: argparse.Namespace) -> list[str]:

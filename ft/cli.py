@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Never
 
-from ft.config import NEWEST, Config, field_help, field_types, flag, parse_value, read_config_file
+from ft.config import NEWEST, Config, field_help, field_types, flag, parse_value, read_config_file, run_of
 from ft.errors import FtError, Stopped, UsageError
 
 EXAMPLES = """\
@@ -158,8 +158,7 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(settings.get("output_dir", ""), str):
         return {}  # which `Config` refuses
     if resume is not None and resume != NEWEST:
-        given = Path(resume)
-        run = given.parent if re.fullmatch(r"checkpoint-[0-9]+", given.name) else given
+        run = run_of(Path(resume))
         base: dict[str, Any] = {"output_dir": str(run)}
     else:
         run = Path(settings.get("output_dir", Config.output_dir))

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -248,6 +249,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if unknown:
         raise UsageError(f"the configuration {path} has unknown settings: {', '.join(map(str, unknown))}")
     return {name: value for name, value in settings.items() if name not in NOT_OF_THE_RUN}
+
+
+def run_of(path: Path) -> Path:
+    """The folder of the run that a value of --resume means: itself, or the one that a checkpoint lies in."""
+    return path.parent if re.fullmatch(r"checkpoint-[0-9]+", path.name) else path
 
 
 def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:

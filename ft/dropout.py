@@ -1,4 +1,4 @@
-"""Dropout, whose random numbers take longer on a CPU than all other work on the same rows together."""
+"""Dropout, most of whose time on a CPU goes into drawing random numbers."""
 
 import torch
 import torch.nn.functional as F

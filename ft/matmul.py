@@ -1,7 +1,7 @@
 """Matrix products, where four fifths of a training step go, by the faster of PyTorch's two CPU libraries.
 
 For fp32 on x86, PyTorch calls Intel's MKL. On AMD processors with 512-bit instructions oneDNN, which PyTorch contains
-too and which `torch.compile` takes for linear layers, computes the same products 1.3 to 1.5 times as fast.
+too and which `torch.compile` takes for linear layers, computes most of the same products faster.
 """
 
 import functools

@@ -19,7 +19,7 @@ class AdamW:
 
     One kernel does it all, the one behind `torch.optim.AdamW(fused=True)`: it reads and writes each weight, gradient
     and moment once per step, where operations one by one would make a pass over all of them for each. It is called
-    directly because constructing PyTorch's class imports PyTorch's compiler, half of a small job's start-up.
+    directly because constructing PyTorch's class imports PyTorch's compiler, which takes more than a second.
 
     Attributes:
         learning_rate: lr of the next step.

@@ -1,14 +1,13 @@
 """The folder of a run: who may write there, what is to be continued, and whether there is room."""
 
 import hashlib
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ft import checkpoint
-from ft.config import NEWEST, Config, changed_on_resume, flag, read_config_file
+from ft.config import NEWEST, Config, changed_on_resume, flag, read_config_file, run_of
 from ft.errors import FtError, UsageError
 from ft.files import LOCK, MANIFEST, locked, read_json, tidy
 from ft.train import total_steps
@@ -37,8 +36,7 @@ def own_folder(config: Config) -> Iterator[Path]:
     """
     run = Path(config.output_dir)
     if config.resume not in (None, NEWEST):
-        given = Path(str(config.resume))
-        resumed = given.parent if re.fullmatch(r"checkpoint-[0-9]+", given.name) else given
+        resumed = run_of(Path(str(config.resume)))
         if not resumed.is_dir():
             raise UsageError(
                 f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint"
