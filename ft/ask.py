@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING
 
+from ft.command import CommandParser
 from ft.errors import FtError, UsageError
 
 if TYPE_CHECKING:
@@ -34,25 +35,16 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """A command's parser with the flags that all have; its mistakes are told and counted like those of the job."""
+class _Parser(CommandParser):
+    """A parser with the flags that both commands have."""
 
     def __init__(self, command: str, description: str, examples: str) -> None:
-        super().__init__(
-            prog=f"python run.py {command}",
-            description=description,
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(command, description, examples)
         self.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
         self.add_argument("--label-names", metavar="TEXT", help="words for the labels, where the model does not tell")
         self.add_argument("--max-length", metavar="N", type=int, help="tokens per text (default: those of the run)")
         self.add_argument("--batch-size", metavar="N", type=int, default=64, help="texts at once (default 64)")
         self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; left out: the best present")
-
-    def error(self, message: str) -> Never:
-        raise UsageError(message)
 
 
 def predict(arguments: Sequence[str]) -> None:

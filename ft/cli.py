@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
+from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Never
 
-from ft.config import NEWEST, Config, field_help, field_types, flag, parse_value, read_config_file, run_of
+from ft.command import unknown_flag
+from ft.config import NEWEST, Config, field_groups, field_help, field_types, flag, parse_value, read_config_file, run_of
 from ft.errors import FtError, Stopped, UsageError
 
 EXAMPLES = """\
@@ -24,6 +26,12 @@ examples:
   python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
   python run.py evaluate runs/rotten_tomatoes --split test
 """
+
+# What the program can do besides the job, and the function that does it; imported only when asked for.
+COMMANDS = {
+    "predict": ("ft.ask", "predict"),
+    "evaluate": ("ft.ask", "evaluate"),
+}
 
 # Stands for a flag that was given without its value, so that this too is told together with everything else.
 _NO_VALUE = "\0no value"
@@ -38,12 +46,19 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:  # noqa: ANN401
         super().__init__(**options)
         self._takes_value: list[argparse.Action] = []
+        self._groups: dict[str, argparse._ArgumentGroup] = {}
 
-    def add_value(self, name: str, *, if_absent: str = _NO_VALUE, **options: Any) -> None:  # noqa: ANN401
-        """Add a flag that takes one value."""
-        action = self.add_argument(name, nargs="?", const=if_absent, **options)
+    def add_value(self, heading: str, name: str, *, if_absent: str = _NO_VALUE, **options: Any) -> None:  # noqa: ANN401
+        """Add a flag that takes one value, under a heading of the help."""
+        action = self.under(heading).add_argument(name, nargs="?", const=if_absent, **options)
         if if_absent == _NO_VALUE:
             self._takes_value.append(action)
+
+    def under(self, heading: str) -> "argparse._ArgumentGroup":
+        """The flags under a heading of the help."""
+        if heading not in self._groups:
+            self._groups[heading] = self.add_argument_group(heading)
+        return self._groups[heading]
 
     def format_help(self) -> str:
         for action in self._takes_value:
@@ -62,10 +77,9 @@ def main(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     place = "while reading or writing"
     try:
-        if arguments and arguments[0] in ("predict", "evaluate"):
-            from ft import ask
-
-            {"predict": ask.predict, "evaluate": ask.evaluate}[arguments[0]](arguments[1:])
+        if arguments and arguments[0] in COMMANDS:
+            module, function = COMMANDS[arguments[0]]
+            getattr(import_module(module), function)(arguments[1:])
             return 0
         config = read_arguments(arguments)
         place = config.output_dir
@@ -177,22 +191,28 @@ def _parser() -> _Parser:
     """One flag for each field of `Config`; values stay text, to be read by `parse_value` one by one."""
     parser = _Parser(
         usage="python run.py [FLAG ...]",
-        description="Fine-tune GPT-2 to say whether a film review is positive, in plain PyTorch.",
-        epilog=EXAMPLES,
+        description=f"Fine-tune GPT-2 to say whether a film review is positive, in plain PyTorch.\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_value("--config", metavar="FILE", help="take settings from a config.json, such as that of another run")
+    parser.add_value(
+        next(iter(field_groups().values())),
+        "--config",
+        metavar="FILE",
+        help="take settings from a config.json, such as that of another run",
+    )
     for field in fields(Config):
         kind, choices = field_types()[field.name]
         text = field_help()[field.name]
+        heading = field_groups()[field.name]
         if kind is bool:
-            parser.add_argument(flag(field.name), action="store_true", help=text)
+            parser.under(heading).add_argument(flag(field.name), action="store_true", help=text)
             continue
         if field.default is not None:
             text += f" (default {field.default})"
         parser.add_value(
+            heading,
             flag(field.name),
             if_absent=NEWEST if field.name == "resume" else _NO_VALUE,
             metavar="|".join(choices) or {int: "N", float: "X", str: "TEXT"}[kind],
@@ -202,10 +222,8 @@ def _parser() -> _Parser:
 
 
 def _unknown(argument: str) -> str:
-    """What to say of an argument that nobody knows, with the nearest flag if one is near."""
+    """What to say of an argument that nobody knows, with the nearest flag or command if one is near."""
     if not argument.startswith("-"):
-        return f"{argument!r} belongs to no flag"
-    name = argument.partition("=")[0]
-    known = ["--config", *(flag(field.name) for field in fields(Config))]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"there is no flag {name}" + (f", is it {near[0]}?" if near else "; --help lists all flags")
+        near = difflib.get_close_matches(argument, COMMANDS, n=1)
+        return f"{argument!r} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
+    return unknown_flag(argument, ["--config", *(flag(field.name) for field in fields(Config))])

@@ -204,6 +204,18 @@ def field_help() -> dict[str, str]:
 
 
 @functools.cache
+def field_groups() -> dict[str, str]:
+    """The comment in `Config` that each field stands under, by field name: the headings of the help."""
+    groups, heading = {}, ""
+    for line in inspect.getsource(Config).splitlines():
+        if line.startswith("    # "):
+            heading = line.removeprefix("    # ")
+        elif (found := re.match(r"    (\w+): ", line)) and found[1] in field_types():
+            groups[found[1]] = heading
+    return groups
+
+
+@functools.cache
 def field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
     """Each field's plain type and, for a Literal, its choices; `int | None` counts as int."""
     found: dict[str, tuple[type, tuple[str, ...]]] = {}

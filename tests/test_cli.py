@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_config import EVERY_FIELD, FIELDS, other_value
 
 import ft.job
-from ft.cli import main, read_arguments
-from ft.config import NEWEST, NOT_OF_THE_RUN, Config, field_help, field_types, flag
+from ft.cli import COMMANDS, main, read_arguments
+from ft.config import NEWEST, NOT_OF_THE_RUN, Config, field_groups, field_help, field_types, flag
 from ft.demo import SETTINGS
 from ft.errors import FtError, UsageError
 
@@ -77,7 +77,7 @@ def help_text(capsys, monkeypatch):
     assert raised.value.code == 0
     out, err = capsys.readouterr()
     assert err == ""
-    return " ".join(out.split())
+    return " ".join(out.split()) + " "
 
 
 def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
@@ -89,6 +89,27 @@ def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
         assert f" {flag(name)}{value} {field_help()[name]}{default} " in help_text
     assert " --config FILE take settings from" in help_text
     assert "no value" not in help_text
+
+
+def test_the_help_has_the_examples_first_and_the_flags_under_headings(help_text):
+    headings = list(dict.fromkeys(field_groups().values()))
+    assert set(field_groups()) == set(FIELDS)
+    assert len(headings) >= 5
+    places = [help_text.index(text) for text in ("examples:", *(f" {heading}: --" for heading in headings))]
+    assert places == sorted(places)
+    assert help_text.index(" --learning-rate X") > help_text.index(f" {field_groups()['learning_rate']}: ")
+
+
+@pytest.mark.parametrize(("word", "command"), [("predct", "predict"), ("evalute", "evaluate")])
+def test_a_misspelt_command_is_told_with_the_nearest(word, command, capsys):
+    assert main([word, "runs/x"]) == 2
+    assert f"error: {word!r} belongs to no flag; the command is {command}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_flag_of_a_command_is_told_with_the_nearest(command, capsys):
+    assert main([command, "runs/x", "--jsonn"]) == 2
+    assert "there is no flag --jsonn" in capsys.readouterr().err
 
 
 def test_the_help_shows_flags_that_exist(help_text):
