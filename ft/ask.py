@@ -112,7 +112,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from ft.data import read_split
     from ft.hub import dataset_files
-    from ft.scores import confident_mistakes, scores
+    from ft.scores import scores, told_mistakes
 
     classifier = _load(options)
     names = classifier.label_names
@@ -130,13 +130,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     predictions = classifier.predict(split.texts, options.batch_size)
     seconds = time.perf_counter() - started
     probabilities = torch.tensor([list(each.probabilities.values()) for each in predictions], dtype=torch.float64)
-    labels = torch.tensor(split.labels)
-    result = scores(probabilities, labels)
-    mistakes = [
-        {"row": row, "true": names[split.labels[row]], "label": predictions[row].label,
-         "probability": predictions[row].probabilities[predictions[row].label], "text": split.texts[row]}
-        for row in confident_mistakes(probabilities, labels, options.mistakes)
-    ]  # fmt: skip
+    result = scores(probabilities, torch.tensor(split.labels))
+    mistakes = told_mistakes(probabilities, split, names, options.mistakes)
     if options.json:
         print(json.dumps({"split": split.name, "labels": names, **asdict(result), "mistakes": mistakes}, indent=2))
         return

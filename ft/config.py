@@ -8,7 +8,6 @@ import ast
 import functools
 import inspect
 import json
-import os
 import re
 import sys
 import types
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ft.errors import UsageError
+from ft.whole import write_whole
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write all settings as JSON, in the order of this class; the file is the old one until it is the new one."""
-        unfinished = path.with_name(f".unfinished-{path.name}")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
 # The value of `resume` that stands for the newest checkpoint in the output directory.

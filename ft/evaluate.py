@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ft.data import Example, by_length, in_batches
 from ft.gpt2 import GPT2
@@ -12,10 +13,17 @@ from ft.machine import Precision
 
 
 class Evaluation(NamedTuple):
-    """`loss` is the mean over supervised tokens, in nats; `accuracy` the share of examples with the right label."""
+    """What came out of evaluating a split.
+
+    Attributes:
+        loss: the mean over supervised tokens, in nats.
+        accuracy: the share of examples with the right label.
+        probabilities: of each label for each target, shape (targets, labels), in the order of the examples.
+    """
 
     loss: float
     accuracy: float
+    probabilities: Tensor | None = None
 
 
 @torch.inference_mode()
@@ -35,10 +43,11 @@ def evaluate(
     """
     device = model.wte.weight.device
     candidates = torch.tensor(label_ids, device=device)
-    loss_sums, hits = [], []
+    order = by_length(examples)
+    loss_sums, hits, label_logits = [], [], []
     was_training = model.training
     model.eval()
-    for batch in in_batches(examples, by_length(examples), batch_size):
+    for batch in in_batches(examples, order, batch_size):
         if stopping():
             model.train(was_training)
             return None
@@ -46,10 +55,13 @@ def evaluate(
         with precision.autocast():
             logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
         loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))
-        predicted = candidates[logits[:, candidates].argmax(dim=-1)]
-        hits.append((predicted == batch.target_ids).sum())
+        label_logits.append(logits[:, candidates].float())  # (S, labels)
+        hits.append((candidates[label_logits[-1].argmax(dim=-1)] == batch.target_ids).sum())
     model.train(was_training)
     # Read once, at the end: on an accelerator every read waits for all work that is queued.
     loss_sum = torch.stack(loss_sums).cpu().double().sum().item()
     num_targets = sum(len(example.target_ids) for example in examples)
-    return Evaluation(loss=loss_sum / num_targets, accuracy=torch.stack(hits).sum().item() / num_targets)
+    accuracy = torch.stack(hits).sum().item() / num_targets
+    number = torch.tensor([i for i in order for _ in examples[i].target_ids])  # the example that each target is of
+    probabilities = torch.cat(label_logits).softmax(dim=-1).cpu()[number.argsort(stable=True)]
+    return Evaluation(loss_sum / num_targets, accuracy, probabilities)

@@ -39,6 +39,7 @@ from ft.optim import build_optimizer
 from ft.predict import predict
 from ft.report import Report
 from ft.saver import Saver
+from ft.scores import write_scores
 from ft.stop import StopRequest
 from ft.train import rows_of_step, steps_per_epoch, total_steps, train
 
@@ -126,9 +127,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
 
         saver = Saver(write, report.line, blocking=config.save_blocking)
 
+        evaluations: dict[str, Evaluation] = {}  # the newest of each split
+
         def evaluate_on(split: str) -> Evaluation | None:
             with uncompiled(config.compile), report.pause("evaluating"):
-                return evaluate(
+                result = evaluate(
                     model,
                     data.examples[split],
                     data.label_ids,
@@ -136,6 +139,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     precision=precision,
                     stopping=stopping,
                 )
+            if result is not None:
+                evaluations[split] = result
+            return result
 
         def validate(state: State) -> None:
             result = evaluate_on("validation")
@@ -175,16 +181,22 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                 )
         finally:
             saver.wait()
-        test = evaluate_on("test") if "test" in data.examples and not stopping() else None
+        judged = "test" if "test" in data.examples else "validation"
+        if judged not in evaluations and not stopping():
+            evaluate_on(judged)
         if stopping():
             if saver.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {saver.failure}")
             raise stopping.stopped(f"Stopped after step {state.step:,}. To continue: python run.py --resume {run}")
         seconds = time.perf_counter() - started
+        test = evaluations.get("test")
         if test is not None:
             report.evaluation(state.step, state.step * epochs, loss=test.loss, accuracy=test.accuracy, split="test")
 
     # What is left behind.
+    probabilities = evaluations[judged].probabilities
+    if probabilities is not None:
+        write_scores(run / "scores.json", state.step, probabilities, data.splits[judged], data.label_names)
     with complete_or_absent(run / "final") as folder:
         checkpoint.save_model(folder, model_config, checkpoint.weights_of(model), source)
     if saver.failure is not None:

@@ -169,7 +169,8 @@ def _size(number: float) -> str:
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
-    (run / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "scores.json"):
+        (run / name).unlink(missing_ok=True)
     for folder in (*checkpoint.checkpoints(run), *run.glob(f"{checkpoint.SUPERSEDED}*"), run / "final"):
         shutil.rmtree(folder, ignore_errors=True)
     (run / "config.json").unlink(missing_ok=True)  # last, as checkpoints without it would be of an unknown run

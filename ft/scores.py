@@ -1,11 +1,19 @@
 """How good predictions are: accuracy, F1, a confusion matrix, and whether probabilities mean what they say."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ft.data import Split
+from ft.whole import write_whole
+
 BINS = 10
+MISTAKES = 20  # how many of the surest are kept in scores.json
 
 
 @dataclass(frozen=True)
@@ -71,3 +79,34 @@ def confident_mistakes(probabilities: Tensor, labels: Tensor, number: int) -> li
     confidence, predicted = probabilities.max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()
     return wrong[confidence[wrong].argsort(descending=True, stable=True)][:number].tolist()
+
+
+def told_mistakes(
+    probabilities: Tensor, split: Split, label_names: Sequence[str], number: int
+) -> list[dict[str, int | float | str]]:
+    """The surest mistakes, each with its row in the split, the true label, the one given, its probability, the text."""
+    mistakes: list[dict[str, int | float | str]] = []
+    for row in confident_mistakes(probabilities, torch.tensor(split.labels), number):
+        probability, label = probabilities[row].max(dim=0)
+        mistakes.append(
+            {
+                "row": row,
+                "true": label_names[split.labels[row]],
+                "label": label_names[int(label)],
+                "probability": probability.item(),
+                "text": split.texts[row],
+            }
+        )
+    return mistakes
+
+
+def write_scores(path: Path, step: int, probabilities: Tensor, split: Split, label_names: Sequence[str]) -> None:
+    """Write what the (N, K) probabilities after a step say of a split as a JSON object: `Scores` and the mistakes.
+
+    Raises:
+        OSError: the disk is full, or refuses; a file of that name is as it was.
+    """
+    told: dict[str, Any] = {"step": step, "split": split.name, "labels": list(label_names)}
+    told |= asdict(scores(probabilities, torch.tensor(split.labels)))
+    told["mistakes"] = told_mistakes(probabilities, split, label_names, MISTAKES)
+    write_whole(path, json.dumps(told, indent=2, ensure_ascii=False) + "\n")

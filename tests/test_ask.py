@@ -215,6 +215,37 @@ def test_evaluate_agrees_with_the_run_and_counts_right(finished, inputs, capsys)
     assert result["labels"] == ["neg", "pos"]
 
 
+def test_a_run_leaves_the_scores_that_evaluate_finds(finished, capsys):
+    written = json.loads((finished / "scores.json").read_text())
+    assert written.pop("step") == json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert main(["evaluate", str(finished), "--device", "cpu", "--mistakes", "20", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(written) == list(found)
+    for part in ("split", "labels", "accuracy", "confusion", "macro_f1"):
+        assert written[part] == found[part]
+    assert len(written["mistakes"]) == sum(map(sum, written["confusion"])) - sum(
+        row[i] for i, row in enumerate(written["confusion"])
+    )
+    for mistake, expected in zip(written["mistakes"], found["mistakes"], strict=True):
+        assert mistake == {**expected, "probability": pytest.approx(expected["probability"], rel=1e-4)}
+
+
+def test_without_a_test_split_the_scores_are_of_the_last_validation(inputs, tmp_path):
+    folder, run = tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.parquet").write_bytes((Path(inputs[3]) / f"{split}.parquet").read_bytes())
+    flags = ["--dataset", str(folder), "--output-dir", str(run), "--max-steps", "2", "--eval-steps", "1"]
+    assert main([*inputs, *flags]) == 0
+    written = json.loads((run / "scores.json").read_text())
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (written["split"], written["step"], written["accuracy"]) == ("validation", 2, logged["eval_accuracy"])
+    (run / "scores.json").unlink()
+    (run / "final").rename(tmp_path / "elsewhere")
+    assert main(["--resume", str(run)]) == 0
+    assert json.loads((run / "scores.json").read_text()) == written, "a run that broke off after its last step"
+
+
 def test_evaluate_prints_tables(finished, capsys):
     assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu", "--mistakes", "2"]) == 0
     out = capsys.readouterr().out
