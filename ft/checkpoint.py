@@ -46,7 +46,8 @@ class State:
         skipped_steps: steps without an update, because loss or gradient was not finite.
         evaluation_due: the run was stopped before or in the evaluation that belongs to this step.
         best_step, best_accuracy, best_loss: the best evaluation so far, by accuracy, then loss.
-        last_accuracy: that of the newest evaluation.
+        last_accuracy, last_loss: those of the newest evaluation.
+        evaluations_since_best: how many evaluations in a row have not been better than the best.
         metrics_bytes: the length of metrics.jsonl at this point; what a broken run wrote after it is cut off.
         seconds: time spent in the run, all its parts together.
     """
@@ -61,16 +62,29 @@ class State:
     best_accuracy: float = 0.0
     best_loss: float | None = None
     last_accuracy: float = 0.0
+    last_loss: float | None = None
+    evaluations_since_best: int = 0
     metrics_bytes: int = 0
     seconds: float = 0.0
 
+    @property
+    def mean_train_loss(self) -> float:
+        """The mean training loss of all steps that updated the weights."""
+        return (self.train_loss_sum + self.loss_sum) / max(1, self.step - self.skipped_steps)
+
     def note(self, loss: float, accuracy: float) -> None:
         """The evaluation that was due had this result."""
-        self.evaluation_due, self.last_accuracy = False, accuracy
-        if not math.isfinite(loss):
-            return
-        if self.best_loss is None or (accuracy, -loss) > (self.best_accuracy, -self.best_loss):
+        self.evaluation_due, self.last_accuracy, self.last_loss = False, accuracy, loss
+        better = self.best_loss is None or (accuracy, -loss) > (self.best_accuracy, -self.best_loss)
+        if better and math.isfinite(loss):
             self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
+            self.evaluations_since_best = 0
+        else:
+            self.evaluations_since_best += 1
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row have not been better than the best; without a patience never."""
+        return patience is not None and self.evaluations_since_best >= patience
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Config:
     """passes over the training reviews"""
     max_steps: int | None = None
     """stop after this many optimiser steps, whatever --epochs says"""
+    early_stopping_patience: int | None = None
+    """end after this many evaluations in a row without a better one, by accuracy, then loss; left out: never"""
     batch_size: int = 8
     """reviews per forward and backward pass"""
     gradient_accumulation_steps: int = 1
@@ -145,6 +147,7 @@ FREE_ON_RESUME = (
     "output_dir",
     "device",
     "eval_batch_size",
+    "early_stopping_patience",  # which moves the end, and changes no step on the way there
     "release_memory",
     "activation_checkpointing",
     "logging_steps",
@@ -162,6 +165,7 @@ LONGER_ON_RESUME = ("epochs", "max_steps")
 
 _MINIMUM: dict[str, float] = {
     "max_steps": 1,
+    "early_stopping_patience": 1,
     "batch_size": 1,
     "gradient_accumulation_steps": 1,
     "eval_batch_size": 1,

@@ -17,10 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 
@@ -32,18 +30,16 @@ from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import complete_or_absent, read_json
 from ft.gpt2 import GPT2
-from ft.inputs import Data, model_config_of, read_data
+from ft.inputs import model_config_of, read_data
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
 from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
-from ft.predict import predict
 from ft.report import Report
 from ft.saver import Saver
 from ft.scores import write_scores
 from ft.stop import StopRequest
+from ft.summary import closing, number_of_parameters, opening, three_predictions
 from ft.train import rows_of_step, steps_per_epoch, total_steps, train
-
-VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
 
 def run_job(config: Config) -> None:
@@ -95,18 +91,20 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     state = State()
     if resume_from is not None:
         state = checkpoint.load_checkpoint(resume_from, model, optimizer, scaler)
-        if state.step >= last_step and not state.evaluation_due and runs.is_finished(run, resume_from):
-            print(f"This run is finished: all {last_step:,} steps are done and the model lies in {run / 'final'}.")
+        over = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
+        if over and not state.evaluation_due and runs.is_finished(run, resume_from):
+            why = runs.reason_of_end(state, last_step)
+            print(f"This run is finished: {why}, and the model lies in {run / 'final'}.")
             return
         print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
         checkpoint.supersede_later(run, state.step)
         checkpoint.delete_old(run, state, keep=config.keep_checkpoints, keep_best=config.keep_best)
     started -= state.seconds
-    room = runs.room_for(run, _number_of_parameters(model), config)
+    room = runs.room_for(run, number_of_parameters(model), config)
     if config.resume is None:
         runs.clear(run)
     config.save(run / "config.json")
-    print(_opening(config, model, precision, data, last_step), room, sep="\n")
+    print(opening(config, model, precision, data, last_step), room, sep="\n")
 
     # The loop.
     source = ModelSource(published, files.tokenizer.read_bytes(), data.label_names)
@@ -159,12 +157,15 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     return
                 saver.save(checkpoint.take_snapshot(model, optimizer, scaler, state, copy=not config.save_blocking))
 
+        def ends_here() -> bool:
+            return stopping() or state.is_out_of_patience(config.early_stopping_patience)
+
         try:
             if state.evaluation_due:  # the run was stopped in the evaluation that belongs to this step
                 validate(state)
                 if not stopping():
                     save(state)
-            if not stopping():
+            if not ends_here():
                 train(
                     model,
                     optimizer,
@@ -177,7 +178,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     report=report,
                     evaluate=validate,
                     save=save,
-                    stopping=stopping,
+                    stopping=ends_here,
                 )
         finally:
             saver.wait()
@@ -204,8 +205,8 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             f"the model lies in {run / 'final'}, but the last checkpoint could not be written "
             f"({saver.failure.strerror or saver.failure}): a longer run could only continue from the one before"
         )
-    print(_closing(run, state, seconds, config, test))
-    print(_three_predictions(model, data, config.max_length))
+    print(closing(run, state, last_step, seconds, config, test))
+    print(three_predictions(model, data, config.max_length))
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
 
@@ -255,51 +256,3 @@ def _error_advice(config: Config, run: Path, examples: Sequence[Example]) -> Ite
             "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
             f"--gradient-accumulation-steps), or with --precision bf16. {detail}"
         ) from error
-
-
-def _number_of_parameters(model: GPT2) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _opening(config: Config, model: GPT2, precision: Precision, data: Data, last_step: int) -> str:
-    """The paragraph at the start of a run."""
-    sizes = {name: len(examples) for name, examples in data.examples.items()}
-    start = "" if config.init == "pretrained" else ", from random weights"
-    return (
-        f"Fine-tuning {config.model}{start}: {_number_of_parameters(model):,} parameters, on {precision.device} in "
-        f"{precision.name} ({precision.reason}).\n"
-        f"Data: {config.dataset}, {', '.join(f'{n:,} reviews to {VERB[name]}' for name, n in sizes.items())}; "
-        f"labels {', '.join(data.label_names)}.\n"
-        f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} reviews; every "
-        f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
-        f"checkpoint, in {config.output_dir}."
-    )
-
-
-def _closing(run: Path, state: State, seconds: float, config: Config, test: Evaluation | None) -> str:
-    """The summary at the end of a run."""
-    reviews = state.step * config.batch_size * config.gradient_accumulation_steps
-    return (
-        f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
-        f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
-        f"Mean training loss {state.train_loss_sum / max(1, state.step - state.skipped_steps):.4f}.\n"
-        f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best (step "
-        f"{state.best_step:,})" + (f"; test accuracy {test.accuracy:.2%}" if test else "") + ".\n"
-        f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in {run / 'metrics.jsonl'}. "
-        f'To ask it: python run.py predict {run} "a text"'
-    )
-
-
-def _three_predictions(model: GPT2, data: Data, max_length: int) -> str:
-    """Three validation reviews with what the model says of them."""
-    split = data.splits["validation"]
-    rows = [len(split.texts) * third // 3 for third in range(3)]
-    probabilities = predict(
-        model, data.tokenizer, [split.texts[row] for row in rows], data.label_ids, max_length=max_length
-    )
-    lines = ["\nThree validation reviews:"]
-    for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
-        said, true = data.label_names[int(label)], data.label_names[split.labels[row]]
-        verdict = "right" if said == true else f"wrong, it is {true}"
-        lines.append(f"  {said} ({probability:.1%}, {verdict}): {shorten(split.texts[row], 90, placeholder=' ...')}")
-    return "\n".join(lines)

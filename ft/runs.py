@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ft import checkpoint
+from ft.checkpoint import State
 from ft.config import NEWEST, Config, changed_on_resume, flag, read_config_file, run_of
 from ft.errors import FtError, UsageError
 from ft.files import LOCK, MANIFEST, locked, read_json, tidy
@@ -127,6 +128,16 @@ def lengthened(resume_from: Path, config: Config, num_examples: int) -> str | No
     return (
         f"The run becomes longer: {new:,} steps instead of {old:,}. From here on the learning rate {what}, as if the "
         f"run had been planned so, while the steps up to here followed the schedule of {old:,}."
+    )
+
+
+def reason_of_end(state: State, last_step: int) -> str:
+    """Why a run that has ended did so, in half a sentence."""
+    if state.step >= last_step:
+        return f"all {last_step:,} steps are done"
+    return (
+        f"after step {state.step:,} of {last_step:,}, the last {state.evaluations_since_best} evaluations had not been "
+        "better than the best before them (--early-stopping-patience)"
     )
 
 

@@ -1,0 +1,72 @@
+"""What a run says of itself in prose: what it is going to do, and what came out."""
+
+from datetime import timedelta
+from pathlib import Path
+from textwrap import shorten
+
+from ft import runs
+from ft.checkpoint import State
+from ft.config import Config
+from ft.evaluate import Evaluation
+from ft.gpt2 import GPT2
+from ft.inputs import Data
+from ft.machine import Precision
+from ft.predict import predict
+
+VERB = {"train": "train on", "validation": "validate", "test": "test"}
+
+
+def number_of_parameters(model: GPT2) -> int:
+    """How many numbers training adjusts; the head is the embeddings and counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def opening(config: Config, model: GPT2, precision: Precision, data: Data, last_step: int) -> str:
+    """The paragraph at the start of a run."""
+    sizes = {name: len(examples) for name, examples in data.examples.items()}
+    start = "" if config.init == "pretrained" else ", from random weights"
+    return (
+        f"Fine-tuning {config.model}{start}: {number_of_parameters(model):,} parameters, on {precision.device} in "
+        f"{precision.name} ({precision.reason}).\n"
+        f"Data: {config.dataset}, {', '.join(f'{n:,} reviews to {VERB[name]}' for name, n in sizes.items())}; "
+        f"labels {', '.join(data.label_names)}.\n"
+        f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} reviews; every "
+        f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
+        f"checkpoint, in {config.output_dir}."
+        + (
+            f"\nWARNING: --warmup-steps {config.warmup_steps:,} is no less than the {last_step:,} steps of the run: "
+            "the learning rate rises to the end, and is never as high as --learning-rate says."
+            if config.warmup_steps >= last_step
+            else ""
+        )
+    )
+
+
+def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
+    """The summary at the end of a run."""
+    reviews = state.step * config.batch_size * config.gradient_accumulation_steps
+    return (
+        ("" if state.step >= last_step else f"\nStopped early: {runs.reason_of_end(state, last_step)}.")
+        + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
+        f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
+        f"Mean training loss {state.mean_train_loss:.4f}.\n"
+        f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best (step "
+        f"{state.best_step:,})" + (f"; test accuracy {test.accuracy:.2%}" if test else "") + ".\n"
+        f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in {run / 'metrics.jsonl'}. "
+        f'To ask it: python run.py predict {run} "a text"'
+    )
+
+
+def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
+    """Three validation reviews with what the model says of them."""
+    split = data.splits["validation"]
+    rows = [len(split.texts) * third // 3 for third in range(3)]
+    probabilities = predict(
+        model, data.tokenizer, [split.texts[row] for row in rows], data.label_ids, max_length=max_length
+    )
+    lines = ["\nThree validation reviews:"]
+    for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
+        said, true = data.label_names[int(label)], data.label_names[split.labels[row]]
+        verdict = "right" if said == true else f"wrong, it is {true}"
+        lines.append(f"  {said} ({probability:.1%}, {verdict}): {shorten(split.texts[row], 90, placeholder=' ...')}")
+    return "\n".join(lines)
