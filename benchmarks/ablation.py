@@ -28,13 +28,14 @@ from benchmarks.trainer import Inputs, parser_of_inputs, peak_memory_bytes, prep
 from ft import dropout, matmul
 from ft.checkpoint import State, load_weights
 from ft.config import Config
-from ft.data import Batch, Example, collate, encode, epoch_order, label_tokens, read_split, read_tokenizer
+from ft.data import Batch, Example, collate, encode, epoch_order, label_tokens, read_tokenizer
 from ft.files import read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.machine import Precision, keep_freed_memory
 from ft.optim import build_optimizer, clip_in_optimizer
 from ft.packing import Packing
 from ft.report import Report
+from ft.tables import read_split
 from ft.train import train
 
 BLOCK = 3  # steps of a variant until the next one's turn

@@ -21,10 +21,11 @@ from benchmarks.synthetic import model_config
 from ft import hub
 from ft.checkpoint import State
 from ft.config import Config
-from ft.data import Example, Split, collate, read_split
+from ft.data import Example, Split, collate
 from ft.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.machine import Precision
 from ft.optim import AdamW, build_optimizer
+from ft.tables import read_split
 from ft.train import train
 
 PARTS = ("data", "forward", "backward", "clip", "AdamW", "other")

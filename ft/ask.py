@@ -9,12 +9,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ft.command import CommandParser
+from ft.config import OF_THE_DATA, Config, read_config_file
 from ft.errors import FtError, UsageError
 
 if TYPE_CHECKING:
@@ -96,30 +98,44 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser = _Parser("evaluate", "How good a fine-tuned model is on a whole split of a data set.", EVALUATE_EXAMPLES)
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
     parser.add_argument("--dataset", metavar="TEXT", help="Hub id or folder; left out: that of the run")
+    parser.add_argument("--dataset-config", metavar="TEXT", help="the folder of one of several data sets in it")
+    parser.add_argument("--text-column", metavar="TEXT", help="column of the texts; left out: that of the run")
+    parser.add_argument("--label-column", metavar="TEXT", help="column of the labels; left out: that of the run")
     parser.add_argument("--mistakes", metavar="N", type=int, default=5, help="show the N surest mistakes (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
     problems = _problems(options)
     if options.mistakes < 0:
         problems.append(f"--mistakes is {options.mistakes}, it must be at least 0")
-    dataset = options.dataset or _dataset_of(Path(options.model))
-    if dataset is None:
+    settings = _settings_of(Path(options.model))
+    if options.dataset is not None:  # whose revisions and parts are others
+        settings = {
+            name: value for name, value in settings.items() if name not in ("dataset_revision", "dataset_config")
+        }
+    given = ("dataset", "dataset_config", "text_column", "label_column")
+    settings |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    if "dataset" not in settings:
         problems.append(f"{options.model} does not say what it was trained on: name a --dataset")
+    if settings.get("completion_column") is not None:
+        problems.append(
+            f"{options.model} was trained on completions, of which evaluate has no scores: see its metrics.jsonl"
+        )
     if problems:
         raise UsageError(*problems)
 
     import torch  # here, as in `_load`
 
-    from ft.data import read_split
-    from ft.hub import dataset_files
+    from ft.inputs import read_splits
     from ft.scores import scores, told_mistakes
 
     classifier = _load(options)
     names = classifier.label_names
-    files = dataset_files(str(dataset))
-    if options.split not in files:
-        raise FtError(f"{dataset} has no {options.split} split; it has {', '.join(files)}")
-    split = read_split(options.split, files[options.split])
+    splits, notes = read_splits(Config(**settings), names)
+    for note in notes:
+        print(f"Note: {note}.", file=sys.stderr)
+    if options.split not in splits:
+        raise FtError(f"{settings['dataset']} has no {options.split} split; it has {', '.join(splits)}")
+    split = splits[options.split]
     for row, label in enumerate(split.labels):
         if not 0 <= label < len(names):
             raise FtError(
@@ -176,16 +192,13 @@ def _load(options: argparse.Namespace) -> "Classifier":
     return load(options.model, device=options.device, label_names=names, max_length=options.max_length)
 
 
-def _dataset_of(source: Path) -> str | None:
-    """The data set of the run that `source` is or lies in; None where it is or lies in none."""
+def _settings_of(source: Path) -> dict[str, Any]:
+    """What the run that `source` is or lies in says of its data; nothing where it is or lies in none."""
     for folder in (source, source.parent):
-        try:
-            recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if isinstance(recorded["dataset"], str):
-                return recorded["dataset"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+        with suppress(UsageError):  # it is no configuration of a run
+            settings = read_config_file(folder / "config.json")
+            return {name: settings[name] for name in OF_THE_DATA if name in settings}
+    return {}
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -149,7 +149,10 @@ def save_model(folder: NewFolder, config: GPT2Config, weights: dict[str, Tensor]
         "id2label": {str(label): name for label, name in enumerate(source.label_names)},
         "label2id": {name: label for label, name in enumerate(source.label_names)},
     }
-    published = {**source.config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own, **labels}
+    published = {key: value for key, value in source.config.items() if key not in labels}
+    published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own}
+    if source.label_names:  # and none where completions were learnt
+        published |= labels
     end_of_text_id = source.config.get("eos_token_id", config.vocab_size - 1)
     generation = {"bos_token_id": source.config.get("bos_token_id", end_of_text_id), "eos_token_id": end_of_text_id}
     tokenizer = {

@@ -23,6 +23,7 @@ examples:
   python run.py --demo                   the same program without the Hub, in half a minute
   python run.py --resume                 continue where the last run broke off
   python run.py --model ./my-gpt2 --dataset ./my-reviews --output-dir runs/mine
+  python run.py data --dataset ./my-reviews.csv        what a run would read
   python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
   python run.py evaluate runs/rotten_tomatoes --split test
 """
@@ -31,6 +32,11 @@ examples:
 COMMANDS = {
     "predict": ("ft.ask", "predict"),
     "evaluate": ("ft.ask", "evaluate"),
+}
+
+# What takes the flags of the job, and does something else with its configuration.
+WITH_THE_JOBS_FLAGS = {
+    "data": ("ft.describe", "describe"),
 }
 
 # Stands for a flag that was given without its value, so that this too is told together with everything else.
@@ -81,11 +87,14 @@ def main(arguments: Sequence[str]) -> int:
             module, function = COMMANDS[arguments[0]]
             getattr(import_module(module), function)(arguments[1:])
             return 0
+        module, function = "ft.job", "run_job"
+        if arguments and arguments[0] in WITH_THE_JOBS_FLAGS:
+            (module, function), arguments = WITH_THE_JOBS_FLAGS[arguments[0]], arguments[1:]
         config = read_arguments(arguments)
         place = config.output_dir
-        from ft.job import run_job  # here, since --help and a wrong flag need not wait for torch
-
-        run_job(config)
+        getattr(import_module(module), function)(
+            config
+        )  # imported now, as --help and a mistake need not wait for torch
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -224,6 +233,6 @@ def _parser() -> _Parser:
 def _unknown(argument: str) -> str:
     """What to say of an argument that nobody knows, with the nearest flag or command if one is near."""
     if not argument.startswith("-"):
-        near = difflib.get_close_matches(argument, COMMANDS, n=1)
+        near = difflib.get_close_matches(argument, [*COMMANDS, *WITH_THE_JOBS_FLAGS], n=1)
         return f"{argument!r} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
     return unknown_flag(argument, ["--config", *(flag(field.name) for field in fields(Config))])

@@ -34,13 +34,27 @@ class Config:
     init: Literal["pretrained", "random"] = "pretrained"
     """start from the published weights, or train from scratch with GPT-2's initialisation"""
     dataset: str = "cornell-movie-review-data/rotten_tomatoes"
-    """Hub id or local folder with train.parquet, validation.parquet and test.parquet (columns text and label)"""
+    """Hub id, folder with train, validation and test as .parquet, .csv, .tsv or .jsonl (also .gz), or one such file"""
+    dataset_config: str | None = None
+    """the folder of one of several data sets that lie side by side in --dataset"""
     dataset_revision: str | None = None
     """branch, tag or commit of the data set on the Hub"""
     save_dataset: str | None = None
     """also keep a copy of the data in this folder, which --dataset reads back"""
+    text_column: str = "text"
+    """column of what the model reads"""
+    label_column: str = "label"
+    """column of the label: numbers from 0, or words"""
     label_names: str | None = None
-    """words for the labels 0, 1, ..., separated by commas; left out: those in the data set's metadata"""
+    """words for the labels 0, 1, ..., separated by commas; left out: those that the data set tells"""
+    prompt_column: str | None = None
+    """train on completions instead of labels: column of what the model reads"""
+    completion_column: str | None = None
+    """column of what the model should then say; the loss is on these tokens and the end-of-text after them"""
+    train_fraction: float = 1.0
+    """share of the training rows to take, for a quick try; drawn by --seed, each label in proportion"""
+    max_train_samples: int | None = None
+    """take at most this many training rows, drawn likewise"""
     output_dir: str = "runs/rotten_tomatoes"
     """folder for metrics.jsonl, the checkpoints and final/"""
     overwrite: bool = False
@@ -141,6 +155,20 @@ NEWEST = "newest"
 # What one run of a folder may have and another not, without being another run.
 NOT_OF_THE_RUN = ("resume", "overwrite", "save_dataset")
 
+# What decides which rows a run reads.
+OF_THE_DATA = (
+    "dataset",
+    "dataset_revision",
+    "dataset_config",
+    "text_column",
+    "label_column",
+    "prompt_column",
+    "completion_column",
+    "train_fraction",
+    "max_train_samples",
+    "seed",
+)
+
 # What may change when a run is resumed: none of it changes the weights that come out.
 FREE_ON_RESUME = (
     *NOT_OF_THE_RUN,
@@ -164,6 +192,7 @@ FREE_ON_RESUME = (
 LONGER_ON_RESUME = ("epochs", "max_steps")
 
 _MINIMUM: dict[str, float] = {
+    "max_train_samples": 1,
     "max_steps": 1,
     "early_stopping_patience": 1,
     "batch_size": 1,
@@ -311,10 +340,24 @@ def _problems(config: Config) -> list[str]:
             problems.append(f"--epochs is {value}, it must be above 0")
         elif name == "epochs" and value > 1e6:
             problems.append(f"--epochs is {_shortened(value)}, it must be at most 1000000")
+        elif name == "train_fraction" and not 0 < value <= 1:
+            problems.append(f"--train-fraction is {value}, it must be above 0 and at most 1")
         elif kind is str and not value:
             problems.append(f"{flag(name)} is empty")
         elif kind is str and "\0" in value:
             problems.append(f"{flag(name)} is {value!r}, it must not hold a NUL character")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
+    if (config.prompt_column is None) != (config.completion_column is None):
+        problems.append("--prompt-column and --completion-column belong together: give both or neither")
+    elif config.completion_column is not None:
+        if config.label_names is not None:
+            problems.append(
+                "--label-names are words for labels, and with --completion-column there are none: leave it out"
+            )
+        if config.static_shapes or config.compile != "none":
+            problems.append(
+                "--compile and --static-shapes need one target per row, which completions have not: leave them out, or "
+                "train on labels"
+            )
     return problems

@@ -1,6 +1,5 @@
-"""From rows of a table to batches: read reviews, make an example of each, collate examples into a packed batch."""
+"""From rows of a table to batches: make an example of each review, collate examples into a packed batch."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,35 @@ IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split, in file order; `label_names` are those of the file's metadata, where it has any."""
+    """The rows of one split, in file order.
+
+    Attributes:
+        name: train, validation or test.
+        texts: what the model reads.
+        labels: the number of each text's class; 0 where there are completions instead.
+        label_names: what the classes are called, where the files say so.
+        completions: what should follow each text, where that is no class.
+        rows: the number that each row has in the files, from 0; left out where all of them are here.
+    """
 
     name: str
     texts: list[str]
     labels: list[int]
     label_names: tuple[str, ...] | None = None
+    completions: list[str] | None = None
+    rows: tuple[int, ...] | None = None
+
+    def only(self, rows: Sequence[int], name: str | None = None) -> "Split":
+        """Some of the rows, as a split of this or another name."""
+        numbers = self.rows or range(len(self.texts))
+        return Split(
+            name or self.name,
+            [self.texts[row] for row in rows],
+            [self.labels[row] for row in rows],
+            self.label_names,
+            None if self.completions is None else [self.completions[row] for row in rows],
+            tuple(numbers[row] for row in rows),
+        )
 
 
 class Example(NamedTuple):
@@ -60,58 +82,25 @@ class Batch:
         )
 
 
-def read_split(name: str, paths: Sequence[Path]) -> Split:
-    """Read the columns `text` and `label` of a split's parquet files.
+def stratified(groups: Sequence[int], count: int, seed: int) -> list[int]:
+    """The row numbers, ascending, of a random sample of `count` rows that holds each group in proportion.
 
-    Raises:
-        FtError: a file cannot be read, a column is missing or has another type, a text or label is null.
+    Every group gets its share rounded down, and what is then missing goes to the largest fractions, so that no group
+    is off by one row or more. A pure function of its arguments.
     """
-    import pyarrow as pa  # here, since a tenth of a second of start-up is spent only where parquet is read
-    import pyarrow.parquet as pq
-
-    texts: list[str] = []
-    labels: list[int] = []
-    label_names: tuple[str, ...] | None = None
-    for path in paths:
-        try:
-            file = pq.ParquetFile(path)  # not read_table(), which imports pandas where there is one
-            schema = file.schema_arrow
-            absent = [column for column in ("text", "label") if column not in schema.names]
-            if absent:
-                raise FtError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(schema.names)}")
-            table = file.read(columns=["text", "label"])
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise FtError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from error
-        for column, fits, wanted in (
-            ("text", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t), "text"),
-            ("label", pa.types.is_integer, "whole numbers"),
-        ):
-            if not fits(table.schema.field(column).type):
-                kind = table.schema.field(column).type
-                raise FtError(f"the column {column!r} of {path} holds {kind}, it must hold {wanted}")
-            if table[column].null_count:
-                row = table[column].is_null().to_pylist().index(True)
-                raise FtError(f"the {column} in row {row} of {path} is null; fill it or leave the row out")
-        for row, text in enumerate(table["text"].cast(pa.large_binary()).to_pylist()):
-            try:
-                texts.append(text.decode())
-            except UnicodeDecodeError as error:
-                raise FtError(f"the text in row {row} of {path} is not UTF-8: {error.reason}") from error
-        labels += table["label"].to_pylist()
-        label_names = label_names or _label_names(schema.metadata)
-    if not texts:
-        raise FtError(f"the {name} split has no rows ({', '.join(map(str, paths))})")
-    return Split(name, texts, labels, label_names)
-
-
-def _label_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
-    """The names of the classes of `label`, which the `datasets` library keeps as JSON in a parquet file's metadata."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        names = features["label"]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    shares = {group: count * len(rows) / len(groups) for group, rows in members.items()}
+    sizes = {group: int(share) for group, share in shares.items()}
+    for group in sorted(shares, key=lambda group: sizes[group] - shares[group])[: count - sum(sizes.values())]:
+        sizes[group] += 1
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[int] = []
+    for group, rows in sorted(members.items()):
+        order = torch.randperm(len(rows), generator=generator)[: sizes[group]]
+        chosen += [rows[i] for i in order.tolist()]
+    return sorted(chosen)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -129,8 +118,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def label_tokens(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool = False) -> list[int]:
     """The token that stands for each label: the first of its word's.
+
+    With `or_numbers`, labels whose words are different but begin alike are told apart by their numbers: the token of
+    `0` stands for the first label, and so on.
 
     Raises:
         FtError: there are fewer than two labels, a word is empty, or two words begin with the same token, so that the
@@ -144,6 +136,9 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
         if not ids:
             raise FtError(f"the name of label {label} is empty; name all labels by --label-names")
         if ids[0] in tokens:
+            numbers = [str(number) for number in range(len(names))]
+            if or_numbers and len(set(names)) == len(names) and list(names) != numbers:
+                return label_tokens(numbers, tokenizer)
             other = names[tokens.index(ids[0])]
             raise FtError(
                 f"the labels {other!r} and {name!r} begin with the same token {tokenizer.id_to_token(ids[0])!r}; "
@@ -157,7 +152,8 @@ def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_len
     """Make an example of each review: its tokens, end-of-text, and as target the token of its label.
 
     The label is what the model should say, never what it reads, so that it is no input. A review of more than
-    `max_length` tokens, end-of-text and label counted, keeps its end.
+    `max_length` tokens, end-of-text and label counted, keeps its end. Where the split has completions, see
+    `_encode_completions`.
 
     Raises:
         FtError: a label is out of range, or the tokenizer knows no end-of-text.
@@ -165,18 +161,38 @@ def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_len
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     if end_of_text is None:
         raise FtError(f"the tokenizer has no token {END_OF_TEXT}; it is not a GPT-2 tokenizer")
+    if split.completions is not None:
+        return _encode_completions(split.texts, split.completions, tokenizer, end_of_text, max_length)
     for row, label in enumerate(split.labels):
         if not 0 <= label < len(label_ids):
             limit = len(label_ids) - 1
             raise FtError(
-                f"the label in row {row} of the {split.name} split is {label}, it must be from 0 to {limit}; "
-                "correct the data or name more labels by --label-names"
+                f"the label in row {split.rows[row] if split.rows else row} of the {split.name} split is {label}, it "
+                f"must be from 0 to {limit}; correct the data or name more labels by --label-names"
             )
     encodings = tokenizer.encode_batch_fast(split.texts, add_special_tokens=False)
     return [
         Example(input_ids=[*encoding.ids, end_of_text][-(max_length - 1) :], target_ids=[label_ids[label]])
         for encoding, label in zip(encodings, split.labels, strict=True)
     ]
+
+
+def _encode_completions(
+    prompts: Sequence[str], completions: Sequence[str], tokenizer: Tokenizer, end_of_text: int, max_length: int
+) -> list[Example]:
+    """Make an example of each prompt and completion: targets are the completion's tokens and a closing end-of-text.
+
+    Both are tokenised by themselves, so that a prompt has the same tokens when the model is asked later. Of more than
+    `max_length` tokens the end is kept. An empty prompt is replaced by end-of-text, after which GPT-2 was trained to
+    begin a text.
+    """
+    before, after = (tokenizer.encode_batch_fast(texts, add_special_tokens=False) for texts in (prompts, completions))
+    examples = []
+    for prompt, completion in zip(before, after, strict=True):
+        targets = [*completion.ids, end_of_text]
+        tokens = [*(prompt.ids or [end_of_text]), *targets][-max_length:]
+        examples.append(Example(input_ids=tokens[:-1], target_ids=targets[-(len(tokens) - 1) :]))
+    return examples
 
 
 def collate(examples: Sequence[Example]) -> Batch:

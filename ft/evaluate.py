@@ -17,8 +17,9 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: the mean over supervised tokens, in nats.
-        accuracy: the share of examples with the right label.
-        probabilities: of each label for each target, shape (targets, labels), in the order of the examples.
+        accuracy: the share of examples with the right label; of completions, the share of target tokens that are the
+            likeliest of the whole vocabulary.
+        probabilities: of each label for each example, shape (examples, labels), in their order; None without labels.
     """
 
     loss: float
@@ -38,8 +39,9 @@ def evaluate(
 ) -> Evaluation | None:
     """Loss and accuracy of `model` on all examples; None if `stopping` says, before some batch, that the run is to end.
 
-    The prediction is the likeliest of the label tokens. Nothing here draws random numbers, and the model is left in
-    the mode it was found in: a run that evaluates ends in the same weights as one that does not.
+    The prediction is the likeliest of the label tokens, and of all tokens where there are none. Nothing here draws
+    random numbers, and the model is left in the mode it was found in: a run that evaluates ends in the same weights as
+    one that does not.
     """
     device = model.wte.weight.device
     candidates = torch.tensor(label_ids, device=device)
@@ -55,13 +57,18 @@ def evaluate(
         with precision.autocast():
             logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
         loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))
-        label_logits.append(logits[:, candidates].float())  # (S, labels)
-        hits.append((candidates[label_logits[-1].argmax(dim=-1)] == batch.target_ids).sum())
+        if label_ids:
+            label_logits.append(logits[:, candidates].float())  # (S, labels)
+            predicted = candidates[label_logits[-1].argmax(dim=-1)]
+        else:
+            predicted = logits.argmax(dim=-1)
+        hits.append((predicted == batch.target_ids).sum())
     model.train(was_training)
     # Read once, at the end: on an accelerator every read waits for all work that is queued.
     loss_sum = torch.stack(loss_sums).cpu().double().sum().item()
     num_targets = sum(len(example.target_ids) for example in examples)
     accuracy = torch.stack(hits).sum().item() / num_targets
-    number = torch.tensor([i for i in order for _ in examples[i].target_ids])  # the example that each target is of
-    probabilities = torch.cat(label_logits).softmax(dim=-1).cpu()[number.argsort(stable=True)]
+    if not label_ids:
+        return Evaluation(loss_sum / num_targets, accuracy)
+    probabilities = torch.cat(label_logits).softmax(dim=-1).cpu()[torch.tensor(order).argsort()]
     return Evaluation(loss_sum / num_targets, accuracy, probabilities)

@@ -1,6 +1,6 @@
 """Where files come from: the Hub, its cache, or a local folder.
 
-A model is `config.json`, `tokenizer.json` and safetensors; a data set is parquet files named after their splits. The
+A model is `config.json`, `tokenizer.json` and safetensors; a data set is tables in files named after their splits. The
 steps are the same for every source: list the names, choose those that are needed (or say which one is missing), get
 them, and look at their first bytes. The protocol, the cache and the variables HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and
 HF_TOKEN are the business of `huggingface_hub`, imported only when needed: a local folder has no use for its 0.4 s.
@@ -14,21 +14,21 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ft.errors import FtError
+from ft.layout import LayoutError, NoTrainingSplitError, sort_into_splits
+from ft.tables import SUFFIXES, suffix_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-# `train.parquet` or `train-00000-of-00002.parquet`; older uploads put a hash before the suffix.
-SHARD = re.compile(rf"({'|'.join(SPLITS)})(?:-(\d{{5}})-of-(\d{{5}})(?:-[0-9a-f]+)?)?\.parquet")
 # How files begin. What comes in their place is nothing at all, a Git LFS pointer, or a web page.
-BEGINNING = {".json": rb"\s*\{", ".parquet": rb"PAR1", ".safetensors": rb"(?s:.{8})\{"}
+BEGINNING = {".json": rb"\s*\{", ".parquet": rb"PAR1", ".safetensors": rb"(?s:.{8})\{", ".gz": rb"\x1f\x8b"}
+CONVERTED_REVISION = "refs/convert/parquet"
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,16 @@ def model_files(model: str, revision: str | None = None, *, with_weights: bool =
     return ModelFiles(model, files[CONFIG], files[TOKENIZER], tuple(weights))
 
 
-def dataset_files(dataset: str, revision: str | None = None) -> dict[str, list[Path]]:
-    """Find a data set's parquet files: in the folder `dataset`, else in the cache or on the Hub under that id.
+def dataset_files(dataset: str, revision: str | None = None, part: str | None = None) -> dict[str, list[Path]]:
+    """Find a data set's files: the file `dataset`, those in that folder, or those in the cache or on the Hub.
+
+    On the Hub only parquet files count, first those of the revision, then those that the Hub itself has made of other
+    formats, on the branch `refs/convert/parquet`.
+
+    Args:
+        dataset: a file, which is the training split; a folder; a Hub id.
+        revision: branch, tag or commit on the Hub.
+        part: the folder of one of several data sets that lie side by side.
 
     Returns:
         The shards, in order, of `train` and, where they exist, of `validation` and `test`.
@@ -86,13 +94,50 @@ def dataset_files(dataset: str, revision: str | None = None) -> dict[str, list[P
     Raises:
         FtError: as for `model_files`; no training split, a missing shard, or several files for the same part.
     """
+    path = Path(os.path.expanduser(dataset))
+    if path.is_file():
+        return {"train": [_single_file(path)]}
+    if not path.exists() and suffix_of(dataset):
+        raise FtError(f"there is no file {dataset!r}: check --dataset.")
+    try:
+        return _dataset_files(_Source("dataset", dataset, revision), part)
+    except NoTrainingSplitError as error:
+        if path.is_dir() or revision is not None:
+            raise
+        try:
+            return _dataset_files(_Source("dataset", dataset, CONVERTED_REVISION), part)
+        except LayoutError:
+            raise
+        except FtError:  # there is no such branch
+            raise error from None
+
+
+def _dataset_files(source: _Source, part: str | None) -> dict[str, list[Path]]:
+    is_folder = Path(os.path.expanduser(source.name)).is_dir()
+    suffixes = SUFFIXES if is_folder else (".parquet",)
+
+    def sorted_names(names: Collection[str]) -> dict[str, list[str]]:
+        return sort_into_splits(names, source.name, part, suffixes)
 
     def needed(names: Collection[str]) -> list[str]:
         # The training split comes last: a cache that holds it, even of an interrupted run, holds the others too.
-        return [name for shards in reversed(_splits(names, dataset).values()) for name in shards]
+        return [name for shards in reversed(sorted_names(names).values()) for name in shards]
 
-    files = _files(_Source("dataset", dataset, revision), needed)
-    return {split: [files[name] for name in names] for split, names in _splits(files, dataset).items()}
+    files = _files(source, needed)
+    return {split: [files[name] for name in names] for split, names in sorted_names(files).items()}
+
+
+def _single_file(path: Path) -> Path:
+    """A data set that is one file, after a look at it."""
+    if suffix_of(path.name) is None:
+        raise FtError(
+            f"--dataset is the file {path}, whose format is not read: it must be one of {', '.join(SUFFIXES)}."
+        )
+    try:
+        _check_beginning(path)
+    except OSError as error:
+        raise FtError(f"cannot read {path}, named by --dataset: {error.strerror}.") from error
+    return path
 
 
 def save_dataset(files: dict[str, list[Path]], directory: Path) -> None:
@@ -110,7 +155,8 @@ def save_dataset(files: dict[str, list[Path]], directory: Path) -> None:
             copy.mkdir()
             for split, shards in files.items():
                 for i, shard in enumerate(shards):
-                    shutil.copyfile(shard, copy / f"{split}-{i:05}-of-{len(shards):05}.parquet")
+                    suffix = suffix_of(shard.name) or ".parquet"
+                    shutil.copyfile(shard, copy / f"{split}-{i:05}-of-{len(shards):05}{suffix}")
             if directory.exists():
                 directory.rmdir()  # it is empty; Windows renames onto nothing that exists
             copy.rename(directory)
@@ -138,35 +184,6 @@ def _shard_names(index: Path) -> list[str]:
     return names
 
 
-def _splits(names: Collection[str], dataset: str) -> dict[str, list[str]]:
-    """Sort parquet names into splits, the training split first, and see that each has all its shards, once."""
-    found = {name: match for name in sorted(names) if (match := SHARD.fullmatch(PurePosixPath(name).name))}
-    folders = sorted({str(PurePosixPath(name).parent) for name in found})
-    if len(folders) > 1:
-        raise FtError(
-            f"{dataset} holds several data sets, in {', '.join(folders)}: copy one of them into a folder of its own, "
-            "and name that with --dataset."
-        )
-    splits: dict[str, list[str]] = {}
-    for name, match in found.items():
-        splits.setdefault(SPLITS[match[1]], []).append(name)
-    for split, shards in splits.items():
-        forms = {found[name].group(1, 3) for name in shards}
-        there = {int(found[name][2] or 0) for name in shards}
-        if len(forms) > 1 or len(there) < len(shards):
-            raise FtError(f"{dataset} has several files for the same part of {split}: {', '.join(shards)}. Keep one.")
-        word, count = forms.pop()
-        if missing := [f"{word}-{i:05}-of-{count}.parquet" for i in range(int(count or 1)) if i not in there]:
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise FtError(f"{dataset} lacks {len(missing)} of the {int(count)} shards of {split}: {shown}.")
-    if "train" not in splits:
-        raise FtError(
-            f"{dataset} has no training split: train.parquet or train-00000-of-00001.parquet, at the top or in one "
-            "folder. Name another --dataset or --dataset-revision, or a folder with such files."
-        )
-    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
-
-
 def _files(source: _Source, choose: _Choice) -> dict[str, Path]:
     """Get the files that `choose` wants: from a folder if there is one of that name, else from the Hub."""
     folder = Path(os.path.expanduser(source.name))
@@ -189,7 +206,7 @@ def _names_in(folder: Path, source: _Source) -> list[str]:
 
     A link that leads nowhere is listed too, so that it is told of and not passed over.
     """
-    paths = folder.iterdir() if source.kind == "model" else folder.rglob("*.parquet")
+    paths = folder.iterdir() if source.kind == "model" else (p for p in folder.rglob("*") if suffix_of(p.name))
     return [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
 
 
@@ -199,7 +216,7 @@ def _check_beginning(path: Path) -> None:
         beginning = file.read(100)
     if beginning.startswith(b"version https://git-lfs"):
         raise FtError(f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder.")
-    if not re.match(BEGINNING[path.suffix], beginning):
+    if not re.match(BEGINNING.get(path.suffix, rb"(?!\s*(?i:<!doctype|<html))"), beginning):
         kind = path.suffix.lstrip(".")
         raise FtError(f"{path} is no {kind} file, it begins with {beginning[:20]!r}: put the real one there.")
 

@@ -1,5 +1,6 @@
 """What a run reads: the model's configuration, and its data set as examples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,33 @@ from tokenizers import Tokenizer
 
 from ft import hub
 from ft.config import Config
-from ft.data import Example, Split, encode, label_tokens, read_split
+from ft.data import Example, Split, encode, label_tokens, stratified
 from ft.errors import FtError
 from ft.gpt2 import GPT2Config
+from ft.tables import Columns, read_split
+
+SET_ASIDE = 0.1  # of the training rows, to validate on where there is no split for it
 
 
 @dataclass(frozen=True)
 class Data:
-    """The splits as read, the same as examples, and what the labels are called and encoded as."""
+    """The splits as read, the same as examples, and what the labels are called and encoded as.
+
+    Attributes:
+        splits: the rows, by split.
+        examples: what the model sees of them, in the same order.
+        label_names: empty where there are completions instead of labels.
+        label_ids: the token that stands for each label.
+        tokenizer: that of the model.
+        notes: what the user should know of how the data were read, a sentence each.
+    """
 
     splits: dict[str, Split]
     examples: dict[str, list[Example]]
     label_names: tuple[str, ...]
     label_ids: list[int]
     tokenizer: Tokenizer
+    notes: list[str]
 
 
 def model_config_of(published: dict[str, Any], path: Path, config: Config) -> GPT2Config:
@@ -45,33 +59,103 @@ def model_config_of(published: dict[str, Any], path: Path, config: Config) -> GP
     return replace(model_config, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
 
 
+def columns_of(config: Config) -> Columns:
+    """The columns that a run reads."""
+    if config.prompt_column is not None:
+        return Columns(text=config.prompt_column, completion=config.completion_column)
+    return Columns(text=config.text_column, label=config.label_column)
+
+
+def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tuple[dict[str, Split], list[str]]:
+    """Fetch and read the data set, set validation rows aside where it has none, and take what is to be trained on.
+
+    Args:
+        config: the run's settings.
+        label_names: the words of the labels; those of `config` or of the training split when left out.
+
+    Returns:
+        The splits, and what the user should know of how they came about.
+
+    Raises:
+        FtError: the data cannot be read.
+    """
+    files = hub.dataset_files(config.dataset, config.dataset_revision, config.dataset_config)
+    if config.save_dataset is not None:
+        hub.save_dataset(files, Path(config.save_dataset))
+    if label_names is None and config.label_names is not None:
+        label_names = [name.strip() for name in config.label_names.split(",")]
+    splits: dict[str, Split] = {}
+    for name, paths in files.items():  # the training split first, whose words are the labels of all
+        splits[name] = read_split(name, paths, columns_of(config), label_names)
+        label_names = label_names or splits["train"].label_names
+    notes = []
+    train = splits["train"]
+    if "validation" not in splits:
+        count = round(SET_ASIDE * len(train.texts))
+        if not 0 < count < len(train.texts):
+            raise FtError(
+                f"{config.dataset} has no validation split, and its {len(train.texts)} training rows are too few to "
+                "set some aside: add a split or rows"
+            )
+        aside = set(stratified(train.labels, count, config.seed))
+        splits["validation"] = train.only(sorted(aside), "validation")
+        train = train.only([row for row in range(len(train.texts)) if row not in aside])
+        notes.append(f"there is no validation split: {count:,} training rows, drawn by --seed, are set aside for it")
+    count = round(config.train_fraction * len(train.texts))
+    count = min(count, config.max_train_samples or count)
+    if count == 0:
+        raise FtError(
+            f"--train-fraction is {config.train_fraction}, of {len(train.texts):,} training rows that is none: raise it"
+        )
+    if count < len(train.texts):
+        notes.append(f"{count:,} of {len(train.texts):,} training rows are taken")
+        train = train.only(stratified(train.labels, count, config.seed))
+    ordered = {"train": train, "validation": splits["validation"], **splits}
+    return {**ordered, "train": train}, notes
+
+
 def read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -> Data:
     """Fetch and read the data set, and make the examples.
 
     Raises:
         FtError: the data cannot be read or do not fit the labels or the model.
     """
-    files = hub.dataset_files(config.dataset, config.dataset_revision)
-    if "validation" not in files:
-        raise FtError(f"{config.dataset} has no validation split (validation.parquet), which evaluation needs")
-    if config.save_dataset is not None:
-        hub.save_dataset(files, Path(config.save_dataset))
-    splits = {name: read_split(name, paths) for name, paths in files.items()}
-    names = splits["train"].label_names
-    if config.label_names is not None:
-        names = tuple(name.strip() for name in config.label_names.split(","))
-    if names is None:
-        raise FtError(f"{config.dataset} does not say what its labels are called; say it by --label-names neg,pos")
     if tokenizer.get_vocab_size() > model_config.vocab_size:
         raise FtError(
             f"the tokenizer of {config.model} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
             f"{model_config.vocab_size}: they do not belong together"
         )
-    label_ids = label_tokens(names, tokenizer)
-    for name, token in zip(names, label_ids, strict=True):
-        if tokenizer.decode([token]) != name:
-            print(
-                f"Note: the label {name!r} is several tokens; its first, {tokenizer.decode([token])!r}, stands for it."
-            )
+    splits, notes = read_splits(config)
+    names: tuple[str, ...] = ()
+    label_ids: list[int] = []
+    if config.completion_column is None:
+        names = names_of(config, splits["train"])
+        label_ids = label_tokens(names, tokenizer, or_numbers=config.label_names is None)
+        notes += _notes_on_tokens(names, label_ids, tokenizer)
     examples = {name: encode(split, tokenizer, label_ids, config.max_length) for name, split in splits.items()}
-    return Data(splits, examples, names, label_ids, tokenizer)
+    return Data(splits, examples, names, label_ids, tokenizer, notes)
+
+
+def names_of(config: Config, train: Split) -> tuple[str, ...]:
+    """What the labels are called.
+
+    Raises:
+        FtError: nobody says.
+    """
+    if config.label_names is not None:
+        return tuple(name.strip() for name in config.label_names.split(","))
+    if train.label_names is None:
+        raise FtError(f"{config.dataset} does not say what its labels are called; say it by --label-names neg,pos")
+    return train.label_names
+
+
+def _notes_on_tokens(names: Sequence[str], label_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Which labels are not their own word's single token."""
+    words = [tokenizer.decode([token]) for token in label_ids]
+    if words == [str(number) for number in range(len(names))] != list(names):
+        return [f"several labels begin alike, so that numbers stand for them: 0 for {names[0]}, 1 for {names[1]}, ..."]
+    return [
+        f"the label {name!r} is several tokens; its first, {word!r}, stands for it"
+        for name, word in zip(names, words, strict=True)
+        if word != name
+    ]

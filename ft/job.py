@@ -2,7 +2,7 @@
 
 The eight steps of the tutorial that this program rebuilds, and where each happens:
 
-    1  data               ft/hub.py fetches it, ft/data.py `read_split` reads it
+    1  data               ft/hub.py fetches it, ft/tables.py `read_split` reads it
     2  model              ft/gpt2.py
     3  tokenizer          the `tokenizers` library, from the model's tokenizer.json
     4  examples           ft/data.py `encode`
@@ -25,7 +25,7 @@ import torch
 from ft import checkpoint, hub, runs
 from ft.checkpoint import ModelSource, Snapshot, State
 from ft.config import Config
-from ft.data import Batch, Example, collate, collate_padded, read_tokenizer
+from ft.data import Batch, Example, Split, collate, collate_padded, read_tokenizer
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import complete_or_absent, read_json
@@ -104,7 +104,8 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     if config.resume is None:
         runs.clear(run)
     config.save(run / "config.json")
-    print(opening(config, model, precision, data, last_step), room, sep="\n")
+    notes = (f"Note: {note}." for note in data.notes)
+    print(opening(config, model, precision, data, last_step), room, *notes, sep="\n")
 
     # The loop.
     source = ModelSource(published, files.tokenizer.read_bytes(), data.label_names)
@@ -113,7 +114,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         Report(
             run / "metrics.jsonl", total_steps=last_step, first_step=state.step, metrics_bytes=state.metrics_bytes
         ) as report,
-        _error_advice(config, run, train_examples),
+        _error_advice(config, run, data.splits["train"]),
     ):
         epochs = 1 / steps_per_epoch(len(train_examples), config)
 
@@ -206,7 +207,8 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             f"({saver.failure.strerror or saver.failure}): a longer run could only continue from the one before"
         )
     print(closing(run, state, last_step, seconds, config, test))
-    print(three_predictions(model, data, config.max_length))
+    if data.label_names:
+        print(three_predictions(model, data, config.max_length))
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
 
@@ -227,7 +229,7 @@ def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:
 
 
 @contextmanager
-def _error_advice(config: Config, run: Path, examples: Sequence[Example]) -> Iterator[None]:
+def _error_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
     """Turn what can go wrong in the loop into errors that say what helps.
 
     Raises:
@@ -236,7 +238,8 @@ def _error_advice(config: Config, run: Path, examples: Sequence[Example]) -> Ite
     try:
         yield
     except NonFiniteError as error:
-        rows = ", ".join(map(str, rows_of_step(len(examples), config, error.step)))
+        numbers = split.rows or range(len(split.texts))
+        rows = ", ".join(str(numbers[row]) for row in rows_of_step(len(split.texts), config, error.step))
         before = [path for path in checkpoint.checkpoints(run) if checkpoint.step_of(path) <= error.step]
         newest = before[-1] if before else None
         raise FtError(

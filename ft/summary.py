@@ -28,9 +28,9 @@ def opening(config: Config, model: GPT2, precision: Precision, data: Data, last_
     return (
         f"Fine-tuning {config.model}{start}: {number_of_parameters(model):,} parameters, on {precision.device} in "
         f"{precision.name} ({precision.reason}).\n"
-        f"Data: {config.dataset}, {', '.join(f'{n:,} reviews to {VERB[name]}' for name, n in sizes.items())}; "
-        f"labels {', '.join(data.label_names)}.\n"
-        f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} reviews; every "
+        f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
+        f"{_answers(config, data)}.\n"
+        f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} examples; every "
         f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
         f"checkpoint, in {config.output_dir}."
         + (
@@ -40,6 +40,14 @@ def opening(config: Config, model: GPT2, precision: Precision, data: Data, last_
             else ""
         )
     )
+
+
+def _answers(config: Config, data: Data) -> str:
+    """What the model is to say: the labels, or the column of completions."""
+    if config.completion_column is not None:
+        return f"completions from the column {config.completion_column}; accuracy counts their tokens"
+    names = data.label_names
+    return f"labels {', '.join(names[:12])}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
@@ -64,7 +72,7 @@ def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
     probabilities = predict(
         model, data.tokenizer, [split.texts[row] for row in rows], data.label_ids, max_length=max_length
     )
-    lines = ["\nThree validation reviews:"]
+    lines = ["\nThree validation examples:"]
     for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
         said, true = data.label_names[int(label)], data.label_names[split.labels[row]]
         verdict = "right" if said == true else f"wrong, it is {true}"

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from ft.checkpoint import checkpoints, read_tensors
 from ft.cli import main
-from ft.data import read_split, read_tokenizer
+from ft.data import read_tokenizer
 from ft.errors import FtError
 from ft.gpt2 import GPT2Config
+from ft.tables import read_split
 
 SETTINGS = ["--precision", "fp32", "--max-steps", "2", "--eval-steps", "2", "--save-steps", "1"]
 

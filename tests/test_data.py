@@ -23,10 +23,10 @@ from ft.data import (
     epoch_order,
     in_batches,
     label_tokens,
-    read_split,
     read_tokenizer,
 )
 from ft.errors import FtError
+from ft.tables import read_split
 
 SPLITS = ["train", "validation", "test"]
 NAMES = ("neg", "pos")

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ft import demo
 from ft.cli import main
 from ft.config import Config
-from ft.data import encode, label_tokens, read_split
+from ft.data import encode, label_tokens
+from ft.tables import read_split
 
 SPLITS = ("train", "validation", "test")
 

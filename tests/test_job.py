@@ -49,11 +49,11 @@ def test_the_program_from_start_to_end(small, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "quiet and plain where nobody watches a bar"
     assert "135,232 parameters, on cpu in fp32 (as --precision says)" in done.stdout
-    assert "40 reviews to train on, 20 reviews to validate, 10 reviews to test; labels neg, pos" in done.stdout
+    assert "40 examples to train on, 20 examples to validate, 10 examples to test; labels neg, pos" in done.stdout
     assert "Plan: 5 steps of 8 reviews" in done.stdout
     assert "Finished 5 steps in" in done.stdout
     assert "samples/s" in done.stdout
-    assert "Three validation reviews:" in done.stdout
+    assert "Three validation examples:" in done.stdout
     run = tmp_path / "run"
     names = [".lock", "checkpoint-5", "config.json", "final", "metrics.jsonl", "scores.json"]
     assert sorted(path.name for path in run.iterdir()) == names
