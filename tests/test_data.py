@@ -127,9 +127,14 @@ def test_metadata_without_label_names_is_no_error(tmp_path, metadata):
         ({"text": [7], "label": [0]}, "the column 'text' of {path} holds int64, it must hold text"),
         ({"text": [b"a"], "label": [0]}, "the column 'text' of {path} holds binary, it must hold text"),
         ({"text": [None], "label": [0]}, "the column 'text' of {path} holds null, it must hold text"),
-        ({"text": ["a"], "label": ["0"]}, "the column 'label' of {path} holds string, it must hold whole numbers"),
-        ({"text": ["a"], "label": [0.0]}, "the column 'label' of {path} holds double, it must hold whole numbers"),
-        ({"text": ["a"], "label": [True]}, "the column 'label' of {path} holds bool, it must hold whole numbers"),
+        (
+            {"text": ["a"], "label": [0.0]},
+            "the column 'label' of {path} holds double, it must hold whole numbers or words",
+        ),
+        (
+            {"text": ["a"], "label": [True]},
+            "the column 'label' of {path} holds bool, it must hold whole numbers or words",
+        ),
         (
             {"text": ["a", "b", None, None], "label": [0, 1, 0, 1]},
             "the text in row 2 of {path} is null; fill it or leave the row out",
