@@ -41,6 +41,7 @@ class Classifier:
         model: on its device, in evaluation mode.
         tokenizer: that of the model.
         label_names: the labels in the order of their numbers.
+        label_ids: the token that stands for each.
         max_length: tokens of a text that are read, end-of-text and label included; of a longer one the end is kept.
     """
 
@@ -48,12 +49,14 @@ class Classifier:
     model: GPT2
     tokenizer: Tokenizer
     label_names: tuple[str, ...]
+    label_ids: list[int]
     max_length: int
 
     def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[Prediction]:
         """What the model says of each text, in their order."""
-        ids = label_tokens(self.label_names, self.tokenizer)
-        rows = predict(self.model, self.tokenizer, texts, ids, max_length=self.max_length, batch_size=batch_size)
+        rows = predict(
+            self.model, self.tokenizer, texts, self.label_ids, max_length=self.max_length, batch_size=batch_size
+        )
         predictions = []
         for row in rows.tolist():
             probabilities = dict(zip(self.label_names, row, strict=True))
@@ -96,9 +99,9 @@ def load(
     load_weights(model, files.weights)
     model.to(choose_device(device)).eval()
     tokenizer = read_tokenizer(files.tokenizer)
-    label_tokens(names, tokenizer)  # labels that cannot be told apart are refused now, not at the first text
+    label_ids = label_tokens(names, tokenizer, or_numbers=label_names is None)
     length = min(max_length or _max_length_of_run(folder), config.n_positions)
-    return Classifier(str(folder or source), model, tokenizer, names, length)
+    return Classifier(str(folder or source), model, tokenizer, names, label_ids, length)
 
 
 def _model_folder(source: Path) -> Path | None:

@@ -118,12 +118,18 @@ def test_metadata_without_label_names_is_no_error(tmp_path, metadata):
     assert read_split("train", [tmp_path / "x.parquet"]).label_names is None
 
 
+REMEDY = ": name them by --text-column and --label-column, or --prompt-column and --completion-column"
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"label": [0]}, "{path} has no column 'text'; its columns are label"),
-        ({"text": ["a"], "lable": [0], "id": [1]}, "{path} has no column 'label'; its columns are text, lable, id"),
-        ({"sentence": ["a"]}, "{path} has no column 'text'; its columns are sentence"),
+        ({"label": [0]}, "{path} has no column 'text'; its columns are label" + REMEDY),
+        (
+            {"text": ["a"], "lable": [0], "id": [1]},
+            "{path} has no column 'label'; its columns are text, lable, id" + REMEDY,
+        ),
+        ({"sentence": ["a"]}, "{path} has no column 'text'; its columns are sentence" + REMEDY),
         ({"text": [7], "label": [0]}, "the column 'text' of {path} holds int64, it must hold text"),
         ({"text": [b"a"], "label": [0]}, "the column 'text' of {path} holds binary, it must hold text"),
         ({"text": [None], "label": [0]}, "the column 'text' of {path} holds null, it must hold text"),
