@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Never
 
-from ft.command import unknown_flag
+from ft.command import CommandParser, unknown_flag
 from ft.config import NEWEST, Config, field_groups, field_help, field_types, flag, parse_value, read_config_file, run_of
 from ft.errors import FtError, Stopped, UsageError
 
@@ -26,12 +26,21 @@ examples:
   python run.py data --dataset ./my-reviews.csv        what a run would read
   python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
   python run.py evaluate runs/rotten_tomatoes --split test
+  python run.py explain --demo           one review on its way through one step
+"""
+
+EXPLAIN_EXAMPLES = """\
+examples:
+  python run.py explain --demo
+  python run.py explain --row 17 --learning-rate 2e-4
+  python run.py explain --config runs/rotten_tomatoes/config.json --model runs/rotten_tomatoes/final
 """
 
 # What the program can do besides the job, and the function that does it; imported only when asked for.
 COMMANDS = {
     "predict": ("ft.ask", "predict"),
     "evaluate": ("ft.ask", "evaluate"),
+    "explain": ("ft.cli", "explain"),
 }
 
 # What takes the flags of the job, and does something else with its configuration.
@@ -116,6 +125,36 @@ def main(arguments: Sequence[str]) -> int:
         print("\ninterrupted; --resume continues from the newest checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def explain(arguments: Sequence[str]) -> None:
+    """Read the command line, which has the flags of the job and a row, and show what a step does with that row.
+
+    Raises:
+        UsageError: with one sentence for every problem there is.
+        FtError: the inputs cannot be read.
+    """
+    parser = CommandParser("explain", "One review on its way through one step of the training.", EXPLAIN_EXAMPLES)
+    parser.epilog = "All flags of a run are taken too, such as --model and --learning-rate: python run.py --help"
+    parser.add_argument(
+        "--row", nargs="?", const="", help="its number in the training split (default: one read at the full rate)"
+    )
+    options, rest = parser.parse_known_args(arguments)
+    problems: list[str] = []
+    row = options.row
+    if row is not None and not re.fullmatch("[0-9]{1,18}", row):
+        problems.append(f"--row is {row!r}, it must be a whole number from 0" if row else "--row needs a value")
+    try:
+        config = read_arguments(rest)
+        if config.resume is not None:
+            problems.append("--resume continues a run, and explain trains none: give its config.json by --config")
+    except UsageError as error:
+        problems += error.problems
+    if problems:
+        raise UsageError(*problems)
+    from ft.explain import explain  # here, since --help and a wrong flag need not wait for torch
+
+    explain(config, None if row is None else int(row))
 
 
 def read_arguments(arguments: Sequence[str]) -> Config:

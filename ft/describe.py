@@ -7,13 +7,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from ft import hub
 from ft.config import Config
 from ft.data import Split, encode, label_tokens, read_tokenizer
-from ft.inputs import names_of, read_splits
+from ft.inputs import names_of, read_splits, with_demo_inputs
 
 BARS = 12  # lines of a histogram at most
 WIDTH = 40  # characters of its longest bar
@@ -28,10 +27,7 @@ def describe(config: Config) -> None:
     """
     with ExitStack() as stack:
         if config.demo:
-            from ft.demo import write_demo  # here, as the real job has no use for it
-
-            model, dataset = write_demo(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-            config = replace(config, model=str(model), dataset=str(dataset))
+            config = with_demo_inputs(config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         tokenizer_file = hub.model_files(config.model, config.model_revision, with_weights=False).tokenizer
         tokenizer = read_tokenizer(tokenizer_file)
         splits, notes = read_splits(config)

@@ -59,6 +59,14 @@ def model_config_of(published: dict[str, Any], path: Path, config: Config) -> GP
     return replace(model_config, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
 
 
+def with_demo_inputs(config: Config, folder: Path) -> Config:
+    """The same configuration on a small model and reviews, made on the spot in `folder`."""
+    from ft.demo import write_demo  # here, as the real job has no use for it
+
+    model, dataset = write_demo(folder)
+    return replace(config, model=str(model), dataset=str(dataset))
+
+
 def columns_of(config: Config) -> Columns:
     """The columns that a run reads."""
     if config.prompt_column is not None:

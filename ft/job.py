@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import complete_or_absent, read_json
 from ft.gpt2 import GPT2
-from ft.inputs import model_config_of, read_data
+from ft.inputs import model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
 from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
@@ -59,7 +58,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     started = time.perf_counter()
     resume_from = runs.checkpoint_to_resume(run, config)
     if config.demo:
-        config = _with_demo_inputs(config, run / "inputs")
+        config = with_demo_inputs(config, run / "inputs")
     if resume_from is not None:
         runs.refuse_another_run(resume_from, config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -211,14 +210,6 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         print(three_predictions(model, data, config.max_length))
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
-
-
-def _with_demo_inputs(config: Config, folder: Path) -> Config:
-    """The same configuration on a small model and reviews made on the spot."""
-    from ft.demo import write_demo  # here, as the real job has no use for it
-
-    model, dataset = write_demo(folder)
-    return replace(config, model=str(model), dataset=str(dataset))
 
 
 def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:

@@ -372,10 +372,12 @@ from ft.cli import main, read_arguments
 read_arguments([])
 read_arguments(["--batch-size", "16", "--resume", "runs/a"])
 assert main(["--batch-size", "0", "--xyzzy"]) == 2
-try:
-    main(["--help"])
-except SystemExit as stop:
-    assert stop.code == 0
+assert main(["explain", "--row", "x"]) == 2
+for arguments in (["--help"], ["explain", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert stop.code == 0
 slow = {"torch", "numpy", "pyarrow", "tokenizers", "huggingface_hub"} & set(sys.modules)
 assert not slow, slow
 """
