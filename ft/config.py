@@ -1,7 +1,9 @@
 """Every setting of a run, its default and its explanation, once.
 
 The command line is generated from this class: `batch_size` is the flag `--batch-size`, and the string under a field is
-its help. The defaults are the recipe of the tutorial that this program rebuilds.
+its help. Of a string of several lines the first is the help, and the rest tells what the setting does, its formula, and
+what is seen when it is too large or too small; the README has pictures of that. The defaults are the recipe of the
+tutorial that this program rebuilds.
 """
 
 import ast
@@ -67,36 +69,89 @@ class Config:
     # How long, and in what portions
 
     epochs: float = 1.0
-    """passes over the training reviews"""
+    """passes over the training reviews
+
+    Steps of a run: epochs x reviews / (batch_size x gradient_accumulation_steps), rounded up. The learning rate falls
+    over all of them, so that one epoch is not the first third of three. Too few: the loss still falls at the end. Too
+    many: the training loss falls on while that of validation rises, as reviews are learnt by heart.
+    """
     max_steps: int | None = None
     """stop after this many optimiser steps, whatever --epochs says"""
     early_stopping_patience: int | None = None
     """end after this many evaluations in a row without a better one, by accuracy, then loss; left out: never"""
     batch_size: int = 8
-    """reviews per forward and backward pass"""
+    """reviews per forward and backward pass
+
+    A step's gradient is the mean over these reviews. Small: many steps an epoch, each in a noisy direction. Large: few,
+    in a good direction, each review computed faster until the device is full, and more memory. Too large at the same
+    learning rate: too few steps are left to get anywhere; too small: the noise is as large as what is to be learnt.
+    """
     gradient_accumulation_steps: int = 1
-    """batches whose gradients are added up for one optimiser step"""
+    """batches whose gradients are added up for one optimiser step
+
+    The same gradient as a batch_size so many times larger has, in the memory of one batch: losses are divided by the
+    targets of all of them. Too large is what too large a batch is; it saves no time.
+    """
     eval_batch_size: int = 64
     """reviews per batch in evaluation; changes speed and memory, not the result"""
     max_length: int = 32
-    """tokens per review, end-of-text and label included; of a longer review the end is kept"""
+    """tokens per review, end-of-text and label included; of a longer review the end is kept
+
+    Time grows with the tokens, in attention with their square. Too small: what decides a review is cut off; `python
+    run.py data` counts the reviews that are cut. Too large costs what the long reviews take and no more, as nothing is
+    padded to it; the model's n_positions is the limit.
+    """
     seed: int = 42
-    """decides the order of the reviews, dropout and --init random"""
+    """decides the order of the reviews, dropout and --init random
+
+    Epoch e reads in the order of torch.randperm seeded with seed + e. No value is better than another: runs that differ
+    in nothing else show how much of a difference between two settings is chance.
+    """
 
     # The optimiser
 
     learning_rate: float = 2e-5
-    """AdamW's step size at its highest"""
+    """AdamW's step size at its highest
+
+    A step moves each weight by about this much or less, whatever the size of its gradient:
+    w <- w - lr m' / (sqrt(v') + eps) (`AdamW` in ft/optim.py). Too large: the loss jumps, stays where guessing is, or is
+    no number any more, and what the model had learnt before is lost. Too small: the loss falls evenly, and the run ends
+    long before it is low.
+    """
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """how the learning rate falls: to 0 on a line, to 0 on half a cosine, not at all"""
+    """how the learning rate falls: to 0 on a line, to 0 on half a cosine, not at all
+
+    With p from 0 to 1 after the warm-up: lr (1 - p), lr (1 + cos(pi p)) / 2, or lr (`learning_rate_at` in ft/optim.py).
+    A rate that stays high ends with weights that the last few batches have pushed about; one that falls lets the steps
+    average out. The cosine stays high for longer and falls faster in the middle.
+    """
     warmup_steps: int = 0
-    """optimiser steps over which the learning rate first rises from 0"""
+    """optimiser steps over which the learning rate first rises from 0
+
+    Step s of the warm-up (from 0) has lr s / warmup_steps. AdamW's first steps are full ones in whatever direction the
+    first batches point. Too few, with a high rate or random weights: the loss jumps at the start. Too many: a part of
+    the run is spent on steps that are too small.
+    """
     weight_decay: float = 0.0
-    """share of each weight taken off per step, times the learning rate (not off biases, norms and embeddings)"""
+    """share of each weight taken off per step, times the learning rate (not off biases, norms and embeddings)
+
+    w <- w - lr weight_decay w in each step, apart from the gradient. Too large: weights shrink faster than they learn,
+    and what the pretrained ones knew fades. 0, as here, trusts a short run to stay close to where it began.
+    """
     max_grad_norm: float = 1.0
-    """gradients are scaled down to this global norm if theirs is larger; 0 turns that off"""
+    """gradients are scaled down to this global norm if theirs is larger; 0 turns that off
+
+    g <- g min(1, max_grad_norm / |g|), with |g| over all parameters together (`clip_in_optimizer` in ft/optim.py): a
+    single odd batch cannot fill AdamW's moments. Too small: every step is clipped, and AdamW, which divides by the size
+    of past gradients, hardly notices. Too large, or 0: nothing is clipped. The log shows the norm before clipping.
+    """
     dropout: float | None = None
-    """probability of each of GPT-2's three dropouts; left out: the model's own (0.1 as published)"""
+    """probability of each of GPT-2's three dropouts; left out: the model's own (0.1 as published)
+
+    In training, a number x becomes 0 with probability p, and x / (1 - p) otherwise: after the embeddings, in attention's
+    probabilities, and in what attention and MLP add to the residual stream. Too small: long runs learn their reviews by
+    heart. Too large: so much is missing that little is learnt. Evaluation drops nothing.
+    """
 
     # The machine
 
@@ -220,14 +275,14 @@ def flag(name: str) -> str:
 
 @functools.cache
 def field_help() -> dict[str, str]:
-    """The string that stands under each field of `Config`, by field name."""
+    """The first line of the string that stands under each field of `Config`, by field name."""
     (class_def,) = ast.parse(inspect.getsource(Config)).body
     assert isinstance(class_def, ast.ClassDef)
     helps = {}
     for statement, following in zip(class_def.body, class_def.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             assert isinstance(following, ast.Expr)
-            helps[statement.target.id] = ast.literal_eval(following.value)
+            helps[statement.target.id] = ast.literal_eval(following.value).partition("\n")[0]
     return helps
 
 

@@ -1,8 +1,11 @@
 """The settings: each explained and typed once, refused where they cannot work, written and read back as they are."""
 
 import dataclasses
+import inspect
 import json
+import re
 import typing
+from importlib import import_module
 
 import pytest
 
@@ -47,6 +50,31 @@ def test_every_field_has_a_help_of_its_own(name):
     assert "\n" not in text
     assert len(text.split()) >= 3
     assert list(field_help().values()).count(text) == 1
+
+
+HYPER_PARAMETERS = (
+    "epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "learning_rate",
+    "warmup_steps",
+)
+HYPER_PARAMETERS += ("lr_schedule", "weight_decay", "max_grad_norm", "dropout", "seed")
+
+
+@pytest.mark.parametrize("name", HYPER_PARAMETERS)
+def test_every_hyper_parameter_is_explained_below_its_help(name):
+    source = inspect.getsource(Config)
+    text = re.search(rf'^    {name}: .*\n    """([^"]*)"""$', source, re.MULTILINE)[1]
+    help_line, blank, explanation = text.split("\n", maxsplit=2)
+    assert help_line == field_help()[name]
+    assert blank == ""
+    assert len(explanation.split()) > 25
+    if name not in ("seed", "lr_schedule"):
+        assert {"large", "small", "many", "few"} & set(re.findall(r"[a-z]+", explanation))
+    for function, path in re.findall(r"`(\w+)` in (ft/\w+\.py)", explanation):
+        assert hasattr(import_module(path.removesuffix(".py").replace("/", ".")), function)
 
 
 @EVERY_FIELD
