@@ -48,6 +48,7 @@ class State:
         best_step, best_accuracy, best_loss: the best evaluation so far, by accuracy, then loss.
         last_accuracy, last_loss: those of the newest evaluation.
         evaluations_since_best: how many evaluations in a row have not been better than the best.
+        general_loss_before, general_loss: the loss on general text before the first step, and the newest.
         metrics_bytes: the length of metrics.jsonl at this point; what a broken run wrote after it is cut off.
         seconds: time spent in the run, all its parts together.
     """
@@ -64,6 +65,8 @@ class State:
     last_accuracy: float = 0.0
     last_loss: float | None = None
     evaluations_since_best: int = 0
+    general_loss_before: float | None = None
+    general_loss: float | None = None
     metrics_bytes: int = 0
     seconds: float = 0.0
 

@@ -176,6 +176,8 @@ class Config:
     """write loss, learning rate, gradient norm and speed to metrics.jsonl"""
     eval_steps: int = 100
     """evaluate the whole validation split"""
+    forgetting: str | None = None
+    """also measure perplexity on general text, before, meanwhile and after: a UTF-8 file, a data set, or builtin"""
     save_steps: int = 100
     """save a checkpoint, from which --resume continues"""
     keep_checkpoints: int = 2

@@ -39,6 +39,7 @@ SETTINGS: dict[str, object] = {
     "warmup_steps": 100,
     "eval_steps": 200,
     "save_steps": 200,
+    "forgetting": "builtin",
 }
 
 # --- the grammar: its words, and what it says with them ---------------------------------------------------------------

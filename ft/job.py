@@ -28,6 +28,7 @@ from ft.data import Batch, Example, Split, collate, collate_padded, read_tokeniz
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import complete_or_absent, read_json
+from ft.forgetting import WINDOWS_AT_ONCE, perplexity, read_general_text
 from ft.gpt2 import GPT2
 from ft.inputs import model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
@@ -71,6 +72,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     published = read_json(files.config)
     model_config = model_config_of(published, files.config, config)
     data = read_data(config, read_tokenizer(files.tokenizer), model_config)
+    general_text = None
+    if config.forgetting is not None:
+        general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
     train_examples = data.examples["train"]
     last_step = total_steps(len(train_examples), config)
     longer = runs.lengthened(resume_from, config, len(train_examples)) if resume_from is not None else None
@@ -104,7 +108,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         runs.clear(run)
     config.save(run / "config.json")
     notes = (f"Note: {note}." for note in data.notes)
-    print(opening(config, model, precision, data, last_step), room, *notes, sep="\n")
+    print(opening(config, model, precision, data, general_text, last_step), room, *notes, sep="\n")
 
     # The loop.
     source = ModelSource(published, files.tokenizer.read_bytes(), data.label_names)
@@ -141,9 +145,27 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                 evaluations[split] = result
             return result
 
+        def measure_forgetting(state: State) -> bool:
+            """Note the loss on general text, where that is wanted; False if the run is to end first."""
+            if general_text is None:
+                return True
+            windows = general_text.windows
+            with uncompiled(config.compile), report.pause("evaluating"):
+                result = evaluate(
+                    model, windows, [], batch_size=WINDOWS_AT_ONCE, precision=precision, stopping=stopping
+                )
+            if result is None:
+                return False
+            loss = result.loss
+            report.general_text(state.step, state.step * epochs, loss=loss, perplexity=perplexity(loss))
+            state.general_loss = loss
+            if state.step == 0:
+                state.general_loss_before = loss
+            return True
+
         def validate(state: State) -> None:
             result = evaluate_on("validation")
-            if result is not None:
+            if result is not None and measure_forgetting(state):
                 report.evaluation(state.step, state.step * epochs, loss=result.loss, accuracy=result.accuracy)
                 state.note(result.loss, result.accuracy)
 
@@ -161,6 +183,8 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             return stopping() or state.is_out_of_patience(config.early_stopping_patience)
 
         try:
+            if state.step == 0:
+                measure_forgetting(state)
             if state.evaluation_due:  # the run was stopped in the evaluation that belongs to this step
                 validate(state)
                 if not stopping():

@@ -101,6 +101,11 @@ class Report:
         name = "validation" if split == "eval" else split
         self.line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
 
+    def general_text(self, step: int, epoch: float, *, loss: float, perplexity: float) -> None:
+        """Log what a text that has nothing to do with the training data is to the model."""
+        self.write(step, epoch, {"general_loss": loss, "general_perplexity": perplexity})
+        self.line(f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}")
+
     def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
         """Append one event to metrics.jsonl. What a full disk does not take is tried again with the next one."""
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in figures.items()}

@@ -8,6 +8,7 @@ from ft import runs
 from ft.checkpoint import State
 from ft.config import Config
 from ft.evaluate import Evaluation
+from ft.forgetting import GeneralText, perplexity
 from ft.gpt2 import GPT2
 from ft.inputs import Data
 from ft.machine import Precision
@@ -21,7 +22,9 @@ def number_of_parameters(model: GPT2) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def opening(config: Config, model: GPT2, precision: Precision, data: Data, last_step: int) -> str:
+def opening(
+    config: Config, model: GPT2, precision: Precision, data: Data, general_text: GeneralText | None, last_step: int
+) -> str:
     """The paragraph at the start of a run."""
     sizes = {name: len(examples) for name, examples in data.examples.items()}
     start = "" if config.init == "pretrained" else ", from random weights"
@@ -30,7 +33,8 @@ def opening(config: Config, model: GPT2, precision: Precision, data: Data, last_
         f"{precision.name} ({precision.reason}).\n"
         f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
         f"{_answers(config, data)}.\n"
-        f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} examples; every "
+        + (f"General text, to see what is forgotten: {general_text}.\n" if general_text else "")
+        + f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} examples; every "
         f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
         f"checkpoint, in {config.output_dir}."
         + (
@@ -59,10 +63,22 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
         f"Mean training loss {state.mean_train_loss:.4f}.\n"
         f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best (step "
-        f"{state.best_step:,})" + (f"; test accuracy {test.accuracy:.2%}" if test else "") + ".\n"
-        f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in {run / 'metrics.jsonl'}. "
+        f"{state.best_step:,})"
+        + (f"; test accuracy {test.accuracy:.2%}" if test else "")
+        + ".\n"
+        + _forgotten(state)
+        + f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in "
+        f"{run / 'metrics.jsonl'}. "
         f'To ask it: python run.py predict {run} "a text"'
     )
+
+
+def _forgotten(state: State) -> str:
+    """How the general text's perplexity has changed; nothing where it was not measured."""
+    if state.general_loss_before is None or state.general_loss is None:
+        return ""
+    before, after = perplexity(state.general_loss_before), perplexity(state.general_loss)
+    return f"Perplexity on general text {before:,.2f} before, {after:,.2f} after.\n"
 
 
 def three_predictions(model: GPT2, data: Data, max_length: int) -> str:

@@ -67,6 +67,15 @@ def read_split(
     return Split(name, texts, labels, names or told_names)
 
 
+def read_texts(path: Path, column: str) -> list[str]:
+    """One column of texts from a file of any of these formats.
+
+    Raises:
+        FtError: the file cannot be read, has no such column, or there is something else in it.
+    """
+    return _texts(_read(path, [column]), column, path)
+
+
 def _numbered(
     split: str, answers: Sequence[str | int], given: Sequence[str] | None, column: str
 ) -> tuple[list[int], tuple[str, ...] | None]:

@@ -190,7 +190,7 @@ def test_the_demo_is_the_same_program_and_can_be_run_again(tmp_path, capsys):
         output = capsys.readouterr().out
         assert "Finished 3 steps" in output
         assert output.rstrip().endswith("python run.py --device cuda (or mps, or cpu)")
-    assert len(metrics(tmp_path / "demo")) == 3
+    assert len(metrics(tmp_path / "demo")) == 5, "training, validation, test, and general text before and after"
 
 
 def test_a_resumed_demo_keeps_the_settings_of_its_run(tmp_path, capsys):
