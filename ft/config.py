@@ -114,7 +114,7 @@ class Config:
     """AdamW's step size at its highest
 
     A step moves each weight by about this much or less, whatever the size of its gradient:
-    w <- w - lr m' / (sqrt(v') + eps) (`AdamW` in ft/optim.py). Too large: the loss jumps, stays where guessing is, or is
+    w <- w - lr m' / (sqrt(v') + eps) (`AdamW` in ft/optim.py). Too large: the loss jumps, stays where guessing is or is
     no number any more, and what the model had learnt before is lost. Too small: the loss falls evenly, and the run ends
     long before it is low.
     """
@@ -148,7 +148,7 @@ class Config:
     dropout: float | None = None
     """probability of each of GPT-2's three dropouts; left out: the model's own (0.1 as published)
 
-    In training, a number x becomes 0 with probability p, and x / (1 - p) otherwise: after the embeddings, in attention's
+    In training a number x becomes 0 with probability p, else x / (1 - p): after the embeddings, in attention's
     probabilities, and in what attention and MLP add to the residual stream. Too small: long runs learn their reviews by
     heart. Too large: so much is missing that little is learnt. Evaluation drops nothing.
     """
