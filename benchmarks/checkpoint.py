@@ -4,11 +4,10 @@
 
 Every way of saving runs in a process of its own, on a model of random weights with its optimiser's state. The stall of
 a save is the time of the call, and what the steps that run while it is written in the background take more than others:
-those before and after, and for `ft`, whose thread takes a minute, every third step meanwhile, for which it is held.
+those before and after, and for `ft`, whose thread takes longer, those in between for which it is held.
 """
 
 import argparse
-import hashlib
 import shutil
 import statistics
 import tempfile
@@ -24,7 +23,8 @@ import torch
 from benchmarks.common import RESULTS, markdown_table, write_result
 from benchmarks.step import GIB, build, in_own_process, peak_memory, random_examples, review_like_lengths, timed_steps
 from benchmarks.synthetic import SIZES, model_config, write_model
-from ft.checkpoint import ModelSource, State, take_snapshot, write_checkpoint
+from ft.checkpoint import ModelSource, Snapshot, State, take_snapshot, write_checkpoint
+from ft.files import Do
 from ft.machine import keep_freed_memory
 from ft.saver import Saver
 
@@ -92,26 +92,24 @@ def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argpars
         return sum(timed_steps(model, optimizer, examples[:BATCH_SIZE], BATCH_SIZE)[0].values())
 
     steps()
-    save, is_writing = SAVERS[way](model, optimizer, tokenizer, folder)
+    save, is_writing, gate = SAVERS[way](model, optimizer, tokenizer, folder)
     usual, calls, stalls, written = [], [], [], []
-    gate = Gate() if way == "ft" else None
     for number in range(1, options.saves + 2):
-        around, meanwhile = steps(), []
+        around, meanwhile, held = steps(), [], []
         started = time.perf_counter()
         save(number)
         calls.append(time.perf_counter() - started)
-        if gate:
-            around = []
-            while is_writing():
-                for is_open in (True, True, False):
-                    gate.set(is_open)
-                    (meanwhile if is_open else around).append(one_step())
-            gate.set(True)
-        else:
-            while is_writing():
-                meanwhile += steps()
-            around += steps()
+        while is_writing():
+            meanwhile.append(one_step())
+            if gate:
+                gate.close()
+                while is_writing() and not gate.holds:
+                    meanwhile.append(one_step())
+                if gate.holds:
+                    held.append(one_step())
+                gate.open()
         written.append(time.perf_counter() - started)
+        around = held or [*around, *steps()]
         usual += around
         stalls.append(calls[-1] + sum(meanwhile) - len(meanwhile) * statistics.mean(around))
     return {
@@ -124,44 +122,46 @@ def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argpars
 
 
 class Gate:
-    """Holds the writing thread while it is closed, at the next piece of data that it hashes."""
+    """Holds the writing thread while it is closed, before the next piece of its work."""
 
     def __init__(self) -> None:
         self._open = threading.Event()
-        self._open.set()
-        original, gate = hashlib.sha256, self._open
+        self.open, self.close = self._open.set, self._open.clear
+        self.holds = False
 
-        class GatedHash:
-            def __init__(self) -> None:
-                self._hash = original()
-                self.hexdigest = self._hash.hexdigest
+    def before(self, do: Do) -> Do:
+        """What does a piece of work as `do` does, when the gate is open."""
 
-            def update(self, data: Any) -> None:
-                gate.wait()
-                self._hash.update(data)
+        def wait_and_do(work: Callable[[], None]) -> None:
+            self.holds = not self._open.is_set()
+            self._open.wait()
+            self.holds = False
+            do(work)
 
-        hashlib.sha256 = GatedHash  # type: ignore[assignment, misc]
-
-    def set(self, is_open: bool) -> None:
-        """Open or close."""
-        (self._open.set if is_open else self._open.clear)()
+        return wait_and_do
 
 
-Way = tuple[Callable[[int], None], Callable[[], bool]]  # saves after a step; says whether that is still being written
+# Saves after a step; says whether that is still being written; can hold the writing.
+Way = tuple[Callable[[int], None], Callable[[], bool], Gate | None]
 
 
 def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
     """The program's own way."""
     source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    write = partial(write_checkpoint, folder, source=source, keep=2, keep_best=False)
+    gate = Gate()
+    gate.open()
+
+    def write(snapshot: Snapshot, do: Do) -> None:
+        write_checkpoint(folder, snapshot, source, keep=2, keep_best=False, do=gate.before(do))
+
     saver = Saver(write, print, blocking=blocking)
 
     def save(step: int) -> None:
         saver.wait()
         saver.save(take_snapshot(model, optimizer, scaler, State(step=step), copy=not blocking))
 
-    return save, lambda: saver.is_writing
+    return save, lambda: saver.is_writing, gate
 
 
 def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
@@ -171,7 +171,7 @@ def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Wa
         moments = dict(enumerate(optimizer.state.values()))
         torch.save({"model": model.state_dict(), "optimizer": moments}, folder / f"{step % 2}.pt")
 
-    return save, lambda: False
+    return save, lambda: False, None
 
 
 def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
@@ -192,7 +192,7 @@ def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Wa
         shutil.rmtree(target, ignore_errors=True)
         pending.append(dcp.async_save(state, checkpoint_id=str(target)))
 
-    return save, lambda: not pending[-1].done()
+    return save, lambda: not pending[-1].done(), None
 
 
 SAVERS = {

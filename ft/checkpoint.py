@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ft.data import END_OF_TEXT
 from ft.errors import FtError
-from ft.files import UNFINISHED, NewFolder, complete_or_absent, damage_of, read_json
+from ft.files import UNFINISHED, Do, NewFolder, at_once, complete_or_absent, damage_of, read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import AdamW
 
@@ -199,24 +199,23 @@ def take_snapshot(model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, s
     )
 
 
-def write_checkpoint(run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool) -> None:
+def write_checkpoint(
+    run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool, do: Do = at_once
+) -> None:
     """Write `checkpoint-<step>` below `run`, and once it has proved whole, delete those that are no longer kept.
 
-    Kept are the newest `keep`, and with `keep_best` that of the best evaluation.
+    Kept are the newest `keep`, and with `keep_best` that of the best evaluation. `do` does the pieces of the work.
 
     Raises:
         OSError: the disk is full, or refuses; the checkpoints that were there are there.
     """
     state = snapshot.state
-    folder = run / f"checkpoint-{state.step}"
-    with complete_or_absent(folder) as new:
+    with complete_or_absent(run / f"checkpoint-{state.step}", do) as new:
         save_model(new, snapshot.config, snapshot.weights, source)
         new.write_tensors(OPTIMIZER, snapshot.optimizer)
         new.write_tensors(RANDOM, snapshot.random_states)
         new.write_json(STATE, {**asdict(state), "grad_scaler": snapshot.grad_scaler})
         new.write_manifest()
-        if damage := damage_of_checkpoint(new.path):
-            raise OSError(None, f"what was written reads back otherwise: {damage}", str(folder))
     delete_old(run, state, keep=keep, keep_best=keep_best)
     for superseded in run.glob(f"{SUPERSEDED}*"):
         shutil.rmtree(superseded, ignore_errors=True)

@@ -5,12 +5,14 @@ Nothing here knows what is in the files.
 
 import ctypes
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ if sys.platform != "win32":
 
 MANIFEST = "manifest.json"
 UNFINISHED, REPLACED, LOCK = ".unfinished-", ".replaced-", ".lock"
-CHUNK = 2**22  # bytes that are written and hashed at a time: few enough that other threads get their turn
+CHUNK = 2**20  # bytes that are written, hashed or compared at a time: few enough that other threads get their turn
+PIECE = 2**25  # bytes that are forced to the disk and read back at a time: few enough to need little memory
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -35,27 +38,33 @@ SAFETENSORS_NAMES = {
 }
 
 
-class NewFolder:
-    """A folder that is being written: every file goes to the disk at once, and its size and SHA-256 are noted."""
+Do = Callable[[Callable[[], None]], None]  # does a piece of work, and returns or raises when it is done
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+def at_once(work: Callable[[], None]) -> None:
+    """Do a piece of work here and now."""
+    work()
+
+
+class NewFolder:
+    """A folder that is being written: every file goes to the disk at once, is read back, and its SHA-256 is noted."""
+
+    def __init__(self, path: Path, do: Do = at_once) -> None:
+        """`do` may choose when and where each piece of the work is done."""
+        self.path, self._do = path, do
         self._files: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file.
 
         Raises:
-            OSError: the disk is full, or refuses.
+            OSError: the disk is full, or refuses, or gives back other bytes.
         """
         digest, size = hashlib.sha256(), 0
-        with open(self.path / name, "xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self.path / name, "x+b") as file:
+            for piece in _pieces(chunks):
+                self._do(partial(_write_piece, file, piece, digest.update))
+                size += sum(len(chunk) for chunk in piece)
         self._files[name] = {"size": size, "sha256": digest.hexdigest()}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -69,6 +78,47 @@ class NewFolder:
     def write_manifest(self) -> None:
         """Write what each file must be, for `damage_of`."""
         self.write_json(MANIFEST, {"files": dict(self._files)})
+
+
+def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
+    """Chunks in lists of about `PIECE` bytes, the last one shorter."""
+    piece: list[bytes | memoryview] = []
+    for chunk in chunks:
+        piece.append(chunk)
+        if sum(map(len, piece)) >= PIECE:
+            yield piece
+            piece = []
+    yield piece  # of an empty file too, whose name is to be on the disk
+
+
+def _write_piece(
+    file: io.BufferedRandom, piece: Sequence[bytes | memoryview], update: Callable[[bytes | memoryview], None]
+) -> None:
+    """Write, hash, force to the disk, and compare what the disk gives back.
+
+    The system's own copy of the piece is given up in between, so that it is really the disk that is read. That also
+    saves most of the time: memory that the system uses again costs less than memory that it has to find for 1.5 GB.
+    """
+    start = file.tell()
+    for chunk in piece:
+        file.write(chunk)
+        update(chunk)
+    file.flush()
+    os.fsync(file.fileno())
+    _forget(file)
+    file.seek(start)
+    for chunk in piece:
+        back: Any = bytearray(len(chunk))  # as this type compares itself with any bytes, and at memory's speed
+        if file.readinto(back) != len(chunk) or back != chunk:
+            raise OSError(None, "what was written reads back otherwise", file.name)
+    _forget(file)
+
+
+def _forget(file: io.BufferedRandom) -> None:
+    """Have the system keep no copy of a file in memory, on systems that take this advice."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
@@ -90,16 +140,19 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None)
     for tensor in tensors.values():
         numbers = tensor.detach().cpu().contiguous()
         size = numbers.numel() * numbers.element_size()
-        view = memoryview((ctypes.c_char * size).from_address(numbers.data_ptr())).cast("B")
+        array: Any = (ctypes.c_char * size).from_address(numbers.data_ptr())
+        array.owner = numbers  # which must live as long as a chunk of it does
+        view = memoryview(array).cast("B")
         for start in range(0, size, CHUNK):
             yield view[start : start + CHUNK]
 
 
 @contextmanager
-def complete_or_absent(folder: Path) -> Iterator[NewFolder]:
+def complete_or_absent(folder: Path, do: Do = at_once) -> Iterator[NewFolder]:
     """A folder to write into that takes the name `folder` only when all of it is on the disk.
 
     A folder that had the name keeps it until then. If the process dies meanwhile, `tidy` finds what is left over.
+    `do` is that of `NewFolder`.
 
     Raises:
         OSError: the disk is full, or refuses; `folder` is as it was.
@@ -108,7 +161,7 @@ def complete_or_absent(folder: Path) -> Iterator[NewFolder]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        yield NewFolder(unfinished)
+        yield NewFolder(unfinished, do)
         fsync(unfinished)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)

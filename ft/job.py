@@ -27,7 +27,7 @@ from ft.config import Config
 from ft.data import Batch, Example, Split, collate, collate_padded, read_tokenizer
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
-from ft.files import complete_or_absent, read_json
+from ft.files import Do, complete_or_absent, read_json
 from ft.forgetting import WINDOWS_AT_ONCE, perplexity, read_general_text
 from ft.gpt2 import GPT2
 from ft.inputs import model_config_of, read_data, with_demo_inputs
@@ -121,9 +121,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     ):
         epochs = 1 / steps_per_epoch(len(train_examples), config)
 
-        def write(snapshot: Snapshot) -> None:
+        def write(snapshot: Snapshot, do: Do) -> None:
             keep, keep_best = config.keep_checkpoints, config.keep_best
-            checkpoint.write_checkpoint(run, snapshot, source, keep=keep, keep_best=keep_best)
+            checkpoint.write_checkpoint(run, snapshot, source, keep=keep, keep_best=keep_best, do=do)
             if not (run / "config.json").exists():  # the folder has vanished in between, and been made anew
                 config.save(run / "config.json")
 

@@ -2,11 +2,16 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import Thread, get_native_id
+from threading import Event, Thread, get_native_id
 
 from ft.checkpoint import Snapshot
+from ft.files import Do
+
+PATIENCE = 60.0  # seconds for which a save may wait for idle processors
 
 
 class Saver:
@@ -16,16 +21,18 @@ class Saver:
     the next save tries again. `failure` is the error of the newest save, None if it went well.
     """
 
-    def __init__(self, write: Callable[[Snapshot], None], say: Callable[[str], None], *, blocking: bool) -> None:
+    def __init__(self, write: Callable[[Snapshot, Do], None], say: Callable[[str], None], *, blocking: bool) -> None:
         """`write` puts a snapshot on the disk, `say` prints a line; `blocking` waits for each save to end."""
         self._write, self._say, self.blocking = write, say, blocking
         self._thread: Thread | None = None
+        self._hurry = Event()
         self._defect: BaseException | None = None
         self.failure: OSError | None = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write a snapshot, after waiting for the one before."""
         self.wait()
+        self._hurry.clear()
         self._thread = Thread(target=self._work, args=(snapshot,), name="checkpoint")
         self._thread.start()
         if self.blocking:
@@ -39,6 +46,7 @@ class Saver:
     def wait(self) -> None:
         """Wait until nothing is being written. What went wrong in the thread and is no matter of the disk is raised."""
         if self._thread is not None:
+            self._hurry.set()
             self._thread.join()
             self._thread = None
         if self._defect is not None:
@@ -55,8 +63,9 @@ class Saver:
 
     def _work(self, snapshot: Snapshot) -> None:
         try:
-            _yield_to_others()
-            self._write(snapshot)
+            with ThreadPoolExecutor(1, "idle") as idle:
+                _yield_to_others()
+                self._write(snapshot, _leisurely(idle, self._hurry))
             self.failure = None
         except OSError as error:
             self.refused(snapshot.state.step, error)
@@ -64,11 +73,39 @@ class Saver:
             self._defect = error
 
 
-def _yield_to_others() -> None:
-    """Rank this thread behind the training's, on systems that rank threads.
+def _leisurely(idle: ThreadPoolExecutor, hurry: Event) -> Do:
+    """Have each piece of work done by a thread that runs only while a processor has nothing else to do.
 
-    The threads of a matrix product wait for each other: one that is held up for a moment holds up all.
+    The threads of a matrix product wait for each other: one that is held up for a moment holds up all. On a machine
+    that is never idle that thread would never end, and only privileged processes can raise a thread's rank again. So
+    when somebody waits, or `PATIENCE` has run out, the calling thread does the pieces that are left.
     """
+    deadline = time.monotonic() + PATIENCE
+    if not idle.submit(_run_when_idle).result():
+        hurry.set()
+
+    def do(work: Callable[[], None]) -> None:
+        if hurry.is_set() or time.monotonic() > deadline:
+            work()
+        else:
+            idle.submit(work).result()
+
+    return do
+
+
+def _run_when_idle() -> bool:
+    """Rank this thread behind everything else; says whether the system does."""
+    if sys.platform != "linux":
+        return False
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:  # some containers forbid it
+        return False
+    return True
+
+
+def _yield_to_others() -> None:
+    """Rank this thread behind the training's, on systems that rank threads."""
     if sys.platform == "linux":
         with suppress(OSError):  # some containers forbid it, and nothing depends on it
             os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)

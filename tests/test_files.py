@@ -67,6 +67,58 @@ def test_a_whole_folder_has_no_damage(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
+@pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (15, 1), (20, 2), (21, 2), (100, 6)])
+def test_files_of_many_pieces_are_written_whole_and_each_is_forced_to_the_disk(tmp_path, monkeypatch, size, expected):
+    monkeypatch.setattr(files, "PIECE", 16)
+    content = torch.arange(size, dtype=torch.uint8)
+    folder, forced, fsync, done = NewFolder(tmp_path, lambda work: done.append(work())), [], os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(fsync(descriptor)))
+    folder.write("a", [bytes(content[i : i + 5].tolist()) for i in range(0, size, 5)])
+    pieces = len(done)
+    folder.write_manifest()
+    assert (tmp_path / "a").read_bytes() == bytes(range(size))
+    assert damage_of(tmp_path, ["a"]) is None
+    assert pieces == expected, "four chunks of five bytes each, and a last one that may be empty"
+    assert len(forced) == len(done)
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 39])
+def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(files, "PIECE", 16)
+    fsync = os.fsync
+
+    def fsync_on_a_bad_disk(descriptor):
+        fsync(descriptor)
+        if os.fstat(descriptor).st_size > place:
+            os.pwrite(descriptor, b"!", place)
+
+    monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
+    with pytest.raises(OSError, match=r"reads back otherwise: .*a'"), complete_or_absent(tmp_path / "f") as new:
+        new.write("a", [b"."] * 40)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_gives_back_less_is_found(tmp_path, monkeypatch):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), os.ftruncate(descriptor, 3)))
+    with pytest.raises(OSError, match="reads back otherwise"):
+        NewFolder(tmp_path).write("a", [b"\0" * 5])
+
+
+def test_a_system_that_refuses_advice_writes_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        refusals.append(1)
+        raise OSError(22, "Invalid argument")
+
+    refusals = []
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    write_good(tmp_path / "f")
+    monkeypatch.delattr(os, "posix_fadvise")
+    write_good(tmp_path / "g")
+    assert refusals
+    assert all(damage_of(tmp_path / name, ["a", "b.json"]) is None for name in "fg")
+
+
 def test_each_file_is_read_once(tmp_path, monkeypatch):
     import hashlib
 
@@ -190,8 +242,12 @@ class Faults:
                 self.tick()
                 file.flush()
 
-            def fileno(inner):
-                return file.fileno()
+            def readinto(inner, buffer):
+                self.tick()
+                return file.readinto(buffer)
+
+            def __getattr__(inner, name):
+                return getattr(file, name)
 
         return Wrapper()
 

@@ -1,11 +1,13 @@
 """Saving beside the training, and what a run does when the disk refuses."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from ft.saver import Saver
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
 FULL = OSError(28, "No space left on device")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the system has no such rank")
 
 
 class Step:
@@ -33,7 +36,7 @@ class Step:
 def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_next():
     written, lines, may_end = [], [], threading.Event()
 
-    def write(snapshot):
+    def write(snapshot, do):
         assert may_end.wait(30)
         written.append(snapshot.state.step)
 
@@ -49,14 +52,14 @@ def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_ne
 
 def test_a_blocking_save_has_ended_when_it_returns():
     written = []
-    Saver(lambda snapshot: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
+    Saver(lambda snapshot, do: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
     assert written
 
 
 def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
     errors, lines = [FULL, None], []
 
-    def write(snapshot):
+    def write(snapshot, do):
         if error := errors.pop(0):
             raise error
 
@@ -74,7 +77,7 @@ def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
 
 
 def test_a_defect_in_the_thread_is_raised_in_the_run():
-    def write(snapshot):
+    def write(snapshot, do):
         raise ZeroDivisionError("a defect")
 
     saver = Saver(write, print, blocking=False)
@@ -226,17 +229,89 @@ def test_the_best_checkpoint_is_kept(inputs, tmp_path, monkeypatch):
     assert (state["best_step"], state["best_accuracy"], state["best_loss"]) == (9, 0.7, 0.7)
 
 
-def test_a_thread_that_may_not_lower_its_rank_writes_all_the_same(monkeypatch):
+# --- while the processor has nothing else to do -----------------------------------------------------------------------
+
+
+class Pieces:
+    """Writes pieces and notes how the thread of each is scheduled; the first one may be let wait."""
+
+    def __init__(self, count):
+        self.policies, self.count = [], count
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, snapshot, do):
+        for _ in range(self.count):
+            do(self.piece)
+
+    def piece(self):
+        self.policies.append(os.sched_getscheduler(0))
+        self.begun.set()
+        assert self.may_go_on.wait(30)
+
+
+@linux
+def test_pieces_are_done_by_an_idle_thread_until_somebody_waits():
+    pieces = Pieces(3)
+    saver = Saver(pieces, print, blocking=False)
+    saver.save(Step(1))
+    assert pieces.begun.wait(30)
+    threading.Timer(0.1, pieces.may_go_on.set).start()
+    saver.wait()
+    assert pieces.policies == [os.SCHED_IDLE, os.SCHED_OTHER, os.SCHED_OTHER]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "the training's own thread"
+    saver.save(Step(2))
+    while saver.is_writing:
+        time.sleep(0.01)
+    assert pieces.policies[3:] == [os.SCHED_IDLE] * 3, "the hurry was the first save's"
+
+
+@linux
+def test_a_blocking_save_and_one_without_patience_left_do_not_wait_for_idle_processors(monkeypatch):
     from ft import saver as module
 
+    for blocking, patience in ((True, 60.0), (False, 0.0)):
+        monkeypatch.setattr(module, "PATIENCE", patience)
+        pieces = Pieces(2)
+        pieces.may_go_on.set()
+        saver = Saver(pieces, print, blocking=blocking)
+        saver.save(Step(1))
+        while saver.is_writing:
+            time.sleep(0.01)
+        assert pieces.policies == [os.SCHED_OTHER] * 2
+
+
+def test_an_error_in_the_idle_thread_is_the_saves():
+    def write(snapshot, do):
+        do(fail)
+
+    def fail():
+        raise FULL
+
+    saver = Saver(write, lambda line: None, blocking=False)
+    saver.save(Step(1))
+    while saver.is_writing:
+        time.sleep(0.01)
+    saver.wait()
+    assert saver.failure is FULL
+
+
+@linux
+def test_a_thread_that_may_not_change_its_rank_writes_all_the_same(monkeypatch):
     def refuse(*_):
+        refusals.append(1)
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(module.os, "setpriority", refuse)
-    written = []
-    saver = Saver(lambda snapshot: written.append(snapshot), print, blocking=True)
+    refusals, pieces = [], Pieces(2)
+    pieces.may_go_on.set()
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    saver = Saver(pieces, print, blocking=False)
     saver.save(Step(1))
-    assert len(written) == 1
+    while saver.is_writing:
+        time.sleep(0.01)
+    saver.wait()
+    assert len(refusals) == 2
+    assert pieces.policies == [os.SCHED_OTHER] * 2
     assert saver.failure is None
 
 
@@ -282,17 +357,17 @@ def assert_same_metrics(run, calm):
 
 def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    seen = []
 
-    def damage_of_checkpoint(folder):
-        seen.append(folder.name)
-        return "rng.safetensors has other bytes than were written" if "checkpoint-20" in folder.name else None
+    def fsync_on_a_bad_disk(descriptor):
+        fsync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("checkpoint-20/rng.safetensors"):
+            os.pwrite(descriptor, bytes([os.pread(descriptor, 1, 100)[0] ^ 1]), 100)
 
-    monkeypatch.setattr(checkpoint, "damage_of_checkpoint", damage_of_checkpoint)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 1
-    assert "reads back otherwise: rng.safetensors has other bytes" in capsys.readouterr().out
+    assert "checkpoint 20 could not be written: what was written reads back otherwise" in capsys.readouterr().out
     assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
-    assert seen == [f".unfinished-checkpoint-{step}" for step in (5, 10, 15, 20)]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(inputs, tmp_path, monkeypatch, capsys):
