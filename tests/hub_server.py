@@ -9,7 +9,7 @@ import hashlib
 import json
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -32,6 +32,7 @@ class Repository:
     files: dict[str, bytes]
     private: bool = False
     gated: bool = False
+    branches: dict[str, dict[str, bytes]] = field(default_factory=dict)  # beside main
 
 
 @dataclass
@@ -118,8 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/api/"):
             self._describe(path.removeprefix("/api/"), fault)
         else:
-            repository, _, rest = path.strip("/").partition("/resolve/")
-            revision, _, name = rest.partition("/")
+            # Split before unquoting: a revision may hold slashes, which the client has quoted.
+            repository, _, rest = urlsplit(self.path).path.strip("/").partition("/resolve/")
+            revision, _, name = map(unquote, rest.partition("/"))
             key = repository if repository.startswith("datasets/") else f"models/{repository}"
             self._resolve(key, revision, name, fault)
 
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             # The real Hub does not tell strangers which repositories exist.
             error = {"X-Error-Code": "RepoNotFound"} if known else {"X-Error-Message": "Invalid username or password."}
             self._send(404 if known else 401, b"", error)
-        elif revision not in ("main", self.hub.commit):
+        elif revision not in ("main", self.hub.commit, *repository.branches):
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif repository.gated and not known:
             self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Repo-Commit": self.hub.commit})
@@ -142,27 +144,30 @@ class _Handler(BaseHTTPRequestHandler):
             return repository
         return None
 
+    def _commit(self, revision, repository):
+        return git_hash(revision.encode()) if revision in repository.branches else self.hub.commit
+
     def _describe(self, path, fault):
         key, _, revision = path.partition("/revision/")
         repository = self._find(key, revision or "main")
         if repository is None:
             return
-        siblings = []
-        for name, content in repository.files.items():
+        siblings, commit = [], self._commit(revision, repository)
+        for name, content in repository.branches.get(revision, repository.files).items():
             file = {"rfilename": name, "size": len(content), "blobId": git_hash(content)}
             if is_large(name):
                 sha256 = hashlib.sha256(content).hexdigest()
                 file["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(file)
-        body = json.dumps({"id": key.partition("/")[2], "sha": self.hub.commit, "siblings": siblings}).encode()
+        body = json.dumps({"id": key.partition("/")[2], "sha": commit, "siblings": siblings}).encode()
         self._send_file(body, {"Content-Type": "application/json"}, fault)
 
     def _resolve(self, key, revision, name, fault):
         repository = self._find(key, revision)
         if repository is None:
             return
-        common = {"X-Repo-Commit": self.hub.commit}
-        content = repository.files.get(name)
+        common = {"X-Repo-Commit": self._commit(revision, repository)}
+        content = repository.branches.get(revision, repository.files).get(name)
         if content is None:
             self._send(404, b"", common | {"X-Error-Code": "EntryNotFound"})
         elif is_large(name):

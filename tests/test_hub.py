@@ -387,6 +387,25 @@ def test_what_a_repository_lacks_is_said_before_anything_is_fetched(hub, run):
     assert [name for name, _ in hub.fetched()] == ["config.json", "tokenizer.json", "model.safetensors.index.json"]
 
 
+def test_what_the_hub_has_converted_to_parquet_is_found(hub, run):
+    converted = {"default/train/0000.parquet": TRAIN, "default/test/0000.parquet": TEST}
+    csv = {"train.csv": b"text,label"}
+    hub.repositories |= {
+        "datasets/owner/csv": Repository(csv, branches={"refs/convert/parquet": converted}),
+        "datasets/owner/two": Repository(csv, branches={"refs/convert/parquet": {
+            f"{part}/train/0000.parquet": table(part) for part in ("fr", "en")
+        }}),
+    }  # fmt: skip
+    one, ambiguous, chosen = run(
+        ("dataset_files", "owner/csv"), ("dataset_files", "owner/two"), ("dataset_files", "owner/two", {"part": "fr"})
+    )
+    assert contents(one) == {"train": [TRAIN], "test": [TEST]}
+    assert "owner/two holds several data sets, in en, fr: choose one by --dataset-config en." in ambiguous["error"]
+    assert contents(chosen) == {"train": [table("fr")]}
+    offline = run(("dataset_files", "owner/csv", "refs/convert/parquet"), HF_HUB_OFFLINE="1")
+    assert contents(offline) == {"train": [TRAIN], "test": [TEST]}
+
+
 def test_what_the_hub_refuses(hub, run):
     names = ["none", "gated", "private", "sick", "gone", "busy", "portal", "other"]
     for name in names[1:]:

@@ -9,10 +9,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.nn.functional as F
+import transformers
 
 from ft.cli import main
 from ft.data import Example, Split, collate, encode, label_tokens, read_tokenizer, stratified
 from ft.errors import FtError
+from ft.files import read_json
+from ft.gpt2 import GPT2, GPT2Config
 from ft.layout import sort_into_splits
 from ft.tables import SUFFIXES, Columns, read_split
 
@@ -214,6 +219,26 @@ def test_targets_are_the_completion_and_a_closing_end_of_text(demo_inputs):
             assert [*whole.input_ids, end][-max_length:] == [*cut.input_ids, end]
             assert cut.target_ids == whole.target_ids[-len(cut.target_ids) :]
             assert 1 <= len(cut.target_ids) <= len(cut.input_ids)
+
+
+def test_the_loss_on_completions_is_transformers(demo_inputs):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(demo_inputs[0]).double().eval()
+    model = GPT2(GPT2Config.from_dict(read_json(demo_inputs[0] / "config.json"))).double().eval()
+    model.load_published(reference.state_dict().items())
+    tokenizer = read_tokenizer(demo_inputs[0] / "tokenizer.json")
+    split = Split(
+        "train", ["the plot", "", "in the end , the acting"], [0] * 3, completions=[" is dull", "a", " is fine"]
+    )
+    batch = collate(encode(split, tokenizer, [], max_length=64))
+    ours = F.cross_entropy(model(batch.input_ids, batch.packing, batch.selection), batch.target_ids, reduction="none")
+    theirs = []
+    end = tokenizer.token_to_id("<|endoftext|>")
+    for prompt, completion in zip(split.texts, split.completions, strict=True):
+        before, after = tokenizer.encode(prompt).ids or [end], [*tokenizer.encode(completion).ids, end]
+        labels = torch.tensor([[*[-100] * len(before), *after]])
+        loss = reference(torch.tensor([[*before, *after]]), labels=labels).loss
+        theirs.append(loss.item() * len(after))
+    assert ours.sum().item() == pytest.approx(sum(theirs), rel=1e-6)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
