@@ -49,10 +49,10 @@ class Config:
     """column of the label: numbers from 0, or words"""
     label_names: str | None = None
     """words for the labels 0, 1, ..., separated by commas; left out: those that the data set tells"""
-    prompt_column: str | None = None
-    """train on completions instead of labels: column of what the model reads"""
+    prompt_column: str = "prompt"
+    """with --completion-column: column of what the model reads"""
     completion_column: str | None = None
-    """column of what the model should then say; the loss is on these tokens and the end-of-text after them"""
+    """train on completions instead of labels: column of what the model should say; the loss is on its tokens alone"""
     train_fraction: float = 1.0
     """share of the training rows to take, for a quick try; drawn by --seed, each label in proportion"""
     max_train_samples: int | None = None
@@ -405,16 +405,11 @@ def _problems(config: Config) -> list[str]:
             problems.append(f"{flag(name)} is {value!r}, it must not hold a NUL character")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
-    if (config.prompt_column is None) != (config.completion_column is None):
-        problems.append("--prompt-column and --completion-column belong together: give both or neither")
-    elif config.completion_column is not None:
-        if config.label_names is not None:
-            problems.append(
-                "--label-names are words for labels, and with --completion-column there are none: leave it out"
-            )
-        if config.static_shapes or config.compile != "none":
-            problems.append(
-                "--compile and --static-shapes need one target per row, which completions have not: leave them out, or "
-                "train on labels"
-            )
+    if config.completion_column is not None and config.label_names is not None:
+        problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
+    if config.completion_column is not None and (config.static_shapes or config.compile != "none"):
+        problems.append(
+            "--compile and --static-shapes need one target per row, which completions have not: leave them out, or "
+            "train on labels"
+        )
     return problems

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ft.errors import FtError
-from ft.layout import LayoutError, NoTrainingSplitError, sort_into_splits
-from ft.tables import SUFFIXES, suffix_of
+from ft.layout import SUFFIXES, LayoutError, NoTrainingSplitError, sort_into_splits, suffix_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling

@@ -69,7 +69,7 @@ def with_demo_inputs(config: Config, folder: Path) -> Config:
 
 def columns_of(config: Config) -> Columns:
     """The columns that a run reads."""
-    if config.prompt_column is not None:
+    if config.completion_column is not None:
         return Columns(text=config.prompt_column, completion=config.completion_column)
     return Columns(text=config.text_column, label=config.label_column)
 

@@ -5,14 +5,19 @@ from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 
 from ft.errors import FtError
-from ft.tables import SUFFIXES, suffix_of
 
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _WORD = "|".join(SPLITS)
 # `train.parquet` or `train-00000-of-00002.parquet`; older uploads put a hash before the suffix.
 SHARD = re.compile(rf"(?P<word>{_WORD})(?:-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:-[0-9a-f]+)?)?")
 # `train/0000.parquet`, as the Hub converts data sets to parquet; `partial-train` where it stopped at five gigabytes.
 CONVERTED = re.compile(rf"(?:partial-)?(?P<word>{_WORD})/(?P<number>\d{{4}})")
+
+
+def suffix_of(name: str) -> str | None:
+    """The suffix by which a file's format is known; None for a format that is not read."""
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 class LayoutError(FtError):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ft.data import Split
 from ft.errors import FtError
+from ft.layout import suffix_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 LARGEST_ROW = 2**26  # bytes: PyArrow reads text files in blocks, and a row must fit into one
 
 
@@ -27,11 +27,6 @@ class Columns(NamedTuple):
     def answer(self) -> str:
         """The column of what the model should say."""
         return self.label if self.completion is None else self.completion
-
-
-def suffix_of(name: str) -> str | None:
-    """The suffix by which a file's format is known; None for a format that is not read."""
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def read_split(

@@ -76,15 +76,36 @@ def test_loss_and_accuracy_equal_a_plain_computation(dtype, targets):
     assert (type(result.loss), type(result.accuracy)) == (float, float)
 
 
-@pytest.mark.parametrize("targets", [1, 3])
-def test_probabilities_are_of_the_labels_in_the_order_of_the_examples(targets):
-    model, examples = make_model(), make_examples(targets=targets)
+def test_probabilities_are_of_the_labels_in_the_order_of_the_examples():
+    model, examples = make_model(), make_examples()
     reference = make_reference(model)
     with torch.no_grad():
-        logits = [reference(torch.tensor([input_ids])).logits[0, -targets:] for input_ids, _ in examples]
+        logits = [reference(torch.tensor([input_ids])).logits[0, -1:] for input_ids, _ in examples]
     expected = torch.cat(logits)[:, LABEL_IDS].softmax(dim=-1).float()
     result = evaluate(model, examples, LABEL_IDS, batch_size=7, precision=FP32)
     torch.testing.assert_close(result.probabilities, expected)
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_without_labels_all_tokens_compete_for_each_target(targets):
+    model, examples = make_model(), make_examples(targets=targets)
+    reference = make_reference(model)
+    hits = 0
+    with torch.no_grad():
+        examples = [
+            Example(ids, reference(torch.tensor([ids])).logits[0, -targets:].argmax(-1).tolist())
+            if row % 3
+            else example
+            for row, example in enumerate(examples)
+            for ids in [example.input_ids]
+        ]
+        for input_ids, target_ids in examples:
+            likeliest = reference(torch.tensor([input_ids])).logits[0, -targets:].argmax(dim=-1)
+            hits += (likeliest == torch.tensor(target_ids)).sum().item()
+    result = evaluate(model, examples, [], batch_size=7, precision=FP32)
+    assert result.accuracy == hits / (targets * len(examples))
+    assert 0.6 < result.accuracy < 1
+    assert result.probabilities is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 39, 1000])

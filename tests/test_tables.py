@@ -18,8 +18,8 @@ from ft.data import Example, Split, collate, encode, label_tokens, read_tokenize
 from ft.errors import FtError
 from ft.files import read_json
 from ft.gpt2 import GPT2, GPT2Config
-from ft.layout import sort_into_splits
-from ft.tables import SUFFIXES, Columns, read_split
+from ft.layout import SUFFIXES, sort_into_splits
+from ft.tables import Columns, read_split
 
 # What breaks readers: separators, quotes, line ends, texts that look like numbers, times or nulls, other alphabets.
 TEXTS = [
@@ -296,7 +296,6 @@ def test_a_run_on_completions_learns_them(demo_inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompt-column", "a"], "--prompt-column and --completion-column belong together: give both or neither"),
         (["--prompt-column", "a", "--completion-column", "b", "--label-names", "x,y"], "there are none: leave it out"),
         (["--prompt-column", "a", "--completion-column", "b", "--static-shapes"], "need one target per row"),
         (["--train-fraction", "0"], "--train-fraction is 0.0, it must be above 0 and at most 1"),
