@@ -55,10 +55,11 @@ def sort_into_splits(
         elif match := CONVERTED.fullmatch("/".join(path.parts[-2:])):
             found[name], homes[name] = match, str(path.parent.parent)
     folders = sorted(set(homes.values()))
-    if part is not None:
+    if part is not None and folders:
         if part not in folders:
-            there = f"it has {', '.join(folders)}" if folders else "it has none"
-            raise LayoutError(f"{dataset} has no data set in a folder {part!r}, {there}: correct --dataset-config.")
+            raise LayoutError(
+                f"{dataset} has no data set in a folder {part!r}, it has {', '.join(folders)}: correct --dataset-config."
+            )
     elif len(folders) > 1:
         raise LayoutError(
             f"{dataset} holds several data sets, in {', '.join(folders)}: choose one by --dataset-config {folders[0]}."

@@ -97,8 +97,8 @@ DATA = [
     ("label negative", lambda i: i.rows(texts("a"), labels(-1)), "the label in row 0 of the train split is -1"),
     (
         "a word that is no label",
-        lambda i: i.rows(texts(), ["pos", "neg"] * 4 + ["po", "neg"], None),
-        "by --label-names",
+        lambda i: i.rows(texts(), ["pos", "neg"] * 4 + ["po", "neg"], "validation"),
+        "the label in row 8 of the validation split is 'po', the labels are neg, pos",
     ),
     ("labels as fractions", lambda i: i.rows(texts(), [0.5] * 10), "holds double, it must hold whole numbers"),
     ("texts as numbers", lambda i: i.rows(list(range(10)), labels()), "holds int64, it must hold text"),
