@@ -57,8 +57,9 @@ def sort_into_splits(
     folders = sorted(set(homes.values()))
     if part is not None and folders:
         if part not in folders:
+            there = ", ".join(folders)
             raise LayoutError(
-                f"{dataset} has no data set in a folder {part!r}, it has {', '.join(folders)}: correct --dataset-config."
+                f"{dataset} has no data set in a folder {part!r}, it has {there}: correct --dataset-config."
             )
     elif len(folders) > 1:
         raise LayoutError(
