@@ -3,7 +3,7 @@
 Every folder written here is a complete model folder; a checkpoint adds what training needs besides the weights:
 
     config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json
-    optimizer.safetensors    AdamW's moments and step counts, by parameter name
+    optimizer.safetensors    AdamW's moments and step counts, by the names of the parameters that are trained
     rng.safetensors          the random states that dropout draws from
     state.json               step, sums, best figures, loss scale: see `State`
     manifest.json            the size and SHA-256 of each of these
@@ -180,19 +180,17 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def take_snapshot(model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, state: State, *, copy: bool) -> Snapshot:
     """All that a checkpoint holds; with `copy` in memory of its own, so that training can go on meanwhile."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # never changes
 
     def kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if copy else tensors
+        if not copy:
+            return tensors
+        return {name: tensor.to("cpu", copy=name not in frozen) for name, tensor in tensors.items()}
 
-    moments = {
-        f"{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
     return Snapshot(
         config=model.config,
         weights=kept(weights_of(model)),
-        optimizer=kept(moments),
+        optimizer=kept(_moments(model, optimizer)),
         random_states=_random_states(),
         state=replace(state),
         grad_scaler=scaler.state_dict(),
@@ -294,19 +292,31 @@ def load_checkpoint(folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.a
     return state
 
 
+def _moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """AdamW's moments and step counts of all trained parameters, by name, not copied."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
 @torch.no_grad()
 def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            saved = tensors.get(f"{key}.{name}")
-            if saved is None:
-                raise FtError(f"the checkpoint's {OPTIMIZER} has no {key}.{name}")
-            if saved.shape != value.shape:
-                raise FtError(
-                    f"{key}.{name} in the checkpoint's {OPTIMIZER} has shape {tuple(saved.shape)}, the model says "
-                    f"{tuple(value.shape)}"
-                )
-            value.copy_(saved)
+    moments = _moments(model, optimizer)
+    if superfluous := sorted(tensors.keys() - moments.keys()):
+        raise FtError(f"the checkpoint's {OPTIMIZER} has {superfluous[0]}, which this run does not train")
+    for name, value in moments.items():
+        saved = tensors.get(name)
+        if saved is None:
+            raise FtError(f"the checkpoint's {OPTIMIZER} has no {name}")
+        if saved.shape != value.shape:
+            raise FtError(
+                f"{name} in the checkpoint's {OPTIMIZER} has shape {tuple(saved.shape)}, the model says "
+                f"{tuple(value.shape)}"
+            )
+        value.copy_(saved)
 
 
 def _random_states() -> dict[str, Tensor]:

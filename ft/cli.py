@@ -55,7 +55,8 @@ _NO_VALUE = "\0no value"
 class _Parser(argparse.ArgumentParser):
     """An argument parser that collects problems instead of stopping at the first.
 
-    A flag without its value is let through as `_NO_VALUE`; the help shows the value as required all the same.
+    A flag without its value is let through, as `_NO_VALUE` or as an empty list; the help shows the value as required
+    all the same.
     """
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401
@@ -68,6 +69,10 @@ class _Parser(argparse.ArgumentParser):
         action = self.under(heading).add_argument(name, nargs="?", const=if_absent, **options)
         if if_absent == _NO_VALUE:
             self._takes_value.append(action)
+
+    def add_values(self, heading: str, name: str, **options: Any) -> None:  # noqa: ANN401
+        """Add a flag that takes one value or several."""
+        self._takes_value.append(self.under(heading).add_argument(name, nargs="*", **options))
 
     def under(self, heading: str) -> "argparse._ArgumentGroup":
         """The flags under a heading of the help."""
@@ -179,11 +184,11 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     config_file = vars(parsed).pop("config", None)
     settings: dict[str, Any] = {}
     for name, value in vars(parsed).items():
-        if value == _NO_VALUE:
+        if value in (_NO_VALUE, []):
             problems.append(f"{flag(name)} needs a value")
             continue
         try:
-            settings[name] = parse_value(name, value) if isinstance(value, str) else value
+            settings[name] = parse_value(name, value) if isinstance(value, str | list) else value
         except UsageError as error:
             problems += error.problems
     try:
@@ -256,6 +261,9 @@ def _parser() -> _Parser:
         heading = field_groups()[field.name]
         if kind is bool:
             parser.under(heading).add_argument(flag(field.name), action="store_true", help=text)
+            continue
+        if kind is tuple:
+            parser.add_values(heading, flag(field.name), metavar="PATTERN ...", help=text.replace("%", "%%"))
             continue
         if field.default is not None:
             text += f" (default {field.default})"

@@ -14,8 +14,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +152,13 @@ class Config:
     probabilities, and in what attention and MLP add to the residual stream. Too small: long runs learn their reviews by
     heart. Too large: so much is missing that little is learnt. Evaluation drops nothing.
     """
+
+    # Which parameters are trained
+
+    train_only: tuple[str, ...] = ()
+    """only those whose names match: wte.weight, h.11.*, *.bias, or last:N, the last N blocks and the final norm"""
+    freeze: tuple[str, ...] = ()
+    """not those whose names match; taken away from what --train-only names"""
 
     # The machine
 
@@ -302,7 +309,7 @@ def field_groups() -> dict[str, str]:
 
 @functools.cache
 def field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
-    """Each field's plain type and, for a Literal, its choices; `int | None` counts as int."""
+    """Each field's plain type (`int | None` counts as int, `tuple[str, ...]` as tuple) and a Literal's choices."""
     found: dict[str, tuple[type, tuple[str, ...]]] = {}
     for name, hint in typing.get_type_hints(Config).items():
         if typing.get_origin(hint) is Literal:
@@ -310,12 +317,12 @@ def field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
         elif isinstance(hint, types.UnionType):
             found[name] = (typing.get_args(hint)[0], ())
         else:
-            found[name] = (hint, ())
+            found[name] = (typing.get_origin(hint) or hint, ())
     return found
 
 
-def parse_value(name: str, text: str) -> Any:  # noqa: ANN401
-    """A field's value from the text that a command line gave.
+def parse_value(name: str, text: str | list[str]) -> Any:  # noqa: ANN401
+    """A field's value from the text that a command line gave, or from the texts for a field that takes several.
 
     Raises:
         UsageError: the text is no number where one is needed.
@@ -345,7 +352,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     unknown = [name for name in settings if name not in field_types()]
     if unknown:
         raise UsageError(f"the configuration {path} has unknown settings: {', '.join(map(str, unknown))}")
-    return {name: value for name, value in settings.items() if name not in NOT_OF_THE_RUN}
+    return {
+        name: tuple(value) if field_types()[name][0] is tuple and isinstance(value, list) else value
+        for name, value in settings.items()
+        if name not in NOT_OF_THE_RUN
+    }
 
 
 def run_of(path: Path) -> Path:
@@ -370,18 +381,28 @@ def _shortened(value: float) -> str:
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
 
 
+def _values(config: Config) -> Iterator[tuple[Field[Any], type, Any]]:
+    """Each field with its type and value; of several texts each one by itself, as a text."""
+    for field in fields(config):
+        kind, value = field_types()[field.name][0], getattr(config, field.name)
+        if kind is tuple and type(value) is tuple:
+            yield from ((field, str, text) for text in value)
+        else:
+            yield field, kind, value
+
+
 def _problems(config: Config) -> list[str]:
     """Everything that is wrong with a configuration, one sentence each."""
     problems = []
-    for field in fields(config):
+    for field, kind, value in _values(config):
         name = field.name
-        value: Any = getattr(config, name)
-        kind, choices = field_types()[name]
+        _, choices = field_types()[name]
         if value is None and field.default is None:
             continue
         fits = (type(value) in (int, float)) if kind is float else (type(value) is kind)
         if not fits:
-            wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+            numbers = {int: "a whole number", float: "a number"}
+            wanted = {**numbers, str: "a text", bool: "true or false", tuple: "a list of texts"}[kind]
             problems.append(f"{flag(name)} is {value!r}, it must be {wanted}")
         elif choices and value not in choices:
             problems.append(f"{flag(name)} is {value!r}, it must be one of {', '.join(choices)}")

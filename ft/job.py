@@ -29,6 +29,7 @@ from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import Do, complete_or_absent, read_json
 from ft.forgetting import WINDOWS_AT_ONCE, perplexity, read_general_text
+from ft.freeze import freeze, number_of_trained
 from ft.gpt2 import GPT2
 from ft.inputs import model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
@@ -81,6 +82,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
 
     # Model and optimiser, as published or as a checkpoint left them.
     model = GPT2(model_config)
+    freeze(model, config.train_only, config.freeze)
     if needs_weights:
         checkpoint.load_weights(model, files.weights)
     elif resume_from is None:
@@ -103,7 +105,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         checkpoint.supersede_later(run, state.step)
         checkpoint.delete_old(run, state, keep=config.keep_checkpoints, keep_best=config.keep_best)
     started -= state.seconds
-    room = runs.room_for(run, number_of_parameters(model), config)
+    room = runs.room_for(run, number_of_parameters(model), number_of_trained(model), config)
     if config.resume is None:
         runs.clear(run)
     config.save(run / "config.json")

@@ -49,7 +49,8 @@ class OneDNNAffine(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN401
         """(N, in), (in, out), (out) -> (N, out)."""
-        context.save_for_backward(x, weight)
+        needs_weight = context.needs_input_grad[1]  # a frozen weight has no use for x, which can then be freed
+        context.save_for_backward(x if needs_weight else None, weight)
         return _product(x, weight, bias)
 
     @staticmethod

@@ -61,6 +61,8 @@ class AdamW:
         found_inf = torch.stack(skips).amax() if skips else None
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:  # all of a group may be frozen, and the kernels take no empty list
+                continue
             steps = [self.state[weight]["step"] for weight in weights]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
@@ -91,7 +93,7 @@ class AdamW:
 
 
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW with the recipe's constants and the parameter groups that GPT-2 was trained with.
+    """AdamW with the recipe's constants and the parameter groups that GPT-2 was trained with, frozen weights left out.
 
     Weight decay acts on the matrices of linear layers only: biases and norms have no scale to shrink towards, and an
     embedding's row should not fade because its token is rare.
@@ -100,7 +102,8 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and not name.startswith(("wte", "wpe"))
-        (decayed if is_matrix else kept).append(parameter)
+        if parameter.requires_grad:
+            (decayed if is_matrix else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return AdamW(groups, learning_rate)
 

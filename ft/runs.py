@@ -13,7 +13,7 @@ from ft.errors import FtError, UsageError
 from ft.files import LOCK, MANIFEST, locked, read_json, tidy
 from ft.train import total_steps
 
-BYTES_PER_PARAMETER = 12  # in a checkpoint: the weight and AdamW's two moments, 4 bytes each
+BYTES_PER_WEIGHT, BYTES_PER_TRAINED = 4, 8  # in a checkpoint: the weight, and AdamW's two moments if it is trained
 
 
 def _has_files(run: Path) -> bool:
@@ -151,13 +151,14 @@ def is_finished(run: Path, resume_from: Path) -> bool:
         return False
 
 
-def room_for(run: Path, parameters: int, config: Config) -> str:
+def room_for(run: Path, parameters: int, trained: int, config: Config) -> str:
     """How much disk the checkpoints will take and how much is free, in a sentence.
 
     Raises:
         FtError: there is no room for a single one and the finished model.
     """
-    each, final = BYTES_PER_PARAMETER * parameters, 4 * parameters
+    final = BYTES_PER_WEIGHT * parameters
+    each = final + BYTES_PER_TRAINED * trained
     most = each * (config.keep_checkpoints + config.keep_best + 1) + final  # one is written before the oldest goes
     # What an earlier part of the run has written lies there already.
     present = sum(path.stat().st_size for folder in checkpoint.checkpoints(run) for path in folder.iterdir())

@@ -9,6 +9,7 @@ from ft.checkpoint import State
 from ft.config import Config
 from ft.evaluate import Evaluation
 from ft.forgetting import GeneralText, perplexity
+from ft.freeze import number_of_trained
 from ft.gpt2 import GPT2
 from ft.inputs import Data
 from ft.machine import Precision
@@ -28,8 +29,10 @@ def opening(
     """The paragraph at the start of a run."""
     sizes = {name: len(examples) for name, examples in data.examples.items()}
     start = "" if config.init == "pretrained" else ", from random weights"
+    trained, parameters = number_of_trained(model), number_of_parameters(model)
+    share = "" if trained == parameters else f"{trained:,} of "
     return (
-        f"Fine-tuning {config.model}{start}: {number_of_parameters(model):,} parameters, on {precision.device} in "
+        f"Fine-tuning {config.model}{start}: {share}{parameters:,} parameters, on {precision.device} in "
         f"{precision.name} ({precision.reason}).\n"
         f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
         f"{_answers(config, data)}.\n"

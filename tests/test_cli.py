@@ -53,6 +53,9 @@ def test_every_field_has_a_flag(name, form):
     value = other_value(name)
     if field_types()[name][0] is bool:
         arguments = [flag(name)]
+    elif field_types()[name][0] is tuple:
+        value = value if form == "two words" else value[:1]
+        arguments = [flag(name), *value] if form == "two words" else [f"{flag(name)}={value[0]}"]
     else:
         arguments = [flag(name), str(value)] if form == "two words" else [f"{flag(name)}={value}"]
     follows = {"demo": SETTINGS, "resume": {"output_dir": value}}.get(name, {})
@@ -62,6 +65,11 @@ def test_every_field_has_a_flag(name, form):
 def test_resume_needs_no_value():
     assert read_arguments(["--resume"]) == Config(resume=NEWEST)
     assert read_arguments(["--resume", "--seed", "1"]) == Config(resume=NEWEST, seed=1)
+
+
+def test_a_flag_of_several_values_takes_all_up_to_the_next_flag():
+    config = read_arguments(["--freeze", "wte.weight", "h.[01].*", "--seed", "7", "--train-only", "last:2"])
+    assert config == Config(freeze=("wte.weight", "h.[01].*"), seed=7, train_only=("last:2",))
 
 
 def test_of_a_flag_given_twice_the_last_counts():
@@ -83,9 +91,9 @@ def help_text(capsys, monkeypatch):
 def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
     for name, field in FIELDS.items():
         kind, choices = field_types()[name]
-        value = " " + ("|".join(choices) or {int: "N", float: "X", str: "TEXT"}.get(kind, ""))
+        value = " " + ("|".join(choices) or {int: "N", float: "X", str: "TEXT", tuple: "PATTERN ..."}.get(kind, ""))
         value = {"resume": " [TEXT]"}.get(name, "" if kind is bool else value)
-        default = "" if kind is bool or field.default is None else f" (default {field.default})"
+        default = "" if kind is bool or field.default in (None, ()) else f" (default {field.default})"
         assert f" {flag(name)}{value} {field_help()[name]}{default} " in help_text
     assert " --config FILE take settings from" in help_text
     assert "no value" not in help_text
@@ -212,6 +220,10 @@ def test_that_a_run_was_resumed_or_overwrote_another_is_not_inherited():
         ("--seed", ["--seed needs a value"]),
         ("--seed --epochs 2", ["--seed needs a value"]),
         ("--seed --epochs --config", ["--epochs needs a value", "--seed needs a value", "--config needs a value"]),
+        ("--freeze", ["--freeze needs a value"]),
+        ("--freeze --train-only --seed x", ["--freeze needs a value", "--train-only needs a value",
+                                            "--seed is 'x', it must be a whole number"]),
+        ("--freeze= --train-only wte.weight", ["--freeze is empty"]),
         ("--seed x", ["--seed is 'x', it must be a whole number"]),
         ("--seed=", ["--seed is '', it must be a whole number"]),
         ("--batch-size 8.0", ["--batch-size is '8.0', it must be a whole number"]),
@@ -296,9 +308,11 @@ def test_a_wrong_configuration_file_is_refused_like_a_wrong_flag(content, proble
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_OF_THE_RUN])
 def test_every_setting_of_a_file_is_checked_for_its_type(name):
-    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[field_types()[name][0]]
+    kind, _ = field_types()[name]
+    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a text"}[kind]
     write_json("mine.json", **{name: [1]})
-    assert problems_of("--config", "mine.json") == [f"{flag(name)} is [1], it must be {wanted}"]
+    value = 1 if kind is tuple else [1]  # of several texts, the one that is none
+    assert problems_of("--config", "mine.json") == [f"{flag(name)} is {value}, it must be {wanted}"]
 
 
 WORDS = ["", "-", "--", "=", "0", "-1", "1e5", "nan", "8", "x", "-x", "--x=", "ü", "\0", "%s", "linear", "fp16", "*"]

@@ -33,7 +33,8 @@ def other_value(name):
     default = FIELDS[name].default
     if choices:
         return next(choice for choice in choices if choice != default)
-    return {bool: True, int: (default or 0) + 3 if kind is int else None, float: 0.625, str: "somewhere"}[kind]
+    number = (default or 0) + 3 if kind is int else None
+    return {bool: True, int: number, float: 0.625, str: "somewhere", tuple: ("h.1.*", "ln_f.bias")}[kind]
 
 
 def changed(*names):
@@ -81,7 +82,7 @@ def test_every_hyper_parameter_is_explained_below_its_help(name):
 def test_every_fields_type_is_that_of_its_annotation_and_default(name):
     kind, choices = field_types()[name]
     default, hint = FIELDS[name].default, typing.get_type_hints(Config)[name]
-    assert kind in (str, int, float, bool)
+    assert kind in (str, int, float, bool, tuple)
     assert default is None or type(default) is kind
     assert choices == (typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ())
     assert not choices or default in choices
@@ -142,6 +143,7 @@ def test_nothing_changes_a_configuration():
         ("output_dir", "my runs/1", "my runs/1"),
         ("precision", "bf16", "bf16"),
         ("label_names", "1,2", "1,2"),
+        ("freeze", ["wte.weight", "h.0.*"], ("wte.weight", "h.0.*")),
     ],
 )
 def test_text_becomes_the_type_of_the_field(name, text, value):
@@ -213,6 +215,11 @@ WRONG = [
     ({"epochs": True}, "--epochs is True, it must be a number"),
     ({"model": 3}, "--model is 3, it must be a text"),
     ({"precision": ["fp32"]}, "--precision is ['fp32'], it must be a text"),
+    ({"train_only": "wte.weight"}, "--train-only is 'wte.weight', it must be a list of texts"),
+    ({"train_only": None}, "--train-only is None, it must be a list of texts"),
+    ({"train_only": ("wte.weight", 3)}, "--train-only is 3, it must be a text"),
+    ({"freeze": ("wte.weight", "")}, "--freeze is empty"),
+    ({"freeze": ("a\0b",)}, "--freeze is 'a\\x00b', it must not hold a NUL character"),
     ({"demo": 1}, "--demo is 1, it must be true or false"),
     ({"overwrite": "no"}, "--overwrite is 'no', it must be true or false"),
     (
@@ -279,7 +286,10 @@ def test_every_setting_is_read_back_as_it_was_saved(tmp_path, name):
 def test_the_file_is_json_in_the_order_of_the_fields(tmp_path):
     Config(output_dir="läufe/1").save(tmp_path / "config.json")
     text = (tmp_path / "config.json").read_text(encoding="utf-8")
-    assert json.loads(text) == dataclasses.asdict(Config(output_dir="läufe/1"))
+    settings = dataclasses.asdict(Config(output_dir="läufe/1"))
+    assert json.loads(text) == {
+        name: list(value) if field_types()[name][0] is tuple else value for name, value in settings.items()
+    }
     assert list(json.loads(text)) == list(FIELDS)
     assert text.endswith("}\n")
     assert len(text.splitlines()) == len(FIELDS) + 2
@@ -341,6 +351,7 @@ def test_what_decides_the_weights_is_not_free_on_resume():
     decides |= {"dataset_config", "text_column", "label_column", "prompt_column", "completion_column"}
     decides |= {"train_fraction", "max_train_samples"}
     decides |= {"lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dropout"}
+    decides |= {"train_only", "freeze"}
     decides |= {"precision", "tf32", "compile", "static_shapes"}  # how it rounds, and what dropout drops
     decides |= {"forgetting"}  # which changes no weights, but figures of two texts are not to be compared
     assert decides | set(FREE_ON_RESUME) == set(FIELDS)

@@ -202,7 +202,7 @@ def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, t
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage._replace(free=int(2 * each * 1e9)))
     from ft.config import Config
 
-    text = runs.room_for(tmp_path, parameters, Config())
+    text = runs.room_for(tmp_path, parameters, parameters, Config())
     assert text == (
         "Disk: a checkpoint takes 12.0 MB, all that are kept at most 40.0 MB; 24.0 MB are free. WARNING: that is too "
         "little; saves will fail when the disk is full."
