@@ -156,7 +156,11 @@ class Config:
     # Which parameters are trained
 
     train_only: tuple[str, ...] = ()
-    """only those whose names match: wte.weight, h.11.*, *.bias, or last:N, the last N blocks and the final norm"""
+    """only those whose names match: wte.weight, h.11.*, *.bias, or last:N, the last N blocks and the final norm
+
+    The others stay as they are, without gradient and without AdamW's moments (ft/freeze.py). Too few: the model cannot
+    become what the labels ask for. All, as here: the most time and memory, and the most that a long run can overwrite.
+    """
     freeze: tuple[str, ...] = ()
     """not those whose names match; taken away from what --train-only names"""
 
