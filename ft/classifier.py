@@ -12,16 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
-from ft import hub
-from ft.checkpoint import checkpoints, damage_of_checkpoint, is_checkpoint, load_weights
 from ft.config import Config
-from ft.data import label_tokens, read_tokenizer
+from ft.data import label_tokens
 from ft.errors import FtError
-from ft.files import read_json
-from ft.gpt2 import GPT2, GPT2Config
-from ft.machine import choose_device
+from ft.language_model import LanguageModel, load_language_model
 from ft.predict import predict
 
 
@@ -33,33 +27,43 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(LanguageModel):
     """A model with what is needed to ask it about texts.
 
     Attributes:
-        source: where it was loaded from.
-        model: on its device, in evaluation mode.
-        tokenizer: that of the model.
-        label_names: the labels in the order of their numbers.
-        label_ids: the token that stands for each.
+        named_labels: the labels in the order of their numbers; None where neither the model nor the caller named them.
+        label_ids: the token that stands for each; none where they have no names.
         max_length: tokens of a text that are read, end-of-text and label included; of a longer one the end is kept.
     """
 
-    source: str
-    model: GPT2
-    tokenizer: Tokenizer
-    label_names: tuple[str, ...]
+    named_labels: tuple[str, ...] | None
     label_ids: list[int]
     max_length: int
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels in the order of their numbers.
+
+        Raises:
+            FtError: they are not known.
+        """
+        if self.named_labels is None:
+            raise FtError(f"{self.source} does not say what its labels are called; say it by --label-names neg,pos")
+        return self.named_labels
+
     def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[Prediction]:
-        """What the model says of each text, in their order."""
+        """What the model says of each text, in their order.
+
+        Raises:
+            FtError: it is not known what the labels are called.
+        """
+        names = self.label_names
         rows = predict(
             self.model, self.tokenizer, texts, self.label_ids, max_length=self.max_length, batch_size=batch_size
         )
         predictions = []
         for row in rows.tolist():
-            probabilities = dict(zip(self.label_names, row, strict=True))
+            probabilities = dict(zip(names, row, strict=True))
             predictions.append(Prediction(max(probabilities, key=probabilities.__getitem__), probabilities))
         return predictions
 
@@ -83,47 +87,16 @@ def load(
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        FtError: there is no such model, it is damaged, or its labels are not known.
+        FtError: there is no such model, it is damaged, or its labels cannot be told apart.
     """
-    folder = _model_folder(Path(source))
-    files = hub.model_files(str(folder or source), revision)
-    published = read_json(files.config)
-    try:
-        config = GPT2Config.from_dict(published)
-    except FtError as error:
-        raise FtError(f"{files.config}: {error}") from error
-    names = tuple(label_names) if label_names is not None else _label_names(published)
-    if names is None:
-        raise FtError(f"{source} does not say what its labels are called; say it by --label-names neg,pos")
-    model = GPT2(config)
-    load_weights(model, files.weights)
-    model.to(choose_device(device)).eval()
-    tokenizer = read_tokenizer(files.tokenizer)
-    label_ids = label_tokens(names, tokenizer, or_numbers=label_names is None)
-    length = min(max_length or _max_length_of_run(folder), config.n_positions)
-    return Classifier(str(folder or source), model, tokenizer, names, label_ids, length)
-
-
-def _model_folder(source: Path) -> Path | None:
-    """The folder of the model that `source` means; None where it is no folder, but perhaps a Hub id.
-
-    Raises:
-        FtError: a run without a whole model in it, or a damaged checkpoint.
-    """
-    if not source.is_dir():
-        return None
-    if is_checkpoint(source):
-        if damage := damage_of_checkpoint(source):
-            raise FtError(f"{source} is damaged: {damage}")
-        return source
-    if (source / "final").is_dir():
-        return source / "final"
-    if not (source / "metrics.jsonl").exists():
-        return source
-    for folder in reversed(checkpoints(source)):
-        if damage_of_checkpoint(folder) is None:
-            return folder
-    raise FtError(f"the run {source} has no finished model and no whole checkpoint yet")
+    loaded = load_language_model(source, device=device, revision=revision)
+    names = tuple(label_names) if label_names is not None else _label_names(loaded.published)
+    return Classifier(
+        **vars(loaded),
+        named_labels=names,
+        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=label_names is None),
+        max_length=min(max_length or _max_length_of_run(Path(loaded.source)), loaded.model.config.n_positions),
+    )
 
 
 def _label_names(published: dict[str, object]) -> tuple[str, ...] | None:
@@ -137,11 +110,12 @@ def _label_names(published: dict[str, object]) -> tuple[str, ...] | None:
     return tuple(map(str, names))
 
 
-def _max_length_of_run(folder: Path | None) -> int:
+def _max_length_of_run(folder: Path) -> int:
     """--max-length of the run that a finished model or a checkpoint lies in; the recipe's where it lies in none."""
-    recorded = folder.parent / "config.json" if folder is not None else None
+    if not folder.is_dir():  # a Hub id
+        return Config.max_length
     try:
-        length = json.loads(recorded.read_text(encoding="utf-8"))["max_length"] if recorded else None
+        length = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["max_length"]
     except (OSError, ValueError, KeyError, TypeError):
         length = None
     return length if type(length) is int and length >= 2 else Config.max_length

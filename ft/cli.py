@@ -27,6 +27,7 @@ examples:
   python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
   python run.py evaluate runs/rotten_tomatoes --split test
   python run.py explain --demo           one review on its way through one step
+  python run.py generate runs/rotten_tomatoes "the film"
 """
 
 EXPLAIN_EXAMPLES = """\
@@ -41,6 +42,7 @@ COMMANDS = {
     "predict": ("ft.ask", "predict"),
     "evaluate": ("ft.ask", "evaluate"),
     "explain": ("ft.cli", "explain"),
+    "generate": ("ft.generate_command", "generate"),
 }
 
 # What takes the flags of the job, and does something else with its configuration.
@@ -96,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     place = "while reading or writing"
+    advice = ""
     try:
         if arguments and arguments[0] in COMMANDS:
             module, function = COMMANDS[arguments[0]]
@@ -106,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
             (module, function), arguments = WITH_THE_JOBS_FLAGS[arguments[0]], arguments[1:]
         config = read_arguments(arguments)
         place = config.output_dir
+        advice = "; --resume continues from the newest checkpoint" if function == "run_job" else ""
         getattr(import_module(module), function)(
             config
         )  # imported now, as --help and a mistake need not wait for torch
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
             print(stopped, file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues from the newest checkpoint", file=sys.stderr)
+        print(f"\ninterrupted{advice}", file=sys.stderr)
         return 130
     return 0
 

@@ -127,14 +127,16 @@ class Attention(nn.Module):
             selected = hidden_states.index_select(0, selection.rows)
             queries = selection.packing.unpack(affine(selected, query_weight, query_bias))  # (B, Q, C)
             keys, values = packing.unpack(affine(hidden_states, key_value_weight, key_value_bias)).chunk(2, dim=-1)
+        keys, values = packing.with_past(self, keys, values)
 
-        # Padding stands behind every real row, so that the causal mask alone keeps real rows from seeing it.
+        # Padding stands behind every real row, so that the causal mask alone keeps real rows from seeing it. A row by
+        # itself has nothing behind it, but perhaps a past, all of which it sees.
         attended = F.scaled_dot_product_attention(
             self._by_head(queries),
             self._by_head(keys),
             self._by_head(values),
             attn_mask=None if selection is None else selection.mask,
-            is_causal=selection is None,
+            is_causal=selection is None and queries.shape[1] > 1,
             dropout_p=self.attn_pdrop if self.training else 0.0,
         )
         attended = attended.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)

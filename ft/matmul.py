@@ -23,6 +23,16 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return OneDNNAffine.apply(x, weight, bias)
 
 
+def laid_out_for_one_row(weight: Tensor) -> Tensor:
+    """The same (in, out) numbers, laid out in memory as (out, in) where one row times them is then faster.
+
+    Such a product takes as long as reading the weight once. oneDNN reads this order at up to twice the speed.
+    """
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not onednn_is_faster():
+        return weight
+    return weight.T.contiguous().T
+
+
 def matrix_products() -> set[Any]:
     """The operations of PyTorch that compute the products of this model."""
     plain = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}

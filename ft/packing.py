@@ -62,6 +62,13 @@ class Packing:
         """(B, T, C) -> (N, C), dropping the padded places."""
         return padded.flatten(0, 1).index_select(0, self.slots)
 
+    def with_past(self, attention: object, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values, (B, T, C) each, that these rows attend to in one layer: their own.
+
+        Whole sequences have no past. Rows that continue one do, and `ft/kv_cache.py` puts it in front.
+        """
+        return keys, values
+
     def to(self, device: torch.device) -> "Packing":
         """The same packing with its index arrays on `device`."""
         return Packing(

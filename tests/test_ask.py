@@ -86,8 +86,8 @@ def test_every_place_of_a_model_is_found(finished, inputs, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_refused(finished, inputs, tmp_path):
-    with pytest.raises(FtError, match=r"does not say what its labels are called"):
-        load(inputs[1])
+    with pytest.raises(FtError, match=r"does not say what its labels are called; say it by --label-names neg,pos"):
+        load(inputs[1]).predict(TEXTS)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "final")
@@ -172,14 +172,15 @@ class Terminal(Pipe):
         (["{run}", "--file", "/dev/null"], 1, "/dev/null has no lines"),
         (["{run}", "--file", "{latin}"], 1, "is not UTF-8"),
         (["./absent", "a"], 1, "./absent"),
+        (["{unnamed}", "a"], 1, "does not say what its labels are called; say it by --label-names neg,pos"),
         (["{run}", "a", "--label-names", "good,goodness"], 1, "begin with the same token"),
     ],
 )
-def test_mistakes_are_told_in_one_line(finished, tmp_path, monkeypatch, capsys, arguments, status, message):
+def test_mistakes_are_told_in_one_line(finished, inputs, tmp_path, monkeypatch, capsys, arguments, status, message):
     monkeypatch.setattr(sys, "stdin", Terminal(b""))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
-    places = {"run": finished, "latin": tmp_path / "latin.txt"}
+    places = {"run": finished, "latin": tmp_path / "latin.txt", "unnamed": inputs[1]}
     assert main(["predict", *(argument.format(**places) for argument in arguments)]) == status
     error = capsys.readouterr().err
     assert message in error

@@ -1,0 +1,92 @@
+"""Tokens per second of a continued text, beside `transformers`' own `generate` on the same weights.
+
+    python -m benchmarks.generate --tokenizer DIR
+
+Both continue the same prompts by as many likeliest tokens, in turns, from random weights of the 124M model's size: what
+a token costs does not depend on their values. Both come to the same tokens, which is checked. The time is that of the
+whole call: reading the prompt, every token, and for ft turning them into text as they come.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks.common import markdown_table, write_result
+from benchmarks.synthetic import SIZES, write_model
+from ft.language_model import LanguageModel, load_language_model
+
+REVIEW = (
+    "a gorgeous , witty , seductive film that holds the interest from its first scene to its last , and a good deal "
+)
+PROMPTS = (16, 512)
+
+
+def main() -> None:
+    """Measure prompts of each length in turns, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--size", choices=SIZES, default="gpt2")
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens of each turn (default 100)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side, after one that warms up (default 7)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), options.size, tokenizer_from=options.tokenizer)
+        ours = load_language_model(folder, device="cpu")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    words = ours.tokenizer.encode(REVIEW * 60, add_special_tokens=False).ids
+    figures = []
+    for length in PROMPTS:
+        prompt = ours.tokenizer.decode(words[:length])
+        seconds: dict[str, list[float]] = {"ft": [], "transformers": []}
+        for turn in range(options.rounds + 1):
+            our_seconds, our_tokens = turn_of_ours(ours, prompt, options.tokens)
+            their_seconds, their_tokens = turn_of_transformers(theirs, words[:length], options.tokens)
+            if our_tokens != their_tokens or len(our_tokens) != options.tokens:
+                raise SystemExit(f"after {length} tokens ft wrote {our_tokens}, transformers {their_tokens}")
+            if turn > 0:
+                seconds["ft"].append(our_seconds)
+                seconds["transformers"].append(their_seconds)
+        rates = {name: options.tokens / statistics.median(values) for name, values in seconds.items()}
+        ratio = statistics.median(seconds["transformers"]) / statistics.median(seconds["ft"])
+        figures.append({"prompt_tokens": length, "seconds": seconds, "tokens_per_second": rates, "ratio": ratio})
+        print(figures[-1], flush=True)
+
+    rows = [
+        [
+            f"{each['prompt_tokens']} tokens",
+            f"{each['tokens_per_second']['transformers']:.1f} tokens/s",
+            f"{each['tokens_per_second']['ft']:.1f} tokens/s",
+            f"{each['ratio']:.2f} x",
+        ]
+        for each in figures
+    ]
+    table = markdown_table([f"{options.size}, {options.tokens} new tokens after", "transformers", "ft", ""], rows)
+    settings = {"size": options.size, "new_tokens": options.tokens, "rounds": options.rounds}
+    write_result("generate", {**settings, "prompts": figures}, table)
+
+
+def turn_of_ours(model: LanguageModel, prompt: str, new_tokens: int) -> tuple[float, list[int]]:
+    """Seconds and tokens of ft's continuation."""
+    started = time.perf_counter()
+    generation = model.stream(prompt, max_new_tokens=new_tokens)
+    "".join(generation)
+    return time.perf_counter() - started, generation.token_ids
+
+
+def turn_of_transformers(
+    model: transformers.PreTrainedModel, prompt_ids: list[int], new_tokens: int
+) -> tuple[float, list[int]]:
+    """Seconds and tokens of the continuation by `transformers`, whose cache is on by default."""
+    started = time.perf_counter()
+    prompt = torch.tensor([prompt_ids])
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False)
+    return time.perf_counter() - started, written[0, len(prompt_ids) :].tolist()
+
+
+if __name__ == "__main__":
+    main()
