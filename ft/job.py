@@ -39,7 +39,7 @@ from ft.report import Report
 from ft.saver import Saver
 from ft.scores import write_scores
 from ft.stop import StopRequest
-from ft.summary import closing, number_of_parameters, opening, three_predictions
+from ft.summary import closing, number_of_parameters, opening, three_completions, three_predictions
 from ft.train import rows_of_step, steps_per_epoch, total_steps, train
 
 
@@ -232,8 +232,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             f"({saver.failure.strerror or saver.failure}): a longer run could only continue from the one before"
         )
     print(closing(run, state, last_step, seconds, config, test))
-    if data.label_names:
-        print(three_predictions(model, data, config.max_length))
+    print(three_predictions(model, data, config.max_length) if data.label_names else three_completions(model, data))
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
 

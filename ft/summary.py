@@ -10,11 +10,14 @@ from ft.config import Config
 from ft.evaluate import Evaluation
 from ft.forgetting import GeneralText, perplexity
 from ft.freeze import number_of_trained
+from ft.generate import Generation
 from ft.gpt2 import GPT2
 from ft.inputs import Data
 from ft.machine import Precision
 from ft.predict import predict
+from ft.sampling import Sampling
 
+SHOWN_TOKENS = 24  # of a completion
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
 
@@ -72,7 +75,7 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + _forgotten(state)
         + f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in "
         f"{run / 'metrics.jsonl'}. "
-        f'To ask it: python run.py predict {run} "a text"'
+        f'To ask it: python run.py {"predict" if config.completion_column is None else "generate"} {run} "a text"'
     )
 
 
@@ -85,7 +88,7 @@ def _forgotten(state: State) -> str:
 
 
 def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
-    """Three validation reviews with what the model says of them."""
+    """Three validation examples with what the model says of them."""
     split = data.splits["validation"]
     rows = [len(split.texts) * third // 3 for third in range(3)]
     probabilities = predict(
@@ -96,4 +99,21 @@ def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
         said, true = data.label_names[int(label)], data.label_names[split.labels[row]]
         verdict = "right" if said == true else f"wrong, it is {true}"
         lines.append(f"  {said} ({probability:.1%}, {verdict}): {shorten(split.texts[row], 90, placeholder=' ...')}")
+    return "\n".join(lines)
+
+
+def three_completions(model: GPT2, data: Data) -> str:
+    """Three validation prompts with what the model goes on with, greedily. Leaves the model in evaluation mode."""
+    split = data.splits["validation"]
+    model.eval()
+    lines = ["\nThree validation examples:"]
+    for third in range(3):
+        # Of a prompt that leaves no room for an answer the beginning is cut off, as it was in training.
+        ids = data.tokenizer.encode(split.texts[len(split.texts) * third // 3], add_special_tokens=False).ids
+        prompt = data.tokenizer.decode(
+            ids[-max(1, model.config.n_positions - SHOWN_TOKENS) :], skip_special_tokens=False
+        )
+        answer = Generation(model, data.tokenizer, prompt, max_new_tokens=SHOWN_TOKENS, sampling=Sampling(seed=0))
+        shown = shorten(prompt, 60, placeholder=" ...")
+        lines.append(f"  {shown} -> {shorten(''.join(answer), 60, placeholder=' ...')}")
     return "\n".join(lines)

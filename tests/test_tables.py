@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import re
 
 import datasets
 import pyarrow as pa
@@ -285,7 +286,11 @@ def test_a_run_on_completions_learns_them(demo_inputs, tmp_path, capsys):
     model = ["--model", str(demo_inputs[0]), "--device", "cpu", "--precision", "fp32"]
     recipe = ["--epochs", "6", "--learning-rate", "2e-3", "--output-dir", str(tmp_path / "run")]
     assert main([*flags, *model, *recipe]) == 0
-    assert "completions from the column completion; accuracy counts their tokens" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "completions from the column completion; accuracy counts their tokens" in told
+    shown = re.findall(r"  (\w+) \d+ -> is (\w+)\n", told.partition("Three validation examples:")[2])
+    assert len(shown) == 3
+    assert all(TOPICS[topic] == word for word, topic in shown), "the model goes on as it was taught"
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [event["eval_accuracy"] for event in events if "eval_accuracy" in event][-1] > 0.95
     assert "id2label" not in json.loads((tmp_path / "run" / "final" / "config.json").read_text())
