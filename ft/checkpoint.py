@@ -152,7 +152,9 @@ def save_model(folder: NewFolder, config: GPT2Config, weights: dict[str, Tensor]
         "id2label": {str(label): name for label, name in enumerate(source.label_names)},
         "label2id": {name: label for label, name in enumerate(source.label_names)},
     }
-    published = {key: value for key, value in source.config.items() if key not in labels}
+    # `transformers` notes under `_name_or_path` where a model was loaded from, a path that is nobody else's business.
+    dropped = {*labels, "_name_or_path"}
+    published = {key: value for key, value in source.config.items() if key not in dropped}
     published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own}
     if source.label_names:  # and none where completions were learnt
         published |= labels

@@ -33,6 +33,7 @@ from ft.freeze import freeze, number_of_trained
 from ft.gpt2 import GPT2
 from ft.inputs import model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
+from ft.model_card import Outcome, model_card
 from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
 from ft.report import Report
@@ -224,8 +225,16 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     probabilities = evaluations[judged].probabilities
     if probabilities is not None:
         write_scores(run / "scores.json", state.step, probabilities, data.splits[judged], data.label_names)
+    card = model_card(
+        config,
+        data,
+        Outcome(state, test, seconds),
+        num_parameters=number_of_parameters(model),
+        device=f"{device} in {precision.name}",
+    )
     with complete_or_absent(run / "final") as folder:
         checkpoint.save_model(folder, model_config, checkpoint.weights_of(model), source)
+        folder.write("README.md", [card.encode()])
     if saver.failure is not None:
         raise FtError(
             f"the model lies in {run / 'final'}, but the last checkpoint could not be written "
