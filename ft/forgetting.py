@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from ft.data import Example
 from ft.errors import FtError
 from ft.hub import dataset_files
-from ft.tables import read_texts, suffix_of
+from ft.layout import suffix_of
+from ft.tables import read_texts
 
 BUILTIN = "builtin"
 WINDOW = 256  # tokens that are read at once, so that most are predicted from many
