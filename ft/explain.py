@@ -21,6 +21,7 @@ from ft.config import Config, flag
 from ft.data import IGNORED, Batch, Example, collate, read_tokenizer
 from ft.errors import FtError, UsageError
 from ft.files import read_json
+from ft.freeze import freeze
 from ft.gpt2 import GPT2
 from ft.inputs import Data, model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision
@@ -78,6 +79,7 @@ def _walk(config: Config, row: int | None) -> None:
         load_weights(model, files.weights)
     else:
         model.init_weights(config.seed)
+    freeze(model, config.train_only, config.freeze)
     model.to(device)
 
     split, target_ids = data.splits["train"], examples[row].target_ids

@@ -130,6 +130,13 @@ def test_the_demo_needs_no_network_and_the_first_full_rate_is_chosen(said):
     assert losses[-1] < losses[-2]
 
 
+def test_what_is_frozen_is_not_moved(said, inputs):
+    text = said(*inputs, "--train-only", "last:1", "--dropout", "0")
+    assert "by 0.00e+00 on average" in text
+    before, after = re.search(rf"{NUMBER} before the step, {NUMBER} after it, of the 8", text).groups()
+    assert float(after) < float(before)
+
+
 def test_the_settings_of_a_finished_run_are_taken_from_its_file(said, inputs, tmp_path):
     flags = ["--seed", "3", "--batch-size", "3"]
     (tmp_path / "config.json").write_text(json.dumps({"seed": 3, "batch_size": 3}))
