@@ -28,6 +28,7 @@ examples:
   python run.py evaluate runs/rotten_tomatoes --split test
   python run.py explain --demo           one review on its way through one step
   python run.py generate runs/rotten_tomatoes "the film"
+  python run.py report runs/rotten_tomatoes     curves, mistakes and settings as one HTML file
 """
 
 EXPLAIN_EXAMPLES = """\
@@ -43,6 +44,7 @@ COMMANDS = {
     "evaluate": ("ft.ask", "evaluate"),
     "explain": ("ft.cli", "explain"),
     "generate": ("ft.generate_command", "generate"),
+    "report": ("ft.html_report", "report"),
 }
 
 # What takes the flags of the job, and does something else with its configuration.

@@ -130,6 +130,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             if not (run / "config.json").exists():  # the folder has vanished in between, and been made anew
                 config.save(run / "config.json")
 
+        collate_batch = _collate_function(config)
+        if device.type == "cpu":
+            collate_batch = report.times.observe(model, collate_batch)
         saver = Saver(write, report.line, blocking=config.save_blocking)
 
         evaluations: dict[str, Evaluation] = {}  # the newest of each split
@@ -201,7 +204,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     config,
                     state,
                     precision=precision,
-                    collate=_collate_function(config),
+                    collate=collate_batch,
                     report=report,
                     evaluate=validate,
                     save=save,

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from ft.step_times import StepTimes
+
 
 class Report:
     """Shows progress and writes metrics; used as a context manager around the training loop."""
@@ -31,6 +33,7 @@ class Report:
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
+        self.times = StepTimes()
         self._started = time.perf_counter()
         self._paused = 0.0
         self._reviews = self._tokens = 0
@@ -70,14 +73,17 @@ class Report:
     @contextmanager
     def pause(self, activity: str) -> Iterator[None]:
         """Leave the time spent inside (evaluating, saving) out of the training speed."""
+        self.times.end_of_step()
         started = time.perf_counter()
         self._bar.set_description(activity)
         yield
         self._bar.set_description("training")
         self._paused += time.perf_counter() - started
+        self.times.mark(activity)
 
     def training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the mean loss since the last such line, and the speed over the same steps."""
+        self.times.end_of_step()
         now = time.perf_counter()
         seconds = now - self._started - self._paused
         speed = {"samples_per_second": self._reviews / seconds, "tokens_per_second": self._tokens / seconds}
@@ -107,7 +113,12 @@ class Report:
         self.line(f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
-        """Append one event to metrics.jsonl. What a full disk does not take is tried again with the next one."""
+        """Append one event to metrics.jsonl, with where the time since the last one went.
+
+        What a full disk does not take is tried again with the next event.
+        """
+        if seconds_by_part := self.times.take():
+            figures = {**figures, "seconds_by_part": seconds_by_part}
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in figures.items()}
         self._pending += (json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n").encode()
         with suppress(OSError):

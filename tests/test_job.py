@@ -66,9 +66,13 @@ def test_the_program_from_start_to_end(small, tmp_path):
         "grad_norm",
         "samples_per_second",
         "tokens_per_second",
+        "seconds_by_part",
     ]
-    assert list(evaluation) == ["step", "epoch", "eval_loss", "eval_accuracy"]
-    assert list(test) == ["step", "epoch", "test_loss", "test_accuracy"]
+    assert list(evaluation) == ["step", "epoch", "eval_loss", "eval_accuracy", "seconds_by_part"]
+    assert list(test) == ["step", "epoch", "test_loss", "test_accuracy", "seconds_by_part"]
+    assert list(training["seconds_by_part"]) == ["data", "forward", "backward", "update"]
+    assert "evaluating" in evaluation["seconds_by_part"]
+    assert {"saving", "evaluating"} <= set(test["seconds_by_part"])
     assert transformers.AutoModelForCausalLM.from_pretrained(run / "final")
 
 

@@ -15,6 +15,7 @@ from ft.report import Report
 
 ROOT = Path(__file__).parent.parent
 TRAINING_KEYS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second"]
+TRAINING_KEYS += ["seconds_by_part"]
 FIGURES = {"loss": 0.75, "learning_rate": 2e-5, "grad_norm": 3.5}
 
 
@@ -60,7 +61,7 @@ def test_each_event_is_one_line_of_json_with_the_documented_keys(path, clock):
         report.evaluation(1067, 1.0, loss=0.4, accuracy=0.875, split="test")
     training, evaluation, test = events(path)
     assert list(training) == TRAINING_KEYS
-    speeds = {"samples_per_second": 4.0, "tokens_per_second": 94.0}
+    speeds = {"samples_per_second": 4.0, "tokens_per_second": 94.0, "seconds_by_part": {"training": 2.0}}
     assert training == {"step": 100, "epoch": 0.0937, **FIGURES, **speeds}
     assert evaluation == {"step": 100, "epoch": 0.0937, "eval_loss": 0.5, "eval_accuracy": 0.8125}
     assert test == {"step": 1067, "epoch": 1.0, "test_loss": 0.4, "test_accuracy": 0.875}
@@ -110,7 +111,7 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_goes_on_behind_t
     assert [(event["step"], event["loss"]) for event in events(path)] == [(1, 1.0), (2, 2.5)]
 
 
-def test_a_run_from_the_start_drops_every_line(path):
+def test_a_run_from_the_start_drops_every_line(path, clock):
     path.write_text('{"step": 7}\n{"step": ')
     with open_report(path) as report:
         report.write(1, 0.1, {})
@@ -175,6 +176,11 @@ def test_time_spent_in_a_pause_does_not_slow_training_down(path, clock):
         report.step(reviews=8, tokens=100)
         report.training(3, 0.3, **FIGURES)
     assert [event["samples_per_second"] for event in events(path)] == [2.0, 2.0, 1.0]
+    assert [event["seconds_by_part"] for event in events(path)] == [
+        {"training": 4.0, "evaluating": 1000.0, "saving": 1000.0},
+        {"training": 4.0, "evaluating": 500.0},
+        {"training": 8.0},
+    ]
 
 
 def test_a_line_for_people_says_the_same(path, clock, capsys):
