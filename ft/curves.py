@@ -30,7 +30,7 @@ _STAND_INS |= {f"#0100{i:02x}": f"var(--colour-{i})" for i in range(COLOURS)}
 _STYLE: dict[str, object] = {
     "svg.fonttype": "none",  # text stays text
     "path.simplify_threshold": 0.5,
-    "font.size": 9,
+    "font.size": 11,  # as wide as the page's type is at most
     "axes.edgecolor": GRID,
     "axes.labelcolor": TEXT,
     "axes.spines.top": False,
@@ -101,7 +101,7 @@ def bar_chart(parts: Sequence[float], description: str) -> str:
         axes.set_axis_off()
         figure.set_layout_engine("none")
         axes.set_position((0, 0, 1, 1))
-        return _svg(figure, description)
+        return _svg(figure, description, preserveAspectRatio="none")  # as high as the page likes
 
 
 def calibration_chart(bins: Sequence[Sequence[float]], description: str) -> str:
@@ -136,16 +136,19 @@ def _tick(value: float, _: int) -> str:
     """A number at the side of a chart, in at most five characters or so."""
     if abs(value) >= 1e4:
         return _short(value)
-    return (f"{value:.0e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}").replace("e-0", "e-")
+    if 0 < abs(value) < 1e-3:
+        digits, exponent = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.4g}"
 
 
-def _svg(figure: Figure, description: str) -> str:
+def _svg(figure: Figure, description: str, **attributes: str) -> str:
     """The figure as an SVG element without what a page has no use for: prolog, date, sizes, names of groups."""
     file = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     root = ElementTree.fromstring(file.getvalue())
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description, **attributes}
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{SVG}metadata", f"{SVG}style") or (child.tag == f"{SVG}defs" and not len(child)):

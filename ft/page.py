@@ -206,7 +206,10 @@ def _times(run: Recorded, number: int, several: bool) -> str:
     ]
     bar = bar_chart([value for _, value in parts], f"Time of run {number + 1} by part: {told}.")
     head = ["part", "in all", "share", "per step"]
-    return _name(run, number, several) + f'<div class="card">\n{bar}\n{_table(head, rows, "Time by part")}\n</div>'
+    return (
+        _name(run, number, several)
+        + f'<div class="card">\n<div class="bar">{bar}</div>\n{_table(head, rows, "Time by part")}\n</div>'
+    )
 
 
 def _judgement(run: Recorded, number: int, several: bool) -> str:
