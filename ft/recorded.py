@@ -117,12 +117,12 @@ def _are_scores(value: Any) -> bool:  # noqa: ANN401
 
 def settings_given(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that are not the defaults, of a --demo those that are not the demo's."""
-    usual = asdict(Config())
+    usual = json.loads(json.dumps(asdict(Config())))  # as a file tells it, with lists for tuples
     left_out = set(NOT_OF_THE_RUN)
     if config.get("demo") is True:
         from ft.demo import SETTINGS  # here, as it brings PyTorch along
 
-        usual |= SETTINGS
+        usual.update(SETTINGS)
         left_out |= {"model", "dataset"}  # which it makes itself
     return {
         name: value
