@@ -4,7 +4,8 @@
 
 Every way of saving runs in a process of its own, on a model of random weights with its optimiser's state. The stall of
 a save is the time of the call, and what the steps that run while it is written in the background take more than others:
-those before and after, and for `ft`, whose thread takes longer, those in between for which it is held.
+those before and after, and for `ft`, whose thread takes longer, those in between for which it is held; the time until
+it holds counts as stall too.
 """
 
 import argparse
@@ -95,23 +96,26 @@ def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argpars
     save, is_writing, gate = SAVERS[way](model, optimizer, tokenizer, folder)
     usual, calls, stalls, written = [], [], [], []
     for number in range(1, options.saves + 2):
-        around, meanwhile, held = steps(), [], []
+        around, meanwhile, held, waited = steps(), [], [], 0.0
         started = time.perf_counter()
         save(number)
         calls.append(time.perf_counter() - started)
         while is_writing():
             meanwhile.append(one_step())
-            if gate:
+            if gate:  # in a fixed order: were steps repeated until it holds, long ones would come before those held
                 gate.close()
+                meanwhile.append(one_step())
+                closed = time.perf_counter()
                 while is_writing() and not gate.holds:
-                    meanwhile.append(one_step())
+                    time.sleep(0.001)
+                waited += time.perf_counter() - closed
                 if gate.holds:
                     held.append(one_step())
                 gate.open()
         written.append(time.perf_counter() - started)
         around = held or [*around, *steps()]
         usual += around
-        stalls.append(calls[-1] + sum(meanwhile) - len(meanwhile) * statistics.mean(around))
+        stalls.append(calls[-1] + waited + sum(meanwhile) - len(meanwhile) * statistics.mean(around))
     return {
         "step_seconds": statistics.median(usual),
         "call_seconds": statistics.median(calls[1:]),
@@ -126,8 +130,13 @@ class Gate:
 
     def __init__(self) -> None:
         self._open = threading.Event()
-        self.open, self.close = self._open.set, self._open.clear
+        self.close = self._open.clear
+        self.open()
+
+    def open(self) -> None:
+        """Let the thread go on; it counts as going on at once, even if it wakes later."""
         self.holds = False
+        self._open.set()
 
     def before(self, do: Do) -> Do:
         """What does a piece of work as `do` does, when the gate is open."""
@@ -150,7 +159,6 @@ def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folde
     source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     gate = Gate()
-    gate.open()
 
     def write(snapshot: Snapshot, do: Do) -> None:
         write_checkpoint(folder, snapshot, source, keep=2, keep_best=False, do=gate.before(do))
