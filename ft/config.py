@@ -195,6 +195,8 @@ class Config:
     """how many of the newest checkpoints to keep"""
     keep_best: bool = False
     """also keep the checkpoint of the best evaluation, by accuracy, then loss, and save at each that is better"""
+    tensorboard: bool = False
+    """also write the figures as event files for TensorBoard, to tensorboard/ in --output-dir"""
     save_blocking: bool = False
     """write checkpoints while the training waits: slower, but without a second copy of weights and moments in memory"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -251,6 +253,7 @@ FREE_ON_RESUME = (
     "save_steps",
     "keep_checkpoints",
     "keep_best",
+    "tensorboard",
     "save_blocking",
     "on_nonfinite",
     "max_skipped_steps",

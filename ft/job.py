@@ -41,6 +41,7 @@ from ft.saver import Saver
 from ft.scores import write_scores
 from ft.stop import StopRequest
 from ft.summary import closing, number_of_parameters, opening, three_completions, three_predictions
+from ft.tensorboard import EventFiles, summary_writer
 from ft.train import rows_of_step, steps_per_epoch, total_steps, train
 
 
@@ -53,6 +54,8 @@ def run_job(config: Config) -> None:
     """
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
+    if config.tensorboard:
+        summary_writer()  # refuses now what it would refuse when the data are read
     with runs.own_folder(config) as run:
         _run_in(run, config, device, precision)
 
@@ -118,7 +121,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     with (
         StopRequest() as stopping,
         Report(
-            run / "metrics.jsonl", total_steps=last_step, first_step=state.step, metrics_bytes=state.metrics_bytes
+            run / "metrics.jsonl",
+            total_steps=last_step,
+            first_step=state.step,
+            metrics_bytes=state.metrics_bytes,
+            tensorboard=EventFiles(run / "tensorboard", first_step=state.step) if config.tensorboard else None,
         ) as report,
         _error_advice(config, run, data.splits["train"]),
     ):

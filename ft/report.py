@@ -14,16 +14,26 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from ft.step_times import StepTimes
+from ft.tensorboard import EventFiles
 
 
 class Report:
     """Shows progress and writes metrics; used as a context manager around the training loop."""
 
-    def __init__(self, metrics_path: Path, *, total_steps: int, first_step: int, metrics_bytes: int) -> None:
+    def __init__(
+        self,
+        metrics_path: Path,
+        *,
+        total_steps: int,
+        first_step: int,
+        metrics_bytes: int,
+        tensorboard: EventFiles | None = None,
+    ) -> None:
         """Open the metrics file at the length that the state says; later lines are of a run that broke off."""
         self.metrics_path = metrics_path
         self._file = metrics_path.open("ab", buffering=0)
         self._pending = b""
+        self._tensorboard = tensorboard
         if metrics_path.stat().st_size < metrics_bytes:
             print(f"WARNING: {metrics_path} has lost its end: lines of earlier steps are missing.")
         else:
@@ -46,6 +56,9 @@ class Report:
     ) -> None:
         self._bar.close()
         self._file.close()
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.close()
 
     @property
     def metrics_bytes(self) -> int:
@@ -123,6 +136,9 @@ class Report:
         self._pending += (json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n").encode()
         with suppress(OSError):
             self._write_pending()
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.write(step, finite)
 
     def _write_pending(self) -> None:
         while self._pending:

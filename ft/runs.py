@@ -183,6 +183,11 @@ def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
     for name in ("metrics.jsonl", "scores.json"):
         (run / name).unlink(missing_ok=True)
-    for folder in (*checkpoint.checkpoints(run), *run.glob(f"{checkpoint.SUPERSEDED}*"), run / "final"):
+    for folder in (
+        *checkpoint.checkpoints(run),
+        *run.glob(f"{checkpoint.SUPERSEDED}*"),
+        run / "tensorboard",
+        run / "final",
+    ):
         shutil.rmtree(folder, ignore_errors=True)
     (run / "config.json").unlink(missing_ok=True)  # last, as checkpoints without it would be of an unknown run
