@@ -12,6 +12,7 @@ from ft.config import NOT_OF_THE_RUN, Config, field_types, flag
 from ft.errors import UsageError
 
 Events = list[dict[str, Any]]
+PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class Recorded:
         return values[-1] if values else None
 
     def seconds_by_part(self) -> dict[str, float]:
-        """Seconds of the whole run by part (ft/step_times.py); empty if they were not noted."""
+        """Seconds of the whole run by part (ft/step_times.py), in the order of a step; empty if they were not noted."""
         total: dict[str, float] = {}
         for event in self.events:
             parts = event.get("seconds_by_part")
             for part, seconds in parts.items() if isinstance(parts, dict) else ():
                 if is_number(seconds) and seconds >= 0:
                     total[part] = total.get(part, 0.0) + seconds
-        return total
+        return {part: total[part] for part in dict.fromkeys((*PARTS, *total)) if part in total}
 
 
 def is_number(value: object) -> bool:

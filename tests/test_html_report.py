@@ -132,6 +132,14 @@ def test_more_runs_than_colours_are_told_apart_by_dashes(tmp_path):
     assert "stroke-dasharray" in markup
 
 
+def test_parts_come_in_the_order_of_a_step(tmp_path):
+    run = write_run(tmp_path / "run", events=1)
+    before = {"step": 0, "seconds_by_part": {"saving": 1.0, "other": 0.5, "update": 0.25, "data": 2.0, "forward": "x"}}
+    (run / "metrics.jsonl").write_text(json.dumps(before) + "\n" + (run / "metrics.jsonl").read_text())
+    expected = [("data", 2.25), ("forward", 1.0), ("backward", 2.0), ("update", 1.0), ("saving", 1.0), ("other", 0.5)]
+    assert list(read_run(run).seconds_by_part().items()) == expected
+
+
 @pytest.mark.parametrize("ending", ["", '{"step": 130, "epo', '{"step": "x", "loss": []}\n[1]\nnull\n\xff\n'])
 def test_a_run_that_goes_on_has_a_report_too(tmp_path, ending):
     run = write_run(tmp_path / "run", scores=False)
