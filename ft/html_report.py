@@ -40,6 +40,8 @@ def report(arguments: Sequence[str]) -> None:
         except UsageError as error:
             problems += error.problems
     output = options.output or (options.runs[0] if len(runs) == 1 else options.runs[0].parent) / "report.html"
+    if options.output and not output.parent.is_dir():
+        problems.append(f"--output is {str(output)!r}, there is no folder {str(output.parent)!r}")
     if output.exists() and not output.is_file():
         problems.append(f"--output is {str(output)!r}, it must be the name of a file")
     if problems:

@@ -233,6 +233,8 @@ def test_mistakes_are_told_all_at_once(tmp_path, capsys):
     assert "has no metrics.jsonl: it must be the folder of a run" in error[0]
     assert "there is no such folder" in error[1]
     assert "it must be the name of a file" in error[2]
+    assert main(["report", str(write_run(tmp_path / "run")), "--output", str(tmp_path / "none" / "x.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "RUN" in capsys.readouterr().err
 
