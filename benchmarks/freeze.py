@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import markdown_table, write_result
-from benchmarks.step import GIB, PARTS, build, peak_memory, random_examples, review_like_lengths, timed_steps
+from benchmarks.step import GIB, PARTS, peak_memory, random_examples, review_like_lengths, timed_steps
 from benchmarks.synthetic import SIZES, model_config
 from ft.checkpoint import ModelSource, State, take_snapshot, write_checkpoint
 from ft.cli import read_arguments
 from ft.freeze import freeze, number_of_trained
-from ft.gpt2 import GPT2
+from ft.gpt2 import GPT2, GPT2Config
 from ft.job import run_job
 from ft.machine import keep_freed_memory
 from ft.optim import AdamW, build_optimizer
@@ -94,9 +94,11 @@ def measure_in_turns(size: str, turns: int) -> dict[str, dict[str, Any]]:
 
 @cache
 def built(size: str, patterns: tuple[str, ...]) -> tuple[GPT2, AdamW]:
-    """Model and optimiser of this process."""
+    """Model and optimiser of this process, which never holds the moments of what is frozen."""
     keep_freed_memory()
-    model, _, _ = build(size)
+    model = GPT2(GPT2Config.from_dict(model_config(size)))
+    model.init_weights(seed=42)
+    torch.manual_seed(42)
     freeze(model, patterns, ())
     return model, build_optimizer(model, learning_rate=2e-5, weight_decay=0.0)
 
