@@ -16,8 +16,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ft.command import CommandParser
-from ft.config import OF_THE_DATA, Config, read_config_file
+from ft.config import Config
 from ft.errors import FtError, UsageError
+from ft.settings import OF_THE_DATA, read_config_file
 
 if TYPE_CHECKING:
     from ft.classifier import Classifier

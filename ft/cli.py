@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Never
 
 from ft.command import CommandParser, unknown_flag
-from ft.config import NEWEST, Config, field_groups, field_help, field_types, flag, parse_value, read_config_file, run_of
+from ft.config import NEWEST, Config, field_groups, field_help, field_types, flag
 from ft.errors import FtError, Stopped, UsageError
+from ft.settings import parse_value, read_config_file, run_of
 
 EXAMPLES = """\
 examples:

@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -222,46 +222,6 @@ class Config:
 # The value of `resume` that stands for the newest checkpoint in the output directory.
 NEWEST = "newest"
 
-# What one run of a folder may have and another not, without being another run.
-NOT_OF_THE_RUN = ("resume", "overwrite", "save_dataset")
-
-# What decides which rows a run reads.
-OF_THE_DATA = (
-    "dataset",
-    "dataset_revision",
-    "dataset_config",
-    "text_column",
-    "label_column",
-    "prompt_column",
-    "completion_column",
-    "train_fraction",
-    "max_train_samples",
-    "seed",
-)
-
-# What may change when a run is resumed: none of it changes the weights that come out.
-FREE_ON_RESUME = (
-    *NOT_OF_THE_RUN,
-    "output_dir",
-    "device",
-    "eval_batch_size",
-    "early_stopping_patience",  # which moves the end, and changes no step on the way there
-    "release_memory",
-    "activation_checkpointing",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "keep_checkpoints",
-    "keep_best",
-    "tensorboard",
-    "save_blocking",
-    "on_nonfinite",
-    "max_skipped_steps",
-)
-
-# What a resumed run may have more of; less of it would end before its checkpoint's schedule does.
-LONGER_ON_RESUME = ("epochs", "max_steps")
-
 _MINIMUM: dict[str, float] = {
     "max_train_samples": 1,
     "max_steps": 1,
@@ -326,60 +286,6 @@ def field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
         else:
             found[name] = (typing.get_origin(hint) or hint, ())
     return found
-
-
-def parse_value(name: str, text: str | list[str]) -> Any:  # noqa: ANN401
-    """A field's value from the text that a command line gave, or from the texts for a field that takes several.
-
-    Raises:
-        UsageError: the text is no number where one is needed.
-    """
-    kind, _ = field_types()[name]
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UsageError(f"{flag(name)} is {text!r}, it must be {wanted}") from None
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a `config.json` that `Config.save` wrote, or in one written by hand with fewer of them.
-
-    Raises:
-        UsageError: the file is absent, no JSON object, or has a setting that does not exist.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the configuration {path} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"the configuration {path} must be a JSON object of settings")
-    unknown = [name for name in settings if name not in field_types()]
-    if unknown:
-        raise UsageError(f"the configuration {path} has unknown settings: {', '.join(map(str, unknown))}")
-    return {
-        name: tuple(value) if field_types()[name][0] is tuple and isinstance(value, list) else value
-        for name, value in settings.items()
-        if name not in NOT_OF_THE_RUN
-    }
-
-
-def run_of(path: Path) -> Path:
-    """The folder of the run that a value of --resume means: itself, or the one that a checkpoint lies in."""
-    return path.parent if re.fullmatch(r"checkpoint-[0-9]+", path.name) else path
-
-
-def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
-    """One line for each setting that would make a resumed run another run than the one it continues: a table."""
-    changed = [
-        (flag(name), repr(old[name]), repr(value))
-        for name, value in asdict(new).items()
-        if name in old and name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME) and old[name] != value
-    ]
-    widths = [max(map(len, column)) for column in zip(*changed, strict=True)]
-    return [f"{name:{widths[0]}} was {before:{widths[1]}} and would be {after}" for name, before, after in changed]
 
 
 def _shortened(value: float) -> str:

@@ -103,6 +103,20 @@ def stratified(groups: Sequence[int], count: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
+def require_utf8(text: str, what: str) -> None:
+    """Refuse a text that cannot be written as UTF-8, which is what a tokenizer reads.
+
+    Bytes of a command line that are not UTF-8 arrive as lone surrogates, and JSON can spell them.
+
+    Raises:
+        FtError: it holds a surrogate that is alone.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FtError(f"{what} is not UTF-8: it holds {text[error.start]!r} at character {error.start}") from error
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a `tokenizer.json`, without the padding or truncation that some files ask for.
 

@@ -6,13 +6,14 @@ python run.py data --dataset ./my-reviews --max-length 64
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ft import hub
 from ft.config import Config
-from ft.data import Split, encode, label_tokens, read_tokenizer
-from ft.inputs import names_of, read_splits, with_demo_inputs
+from ft.data import Split, read_tokenizer
+from ft.files import read_json
+from ft.inputs import model_config_of, read_data, with_demo_inputs
 
 BARS = 12  # lines of a histogram at most
 WIDTH = 40  # characters of its longest bar
@@ -25,29 +26,26 @@ def describe(config: Config) -> None:
     Raises:
         FtError: the data or the tokenizer cannot be read, or do not fit each other.
     """
-    with ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
+        source = "the demo" if config.demo else config.dataset
         if config.demo:
-            config = with_demo_inputs(config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        tokenizer_file = hub.model_files(config.model, config.model_revision, with_weights=False).tokenizer
-        tokenizer = read_tokenizer(tokenizer_file)
-        splits, notes = read_splits(config)
-        label_ids: list[int] = []
-        if config.completion_column is None:
-            names = names_of(config, splits["train"])
-            label_ids = label_tokens(names, tokenizer, or_numbers=config.label_names is None)
-            words = [tokenizer.decode([token]) for token in label_ids]
-        # Encoding first: a label out of range is told here as it would be in the run.
-        lengths = {
-            name: [len(e.input_ids) + len(e.target_ids) for e in encode(split, tokenizer, label_ids, UNCUT)]
-            for name, split in splits.items()
-        }
+            config = with_demo_inputs(config, Path(folder))
+        files = hub.model_files(config.model, config.model_revision, with_weights=False)
+        tokenizer = read_tokenizer(files.tokenizer)
+        model_config = model_config_of(read_json(files.config), files.config, config)
+        data = read_data(replace(config, max_length=UNCUT), tokenizer, model_config)
+    splits = data.splits
+    lengths = {
+        name: [len(example.input_ids) + len(example.target_ids) for example in examples]
+        for name, examples in data.examples.items()
+    }
 
-    source = "the demo" if config.demo else config.dataset
     print(f"{source}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
-    for note in notes:
+    for note in data.notes:
         print(f"Note: {note}.")
-    if label_ids:
-        print("\n" + _class_table(splits, names, words))
+    if data.label_names:
+        words = [tokenizer.decode([token]) for token in data.label_ids]
+        print("\n" + _class_table(splits, data.label_names, words))
     print("\n" + _histogram(lengths["train"], config.max_length))
     for name, counts in lengths.items():
         cut = sum(length > config.max_length for length in counts)

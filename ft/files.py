@@ -96,8 +96,8 @@ def _write_piece(
 ) -> None:
     """Write, hash, force to the disk, and compare what the disk gives back.
 
-    The system's own copy of the piece is given up in between, so that it is really the disk that is read. That also
-    saves most of the time: memory that the system uses again costs less than memory that it has to find for 1.5 GB.
+    The system's own copy of the piece is given up in between, so that it is really the disk that is read, and the next
+    piece can use the same memory.
     """
     start = file.tell()
     for chunk in piece:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from tokenizers import Tokenizer
 
-from ft.data import END_OF_TEXT
+from ft.data import END_OF_TEXT, require_utf8
 from ft.errors import FtError, UsageError
 from ft.gpt2 import GPT2, Linear
 from ft.kv_cache import Continuation
@@ -41,10 +41,7 @@ class Generation:
         end_of_text = tokenizer.token_to_id(END_OF_TEXT)
         if end_of_text is None:
             raise FtError(f"the tokenizer has no token {END_OF_TEXT}; it is not a GPT-2 tokenizer")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:  # what a command line holds that is not UTF-8 arrives as lone surrogates
-            raise FtError(f"the prompt is not UTF-8: it holds {prompt[error.start]!r}") from error
+        require_utf8(prompt, "the prompt")
         self.prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text]
         n_positions = model.config.n_positions
         if len(self.prompt_ids) > n_positions:

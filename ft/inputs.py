@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ft import hub
 from ft.config import Config
 from ft.data import Example, Split, encode, label_tokens, stratified
-from ft.errors import FtError
+from ft.errors import FtError, UsageError
 from ft.gpt2 import GPT2Config
 from ft.tables import Columns, read_split
 
@@ -68,7 +68,15 @@ def with_demo_inputs(config: Config, folder: Path) -> Config:
 
 
 def columns_of(config: Config) -> Columns:
-    """The columns that a run reads."""
+    """The columns that a run reads.
+
+    Raises:
+        UsageError: there is a column of prompts and none of completions.
+    """
+    if config.completion_column is None and config.prompt_column != Config.prompt_column:
+        raise UsageError(
+            f"--prompt-column is {config.prompt_column!r} without --completion-column: give both or neither"
+        )
     if config.completion_column is not None:
         return Columns(text=config.prompt_column, completion=config.completion_column)
     return Columns(text=config.text_column, label=config.label_column)
@@ -87,6 +95,7 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     Raises:
         FtError: the data cannot be read.
     """
+    columns = columns_of(config)
     files = hub.dataset_files(config.dataset, config.dataset_revision, config.dataset_config)
     if config.save_dataset is not None:
         hub.save_dataset(files, Path(config.save_dataset))
@@ -94,7 +103,7 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         label_names = [name.strip() for name in config.label_names.split(",")]
     splits: dict[str, Split] = {}
     for name, paths in files.items():  # the training split first, whose words are the labels of all
-        splits[name] = read_split(name, paths, columns_of(config), label_names)
+        splits[name] = read_split(name, paths, columns, label_names)
         label_names = label_names or splits["train"].label_names
     notes = []
     train = splits["train"]

@@ -26,7 +26,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def laid_out_for_one_row(weight: Tensor) -> Tensor:
     """The same (in, out) numbers, laid out in memory as (out, in) where one row times them is then faster.
 
-    Such a product takes as long as reading the weight once. oneDNN reads this order at up to twice the speed.
+    Such a product takes as long as reading the weight once; oneDNN reads it faster in this order.
     """
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not onednn_is_faster():
         return weight

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ft.data import Split, by_length, encode, in_batches
+from ft.data import Split, by_length, encode, in_batches, require_utf8
 from ft.gpt2 import GPT2
 
 
@@ -23,9 +23,14 @@ def predict(
     """The probability of each label for each text, shape (texts, labels): the label tokens' logits through softmax.
 
     No other token's logit is computed. The model is left in the mode it was found in.
+
+    Raises:
+        FtError: a text cannot be written as UTF-8.
     """
     if not texts:
         return torch.empty(0, len(label_ids))
+    for number, text in enumerate(texts, start=1):
+        require_utf8(text, f"text {number:,}")
     device = model.wte.weight.device
     # The label of an example is only its target, so that any will do here.
     examples = encode(Split("given", list(texts), [0] * len(texts)), tokenizer, label_ids, max_length)

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ft.config import NOT_OF_THE_RUN, Config, field_types, flag
+from ft.config import Config, field_types, flag
 from ft.errors import UsageError
+from ft.settings import NOT_OF_THE_RUN
 
 Events = list[dict[str, Any]]
 PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step

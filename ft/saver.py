@@ -32,7 +32,10 @@ class Saver:
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write a snapshot, after waiting for the one before."""
         self.wait()
-        self._hurry.clear()
+        if self.blocking:
+            self._hurry.set()
+        else:
+            self._hurry.clear()
         self._thread = Thread(target=self._work, args=(snapshot,), name="checkpoint")
         self._thread.start()
         if self.blocking:
@@ -85,7 +88,7 @@ def _leisurely(idle: ThreadPoolExecutor, hurry: Event) -> Do:
         hurry.set()
 
     def do(work: Callable[[], None]) -> None:
-        if hurry.is_set() or time.monotonic() > deadline:
+        if hurry.is_set() or time.monotonic() >= deadline:
             work()
         else:
             idle.submit(work).result()

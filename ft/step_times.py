@@ -1,8 +1,8 @@
 """Where a run's time goes, observed from outside: the training loop has no timer in it.
 
 Everything that tells the parts of a step apart is a hook of PyTorch's on the whole model or on its parameters, or a
-wrapper around the collate function. Each reads the clock once and adds one number, some 150 times a step for GPT-2:
-a ten-thousandth of a step of a second. Compiled blocks stay as they are, since no hook is on them.
+wrapper around the collate function. Each reads the clock once and adds one number, some 150 times a step for GPT-2.
+Compiled blocks stay as they are, since no hook is on them.
 """
 
 import time

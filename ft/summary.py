@@ -16,6 +16,7 @@ from ft.inputs import Data
 from ft.machine import Precision
 from ft.predict import predict
 from ft.sampling import Sampling
+from ft.tables import listed
 
 SHOWN_TOKENS = 24  # of a completion
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
@@ -56,8 +57,7 @@ def _answers(config: Config, data: Data) -> str:
     """What the model is to say: the labels, or the column of completions."""
     if config.completion_column is not None:
         return f"completions from the column {config.completion_column}; accuracy counts their tokens"
-    names = data.label_names
-    return f"labels {', '.join(names[:12])}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"labels {listed(data.label_names)}"
 
 
 def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
@@ -68,8 +68,8 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
         f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
         f"Mean training loss {state.mean_train_loss:.4f}.\n"
-        f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best (step "
-        f"{state.best_step:,})"
+        f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best"
+        + (f" (step {state.best_step:,})" if state.best_step is not None else ", with no loss that was finite")
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"
         + _forgotten(state)

@@ -88,7 +88,7 @@ def _numbered(
     for row, word in enumerate(words):
         if word not in number:
             raise FtError(
-                f"the {column} in row {row} of the {split} split is {_shown(word)}, the labels are {_listed(names)}; "
+                f"the {column} in row {row} of the {split} split is {_shown(word)}, the labels are {listed(names)}; "
                 "correct the data, or name all labels by --label-names"
             )
     return [number[word] for word in words], names
@@ -98,7 +98,8 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
-def _listed(names: Sequence[str], most: int = 12) -> str:
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names for a message: of very many the first."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(name[:60] for name in names[:most]) + more
 
@@ -128,7 +129,7 @@ def _require(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
     absent = [column for column in wanted if column not in present]
     if absent:
         raise FtError(
-            f"{path} has no column {absent[0]!r}; its columns are {_listed(present)}: name them by --text-column and "
+            f"{path} has no column {absent[0]!r}; its columns are {listed(present)}: name them by --text-column and "
             "--label-column, or --prompt-column and --completion-column"
         )
     twice = [column for column in wanted if list(present).count(column) > 1]

@@ -173,6 +173,7 @@ class Terminal(Pipe):
         (["{run}", "--file", "{latin}"], 1, "is not UTF-8"),
         (["./absent", "a"], 1, "./absent"),
         (["{unnamed}", "a"], 1, "does not say what its labels are called; say it by --label-names neg,pos"),
+        (["{run}", "good", "sch\udcf6n"], 1, "text 2 is not UTF-8: it holds '\\udcf6' at character 3"),
         (["{run}", "a", "--label-names", "good,goodness"], 1, "begin with the same token"),
     ],
 )

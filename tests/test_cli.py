@@ -13,9 +13,10 @@ from test_config import EVERY_FIELD, FIELDS, other_value
 
 import ft.job
 from ft.cli import COMMANDS, main, read_arguments
-from ft.config import NEWEST, NOT_OF_THE_RUN, Config, field_groups, field_help, field_types, flag
+from ft.config import NEWEST, Config, field_groups, field_help, field_types, flag
 from ft.demo import SETTINGS
 from ft.errors import FtError, UsageError
+from ft.settings import NOT_OF_THE_RUN
 
 ROOT = Path(__file__).parent.parent
 

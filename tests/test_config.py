@@ -10,18 +10,20 @@ from importlib import import_module
 import pytest
 
 from ft.config import (
-    FREE_ON_RESUME,
-    LONGER_ON_RESUME,
-    NOT_OF_THE_RUN,
     Config,
-    changed_on_resume,
     field_help,
     field_types,
     flag,
+)
+from ft.errors import FtError, UsageError
+from ft.settings import (
+    FREE_ON_RESUME,
+    LONGER_ON_RESUME,
+    NOT_OF_THE_RUN,
+    changed_on_resume,
     parse_value,
     read_config_file,
 )
-from ft.errors import FtError, UsageError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 EVERY_FIELD = pytest.mark.parametrize("name", FIELDS)

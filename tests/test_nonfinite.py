@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: stopped before the update, or left out and counted."""
 
 import json
+import math
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from ft.cli import main
 from ft.config import Config
 from ft.nonfinite import NonFiniteError, NonFiniteGuard
 from ft.optim import AdamW
+from ft.summary import closing
 from ft.train import rows_of_step
 
 SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "50", "--save-steps", "3", "--logging-steps", "2"]
@@ -143,3 +145,8 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_in_fp16_too(monkeypat
     assert torch.equal(weight.detach(), torch.ones(3))
     with pytest.raises(NonFiniteError):
         guard.check()
+
+
+def test_without_a_finite_validation_loss_the_summary_says_so(tmp_path):
+    told = closing(tmp_path, State(step=3, last_accuracy=0.0, last_loss=math.nan), 3, 60.0, Config(), None)
+    assert "Validation accuracy 0.00% at the end, 0.00% at best, with no loss that was finite.\n" in told

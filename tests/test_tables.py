@@ -303,12 +303,14 @@ def test_a_run_on_completions_learns_them(demo_inputs, tmp_path, capsys):
     [
         (["--prompt-column", "a", "--completion-column", "b", "--label-names", "x,y"], "there are none: leave it out"),
         (["--prompt-column", "a", "--completion-column", "b", "--static-shapes"], "need one target per row"),
+        (["--demo", "--prompt-column", "a"], "--prompt-column is 'a' without --completion-column: give both"),
         (["--train-fraction", "0"], "--train-fraction is 0.0, it must be above 0 and at most 1"),
         (["--train-fraction", "1.5"], "--train-fraction is 1.5, it must be above 0 and at most 1"),
         (["--max-train-samples", "0"], "--max-train-samples is 0, it must be at least 1"),
     ],
 )
-def test_settings_that_do_not_go_together(capsys, flags, message):
+def test_settings_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
     assert main(flags) == 2
     assert message in capsys.readouterr().err
 
