@@ -4,7 +4,7 @@ Every folder written here is a complete model folder; a checkpoint adds what tra
 
     config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json
     optimizer.safetensors    AdamW's moments and step counts, by the names of the parameters that are trained
-    rng.safetensors          the random states that dropout draws from
+    rng.safetensors          the random states that dropout draws from; those of process n under names that end in .n
     state.json               step, sums, best figures, loss scale: see `State`
     manifest.json            the size and SHA-256 of each of these
 
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ft.data import END_OF_TEXT
+from ft.distributed import ALONE, Ranks, is_sharded, own_part, rows_here, whole
 from ft.errors import FtError
 from ft.files import UNFINISHED, Do, NewFolder, at_once, complete_or_absent, damage_of, read_json
 from ft.gpt2 import GPT2, GPT2Config
@@ -74,6 +75,13 @@ class State:
     def mean_train_loss(self) -> float:
         """The mean training loss of all steps that updated the weights."""
         return (self.train_loss_sum + self.loss_sum) / max(1, self.step - self.skipped_steps)
+
+    def note_losses(self, loss_sum: float) -> float:
+        """The steps since the last logged line had losses of this sum. Their mean; no number if all were skipped."""
+        mean = loss_sum / self.loss_steps if self.loss_steps else math.nan
+        self.train_loss_sum += loss_sum
+        self.loss_steps = 0
+        return mean
 
     def note(self, loss: float, accuracy: float) -> None:
         """The evaluation that was due had this result."""
@@ -175,28 +183,52 @@ def save_model(folder: NewFolder, config: GPT2Config, weights: dict[str, Tensor]
     folder.write_tensors(WEIGHTS, weights, metadata={"format": "pt"})
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, not copied."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def weights_of(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    """The parameters by name, not copied if they are whole; in the first of several processes, to which all must come.
+
+    Sharded ones are put together one at a time: the first process needs room for all of them on the CPU, every process
+    for the largest one on its device.
+    """
+    return _gathered(dict(model.named_parameters()), ranks)
 
 
-def take_snapshot(model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, state: State, *, copy: bool) -> Snapshot:
-    """All that a checkpoint holds; with `copy` in memory of its own, so that training can go on meanwhile."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # never changes
+def take_snapshot(
+    model: GPT2,
+    optimizer: AdamW,
+    scaler: torch.amp.GradScaler,
+    state: State,
+    *,
+    copy: bool,
+    ranks: Ranks = ALONE,
+) -> Snapshot:
+    """All that a checkpoint holds; with `copy` in memory of its own, so that training can go on meanwhile.
 
-    def kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not copy:
-            return tensors
-        return {name: tensor.to("cpu", copy=name not in frozen) for name, tensor in tensors.items()}
-
+    Of several processes all must come here, and the first gets the tensors: see `weights_of`.
+    """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    # In the order of the model; what is frozen never changes, and need not be copied.
+    weights = {**_gathered(trained, ranks, copy=copy), **_gathered(frozen, ranks)}
     return Snapshot(
         config=model.config,
-        weights=kept(weights_of(model)),
-        optimizer=kept(_moments(model, optimizer)),
-        random_states=_random_states(),
+        weights={name: weights[name] for name, _ in model.named_parameters() if name in weights},
+        optimizer=_gathered(_moments(model, optimizer), ranks, copy=copy),
+        random_states=_random_states(ranks),
         state=replace(state),
         grad_scaler=scaler.state_dict(),
     )
+
+
+def _gathered(tensors: dict[str, Tensor], ranks: Ranks, *, copy: bool = False) -> dict[str, Tensor]:
+    """The whole tensors, in the first process, and there on the CPU if they were sharded or are to be copied."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if not ranks.is_first:
+            continue
+        is_new = is_sharded(tensor)
+        gathered[name] = full.to("cpu", copy=not is_new) if copy or is_new else full
+    return gathered
 
 
 def write_checkpoint(
@@ -210,7 +242,7 @@ def write_checkpoint(
         OSError: the disk is full, or refuses; the checkpoints that were there are there.
     """
     state = snapshot.state
-    with complete_or_absent(run / f"checkpoint-{state.step}", do) as new:
+    with complete_or_absent(folder_of(run, state.step), do) as new:
         save_model(new, snapshot.config, snapshot.weights, source)
         new.write_tensors(OPTIMIZER, snapshot.optimizer)
         new.write_tensors(RANDOM, snapshot.random_states)
@@ -255,6 +287,11 @@ def is_checkpoint(folder: Path) -> bool:
     return re.fullmatch(r"checkpoint-[0-9]{1,18}", folder.name) is not None and folder.is_dir()
 
 
+def folder_of(run: Path, step: int) -> Path:
+    """The checkpoint that is saved after a step."""
+    return run / f"checkpoint-{step}"
+
+
 def step_of(folder: Path) -> int:
     """The step after which a checkpoint was saved."""
     return int(folder.name.removeprefix("checkpoint-"))
@@ -265,14 +302,18 @@ def damage_of_checkpoint(folder: Path) -> str | None:
     return damage_of(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
 
 
-def load_checkpoint(folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler) -> State:
-    """Put model, optimiser, loss scale and random states back to where they were when the checkpoint was taken.
+def load_training_state(
+    folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, ranks: Ranks = ALONE
+) -> State:
+    """Put optimiser, loss scale and random states back to where they were when the checkpoint was taken.
+
+    The weights are `load_weights`'s matter, before the model is sharded. A process that the run did not have then keeps
+    the random state that it has.
 
     Raises:
         FtError: a file is missing, unreadable or does not fit the model.
     """
-    load_weights(model, [folder / WEIGHTS])
-    _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])))
+    _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])), ranks)
     saved = read_json(folder / STATE)
     problem = FtError(f"{folder / STATE} is not a state of this program")
     try:
@@ -280,7 +321,7 @@ def load_checkpoint(folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.a
         state = State(**saved)
         if loss_scale:  # empty where the run was not in fp16, which another device may have chosen now
             scaler.load_state_dict(loss_scale)
-        _restore_random_states(dict(read_tensors([folder / RANDOM])))
+        _restore_random_states(dict(read_tensors([folder / RANDOM])), ranks)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise problem from error
     for field in fields(State):
@@ -305,7 +346,7 @@ def _moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
+def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     moments = _moments(model, optimizer)
     if superfluous := sorted(tensors.keys() - moments.keys()):
         raise FtError(f"the checkpoint's {OPTIMIZER} has {superfluous[0]}, which this run does not train")
@@ -318,24 +359,36 @@ def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Te
                 f"{name} in the checkpoint's {OPTIMIZER} has shape {tuple(saved.shape)}, the model says "
                 f"{tuple(value.shape)}"
             )
-        value.copy_(saved)
+        own_part(value).copy_(rows_here(saved, value, ranks))
 
 
-def _random_states() -> dict[str, Tensor]:
+def _random_states(ranks: Ranks) -> dict[str, Tensor]:
     """The states of all generators that a run draws from. Python's own and NumPy's are none of them."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        states["cuda"] = torch.cuda.get_rng_state()  # of the current device: a process has one
     if torch.backends.mps.is_available():
         states["mps"] = torch.mps.get_rng_state()
-    return states
+    return {
+        f"{name}{_ending(rank)}": each
+        for name, state in states.items()
+        for rank, each in enumerate(ranks.gather(state))
+    }
 
 
-def _restore_random_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states.pop("cpu").clone())
-    for device, state in states.items():
-        if device == "mps":
-            if torch.backends.mps.is_available():
-                torch.mps.set_rng_state(state.clone())
-        elif torch.cuda.is_available() and int(device.removeprefix("cuda:")) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state.clone(), device)
+def _restore_random_states(states: dict[str, Tensor], ranks: Ranks) -> None:
+    set_state = {"cpu": torch.set_rng_state}
+    if torch.cuda.is_available():
+        set_state["cuda"] = torch.cuda.set_rng_state
+    if torch.backends.mps.is_available():
+        set_state["mps"] = torch.mps.set_rng_state
+    if "cpu" not in states:
+        raise KeyError("cpu")
+    for name, put in set_state.items():
+        saved = states.get(f"{name}{_ending(ranks.rank)}")
+        if saved is not None:
+            put(saved.clone())
+
+
+def _ending(rank: int) -> str:
+    return f".{rank}" if rank else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from ft.command import CommandParser, unknown_flag
-from ft.config import NEWEST, Config, field_groups, field_help, field_types, flag
+from ft.config import NEWEST, NO_FLAGS, Config, field_groups, field_help, field_types, flag
 from ft.errors import FtError, Stopped, UsageError
 from ft.settings import parse_value, read_config_file, run_of
 
@@ -263,6 +263,8 @@ def _parser() -> _Parser:
         help="take settings from a config.json, such as that of another run",
     )
     for field in fields(Config):
+        if field.name in NO_FLAGS:
+            continue
         kind, choices = field_types()[field.name]
         text = field_help()[field.name]
         heading = field_groups()[field.name]
@@ -289,4 +291,5 @@ def _unknown(argument: str) -> str:
     if not argument.startswith("-"):
         near = difflib.get_close_matches(argument, [*COMMANDS, *WITH_THE_JOBS_FLAGS], n=1)
         return f"{argument!r} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
-    return unknown_flag(argument, ["--config", *(flag(field.name) for field in fields(Config))])
+    flags = [flag(field.name) for field in fields(Config) if field.name not in NO_FLAGS]
+    return unknown_flag(argument, ["--config", *flags])

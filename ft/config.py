@@ -80,7 +80,7 @@ class Config:
     early_stopping_patience: int | None = None
     """end after this many evaluations in a row without a better one, by accuracy, then loss; left out: never"""
     batch_size: int = 8
-    """reviews per forward and backward pass
+    """reviews per forward and backward pass; with several processes, in each of them
 
     A step's gradient is the mean over these reviews. Small: many steps an epoch, each in a noisy direction. Large: few,
     in a good direction, each review computed faster until the device is full, and more memory. Too large at the same
@@ -92,6 +92,8 @@ class Config:
     The same gradient as a batch_size so many times larger has, in the memory of one batch: losses are divided by the
     targets of all of them. Too large is what too large a batch is; it saves no time.
     """
+    processes: int = 1
+    """how many processes there are, each with batch_size reviews; noted by the run, as torchrun tells it"""
     eval_batch_size: int = 64
     """reviews per batch in evaluation; changes speed and memory, not the result"""
     max_length: int = 32
@@ -181,6 +183,15 @@ class Config:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """recompute activations in the backward pass: less memory, more time, the same gradients"""
 
+    # Several processes, as torchrun starts them: torchrun --nproc-per-node 2 run.py ...
+
+    shard: bool = False
+    """keep a part of weights, gradients and moments in each process, for models that do not fit one device"""
+    bf16_gradients: bool = False
+    """send gradients between processes as bf16: half the bytes, and slightly other losses"""
+    process_timeout: float = 600.0
+    """seconds after which a process that does not answer is given up, and the run ends"""
+
     # What is told and kept, and how often (in optimiser steps)
 
     logging_steps: int = 100
@@ -214,6 +225,16 @@ class Config:
         if problems:
             raise UsageError(*problems)
 
+    @property
+    def rows_per_batch(self) -> int:
+        """Reviews of a batch of all processes together."""
+        return self.batch_size * self.processes
+
+    @property
+    def rows_per_step(self) -> int:
+        """Reviews that an optimiser step sees: the global batch."""
+        return self.rows_per_batch * self.gradient_accumulation_steps
+
     def save(self, path: Path) -> None:
         """Write all settings as JSON, in the order of this class; the file is the old one until it is the new one."""
         write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
@@ -222,11 +243,17 @@ class Config:
 # The value of `resume` that stands for the newest checkpoint in the output directory.
 NEWEST = "newest"
 
+# What is noted of a run and cannot be asked for.
+NO_FLAGS = ("processes",)
+
+LONGEST_TIMEOUT = 10**6  # seconds; PyTorch counts them in fractions that overflow far above
+
 _MINIMUM: dict[str, float] = {
     "max_train_samples": 1,
     "max_steps": 1,
     "early_stopping_patience": 1,
     "batch_size": 1,
+    "processes": 1,
     "gradient_accumulation_steps": 1,
     "eval_batch_size": 1,
     "max_length": 2,
@@ -327,8 +354,10 @@ def _problems(config: Config) -> list[str]:
             problems.append(f"{flag(name)} is {value}, it must be at least {_MINIMUM[name]}")
         elif name == "dropout" and value >= 1:
             problems.append(f"--dropout is {value}, it must be below 1")
-        elif name == "epochs" and value <= 0:
-            problems.append(f"--epochs is {value}, it must be above 0")
+        elif name in ("epochs", "process_timeout") and value <= 0:
+            problems.append(f"{flag(name)} is {value}, it must be above 0")
+        elif name == "process_timeout" and value > LONGEST_TIMEOUT:
+            problems.append(f"--process-timeout is {_shortened(value)}, it must be at most {LONGEST_TIMEOUT} seconds")
         elif name == "epochs" and value > 1e6:
             problems.append(f"--epochs is {_shortened(value)}, it must be at most 1000000")
         elif name == "train_fraction" and not 0 < value <= 1:
@@ -339,6 +368,8 @@ def _problems(config: Config) -> list[str]:
             problems.append(f"{flag(name)} is {value!r}, it must not hold a NUL character")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
+    if config.shard and (config.compile != "none" or config.precision == "fp16"):
+        problems.append("--shard works neither with --compile nor with --precision fp16: leave that out, or take bf16")
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
     if config.completion_column is not None and (config.static_shapes or config.compile != "none"):

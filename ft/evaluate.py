@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft.data import Example, by_length, in_batches
+from ft.data import Example, by_length, collate
+from ft.distributed import ALONE, Ranks
 from ft.gpt2 import GPT2
 from ft.machine import Precision
 
@@ -27,7 +28,7 @@ class Evaluation(NamedTuple):
     probabilities: Tensor | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode(), in which a sharded model would gather weights that training cannot use
 def evaluate(
     model: GPT2,
     examples: Sequence[Example],
@@ -36,24 +37,27 @@ def evaluate(
     batch_size: int,
     precision: Precision,
     stopping: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation | None:
     """Loss and accuracy of `model` on all examples; None if `stopping` says, before some batch, that the run is to end.
 
     The prediction is the likeliest of the label tokens, and of all tokens where there are none. Nothing here draws
     random numbers, and the model is left in the mode it was found in: a run that evaluates ends in the same weights as
-    one that does not.
+    one that does not. Several processes share the examples, `batch_size` each at a time, and all get the whole result.
     """
-    device = model.wte.weight.device
+    device = precision.device
     candidates = torch.tensor(label_ids, device=device)
     order = by_length(examples)
-    loss_sums, hits, label_logits = [], [], []
+    loss_sums, hits, label_logits, own_rows = [], [], [], []
     was_training = model.training
     model.eval()
-    for batch in in_batches(examples, order, batch_size):
+    for start in range(0, len(order), batch_size * ranks.size):
         if stopping():
             model.train(was_training)
             return None
-        batch = batch.to(device)
+        rows = order[start : start + batch_size * ranks.size]
+        batch = collate(ranks.share([examples[row] for row in rows])).to(device)
+        own_rows += rows[ranks.rank :: ranks.size]
         with precision.autocast():
             logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
         loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))
@@ -65,10 +69,11 @@ def evaluate(
         hits.append((predicted == batch.target_ids).sum())
     model.train(was_training)
     # Read once, at the end: on an accelerator every read waits for all work that is queued.
-    loss_sum = torch.stack(loss_sums).cpu().double().sum().item()
+    sums = torch.stack([torch.stack(each).cpu().double().sum() for each in (loss_sums, hits)])
     num_targets = sum(len(example.target_ids) for example in examples)
-    accuracy = torch.stack(hits).sum().item() / num_targets
+    loss, accuracy = (ranks.sum(sums) / num_targets).tolist()
     if not label_ids:
-        return Evaluation(loss_sum / num_targets, accuracy)
-    probabilities = torch.cat(label_logits).softmax(dim=-1).cpu()[torch.tensor(order).argsort()]
-    return Evaluation(loss_sum / num_targets, accuracy, probabilities)
+        return Evaluation(loss, accuracy)
+    probabilities = torch.zeros(len(examples), len(label_ids))
+    probabilities[own_rows] = torch.cat(label_logits).softmax(dim=-1).cpu()[: len(own_rows)]
+    return Evaluation(loss, accuracy, ranks.sum(probabilities))

@@ -59,12 +59,13 @@ def model_config_of(published: dict[str, Any], path: Path, config: Config) -> GP
     return replace(model_config, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
 
 
-def with_demo_inputs(config: Config, folder: Path) -> Config:
-    """The same configuration on a small model and reviews, made on the spot in `folder`."""
+def with_demo_inputs(config: Config, folder: Path, *, write: bool = True) -> Config:
+    """The same configuration on a small model and reviews in `folder`, made there on the spot by whom `write` tells."""
     from ft.demo import write_demo  # here, as the real job has no use for it
 
-    model, dataset = write_demo(folder)
-    return replace(config, model=str(model), dataset=str(dataset))
+    if write:
+        write_demo(folder)
+    return replace(config, model=str(folder / "model"), dataset=str(folder / "dataset"))
 
 
 def columns_of(config: Config) -> Columns:

@@ -12,10 +12,12 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
     8  training           here: everything put together, and what is left behind
 """
 
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +25,9 @@ import torch
 
 from ft import checkpoint, hub, runs
 from ft.checkpoint import ModelSource, Snapshot, State
-from ft.config import Config
+from ft.config import NEWEST, Config, flag
 from ft.data import Batch, Example, Split, collate, collate_padded, read_tokenizer
+from ft.distributed import Ranks, joined, local_rank, number_of_processes
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import Do, complete_or_absent, read_json
@@ -46,25 +49,38 @@ from ft.train import rows_of_step, steps_per_epoch, total_steps, train
 
 
 def run_job(config: Config) -> None:
-    """Fine-tune as `config` says and leave the result in its output directory.
+    """Fine-tune as `config` says and leave the result in its output directory; with torchrun in several processes.
 
     Raises:
         FtError: something the user can mend is wrong; the message says what.
         Stopped: a signal asked to end; the run is saved.
     """
-    device = choose_device(config.device)
+    device = choose_device(config.device, local_rank() if number_of_processes() > 1 else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = choose_precision(config.precision, device)
     if config.tensorboard:
         summary_writer()  # refuses now what it would refuse when the data are read
-    with runs.own_folder(config) as run:
-        _run_in(run, config, device, precision)
+    with joined(device, config.process_timeout) as ranks, ranks.speaking(), ExitStack() as stack:
+        ranks.require_same({flag(name): repr(value) for name, value in asdict(config).items() if name != "device"})
+        if ranks.has_begun and config.resume is None:
+            config = replace(config, resume=NEWEST, overwrite=False)
+        config = runs.shared_by(config, ranks.size)
+        run = Path(config.output_dir)
+        with ranks.first_alone() as first:
+            if first:
+                stack.enter_context(runs.own_folder(config))
+        _run_in(run, config, device, precision, ranks)
 
 
-def _run_in(run: Path, config: Config, device: torch.device, precision: Precision) -> None:
+def _run_in(run: Path, config: Config, device: torch.device, precision: Precision, ranks: Ranks) -> None:
     started = time.perf_counter()
-    resume_from = runs.checkpoint_to_resume(run, config)
-    if config.demo:
-        config = with_demo_inputs(config, run / "inputs")
+    with ranks.first_alone() as first:
+        resume_from = runs.checkpoint_to_resume(run, config) if first else None
+        if config.demo:
+            config = with_demo_inputs(config, run / "inputs", write=first)
+    step = ranks.highest(-1 if resume_from is None else checkpoint.step_of(resume_from))
+    resume_from = checkpoint.folder_of(run, step) if step >= 0 else None
     if resume_from is not None:
         runs.refuse_another_run(resume_from, config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -73,59 +89,72 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
 
     # Data, tokenizer, examples.
     needs_weights = config.init == "pretrained" and resume_from is None
-    files = hub.model_files(config.model, config.model_revision, with_weights=needs_weights)
-    published = read_json(files.config)
-    model_config = model_config_of(published, files.config, config)
-    data = read_data(config, read_tokenizer(files.tokenizer), model_config)
-    general_text = None
-    if config.forgetting is not None:
-        general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
+    with ranks.one_per_machine_first():
+        files = hub.model_files(config.model, config.model_revision, with_weights=needs_weights)
+        published = read_json(files.config)
+        model_config = model_config_of(published, files.config, config)
+        data = read_data(config, read_tokenizer(files.tokenizer), model_config)
+        general_text = None
+        if config.forgetting is not None:
+            general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
     train_examples = data.examples["train"]
+    if ranks.size > 1:
+        ranks.require_same({"the SHA-256 of the data": hashlib.sha256(repr(data.examples).encode()).hexdigest()})
     last_step = total_steps(len(train_examples), config)
     longer = runs.lengthened(resume_from, config, len(train_examples)) if resume_from is not None else None
 
     # Model and optimiser, as published or as a checkpoint left them.
     model = GPT2(model_config)
     freeze(model, config.train_only, config.freeze)
-    if needs_weights:
+    num_parameters, num_trained = number_of_parameters(model), number_of_trained(model)
+    if resume_from is not None:
+        checkpoint.load_weights(model, [resume_from / checkpoint.WEIGHTS])
+    elif needs_weights:
         checkpoint.load_weights(model, files.weights)
-    elif resume_from is None:
+    else:
         model.init_weights(config.seed)
     model.activation_checkpointing = config.activation_checkpointing
     model.to(device)
     compile_blocks(model.h, config.compile, device)
+    parallel = ranks.parallel(model, device, shard=config.shard, bf16_gradients=config.bf16_gradients)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     scaler = precision.grad_scaler()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + ranks.rank)  # as no two processes should drop the same
     state = State()
     if resume_from is not None:
-        state = checkpoint.load_checkpoint(resume_from, model, optimizer, scaler)
+        state = checkpoint.load_training_state(resume_from, model, optimizer, scaler, ranks)
         over = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
         if over and not state.evaluation_due and runs.is_finished(run, resume_from):
             why = runs.reason_of_end(state, last_step)
             print(f"This run is finished: {why}, and the model lies in {run / 'final'}.")
             return
         print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
-        checkpoint.supersede_later(run, state.step)
-        checkpoint.delete_old(run, state, keep=config.keep_checkpoints, keep_best=config.keep_best)
     started -= state.seconds
-    room = runs.room_for(run, number_of_parameters(model), number_of_trained(model), config)
-    if config.resume is None:
-        runs.clear(run)
-    config.save(run / "config.json")
+    with ranks.first_alone() as first:
+        room = runs.room_for(run, num_parameters, num_trained, config)
+        if first and resume_from is not None:
+            checkpoint.supersede_later(run, state.step)
+            checkpoint.delete_old(run, state, keep=config.keep_checkpoints, keep_best=config.keep_best)
+        if first and config.resume is None:
+            runs.clear(run)
+        if first:
+            config.save(run / "config.json")
+            ranks.note_beginning()
     notes = (f"Note: {note}." for note in data.notes)
     print(opening(config, model, precision, data, general_text, last_step), room, *notes, sep="\n")
 
     # The loop.
     source = ModelSource(published, files.tokenizer.read_bytes(), data.label_names)
     with (
-        StopRequest() as stopping,
+        StopRequest(agree=ranks.highest) as stopping,
         Report(
-            run / "metrics.jsonl",
+            run / "metrics.jsonl" if ranks.is_first else None,
             total_steps=last_step,
             first_step=state.step,
             metrics_bytes=state.metrics_bytes,
-            tensorboard=EventFiles(run / "tensorboard", first_step=state.step) if config.tensorboard else None,
+            tensorboard=EventFiles(run / "tensorboard", first_step=state.step)
+            if config.tensorboard and ranks.is_first
+            else None,
         ) as report,
         _error_advice(config, run, data.splits["train"]),
     ):
@@ -138,7 +167,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                 config.save(run / "config.json")
 
         collate_batch = _collate_function(config)
-        if device.type == "cpu":
+        if device.type == "cpu" and not config.shard:  # whose gradients arrive otherwise
             collate_batch = report.times.observe(model, collate_batch)
         saver = Saver(write, report.line, blocking=config.save_blocking)
 
@@ -153,6 +182,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     batch_size=config.eval_batch_size,
                     precision=precision,
                     stopping=stopping,
+                    ranks=ranks,
                 )
             if result is not None:
                 evaluations[split] = result
@@ -165,7 +195,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             windows = general_text.windows
             with uncompiled(config.compile), report.pause("evaluating"):
                 result = evaluate(
-                    model, windows, [], batch_size=WINDOWS_AT_ONCE, precision=precision, stopping=stopping
+                    model, windows, [], batch_size=WINDOWS_AT_ONCE, precision=precision, stopping=stopping, ranks=ranks
                 )
             if result is None:
                 return False
@@ -185,12 +215,17 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         def save(state: State) -> None:
             with report.pause("saving"):
                 saver.wait()  # before another copy of everything is made
+                copy = not config.save_blocking
+                snapshot = checkpoint.take_snapshot(model, optimizer, scaler, state, copy=copy, ranks=ranks)
+                if not ranks.is_first:
+                    return
                 try:
-                    state.metrics_bytes, state.seconds = report.metrics_bytes, time.perf_counter() - started
+                    snapshot.state.metrics_bytes = report.metrics_bytes
+                    snapshot.state.seconds = time.perf_counter() - started
                 except OSError as error:
                     saver.refused(state.step, error)
                     return
-                saver.save(checkpoint.take_snapshot(model, optimizer, scaler, state, copy=not config.save_blocking))
+                saver.save(snapshot)
 
         def ends_here() -> bool:
             return stopping() or state.is_out_of_patience(config.early_stopping_patience)
@@ -204,7 +239,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     save(state)
             if not ends_here():
                 train(
-                    model,
+                    parallel,
                     optimizer,
                     scaler,
                     train_examples,
@@ -216,6 +251,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     evaluate=validate,
                     save=save,
                     stopping=ends_here,
+                    ranks=ranks,
                 )
         finally:
             saver.wait()
@@ -232,6 +268,10 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             report.evaluation(state.step, state.step * epochs, loss=test.loss, accuracy=test.accuracy, split="test")
 
     # What is left behind.
+    weights = checkpoint.weights_of(model, ranks)
+    answers = three_predictions(model, data, config.max_length) if data.label_names else three_completions(model, data)
+    if not ranks.is_first:
+        return
     probabilities = evaluations[judged].probabilities
     if probabilities is not None:
         write_scores(run / "scores.json", state.step, probabilities, data.splits[judged], data.label_names)
@@ -239,11 +279,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         config,
         data,
         Outcome(state, test, seconds),
-        num_parameters=number_of_parameters(model),
+        num_parameters=num_parameters,
         device=f"{device} in {precision.name}",
     )
     with complete_or_absent(run / "final") as folder:
-        checkpoint.save_model(folder, model_config, checkpoint.weights_of(model), source)
+        checkpoint.save_model(folder, model_config, weights, source)
         folder.write("README.md", [card.encode()])
     if saver.failure is not None:
         raise FtError(
@@ -251,7 +291,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             f"({saver.failure.strerror or saver.failure}): a longer run could only continue from the one before"
         )
     print(closing(run, state, last_step, seconds, config, test))
-    print(three_predictions(model, data, config.max_length) if data.label_names else three_completions(model, data))
+    print(answers)
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
 

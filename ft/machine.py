@@ -16,15 +16,28 @@ from torch import nn
 from ft.errors import UsageError
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
     """The device that `--device` names; without a name CUDA, else Apple's MPS, else the CPU.
 
+    Of several processes on a machine each takes the CUDA device of its number among them, `local_rank`; None is for a
+    process by itself.
+
     Raises:
-        UsageError: there is no such device here.
+        UsageError: there is no such device here, or several processes cannot share it.
     """
     if name is None:
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(best)
+        has_mps = torch.backends.mps.is_available() and local_rank is None
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if local_rank is not None:
+        if name.startswith(("cuda:", "mps")):
+            raise UsageError(f"--device is {name!r}, which several processes cannot share: it must be cuda or cpu")
+        present = torch.cuda.device_count() if name == "cuda" else 0
+        if local_rank >= present > 0:
+            raise UsageError(
+                f"torchrun has started {local_rank + 1} processes or more here, where PyTorch finds {present} CUDA "
+                f"devices: --nproc-per-node must be at most {present}"
+            )
+        name = f"cuda:{local_rank}" if name == "cuda" else name
     # By pattern, as torch.device() takes names of other accelerators too and lets an index beyond 127 wrap around.
     kind = re.fullmatch(r"cpu|mps|cuda(:(?P<index>0|[1-9][0-9]{0,8}))?", name)
     if kind is None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ft.checkpoint import State
-from ft.config import Config, field_groups, flag
+from ft.config import NO_FLAGS, Config, field_groups, flag
 from ft.evaluate import Evaluation
 from ft.forgetting import perplexity
 from ft.inputs import Data
@@ -122,7 +122,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
             "| setting | value |",
             "|---|---|",
             *(
-                f"| `{flag(name)}` | {_escaped(str(getattr(config, name)))} |"
+                f"| `{name if name in NO_FLAGS else flag(name)}` | {_escaped(str(getattr(config, name)))} |"
                 for name, heading in field_groups().items()
                 if heading in SETTINGS and getattr(config, name) is not None
             ),

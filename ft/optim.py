@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ft.distributed import own_part, whole
+
 
 class AdamW:
     """AdamW (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2).
@@ -66,10 +68,10 @@ class AdamW:
             steps = [self.state[weight]["step"] for weight in weights]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
-                weights,
-                [weight.grad for weight in weights],
-                [self.state[weight]["exp_avg"] for weight in weights],
-                [self.state[weight]["exp_avg_sq"] for weight in weights],
+                [own_part(weight) for weight in weights],
+                [own_part(weight.grad) for weight in weights],
+                [own_part(self.state[weight]["exp_avg"]) for weight in weights],
+                [own_part(self.state[weight]["exp_avg_sq"]) for weight in weights],
                 [],
                 steps,
                 lr=self.learning_rate,
@@ -146,7 +148,7 @@ def clip_in_optimizer(optimizer: AdamW, max_norm: float, loss_scale: float | Ten
         The global norm before clipping, a scalar on the gradients' device, with the loss scale taken out.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) / loss_scale
+    norm = whole(torch.nn.utils.get_total_norm(gradients)) / loss_scale
     if max_norm > 0:
         # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that the clipped gradients are the same; float, as the kernel
         # reads its scale in that type whatever the parameters' is.

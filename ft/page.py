@@ -68,7 +68,7 @@ def page(runs: Sequence[Recorded]) -> str:
 
 
 def _rows_per_step(run: Recorded) -> object:
-    return run.config.get("batch_size"), run.config.get("gradient_accumulation_steps")
+    return tuple(run.config.get(name) for name in ("batch_size", "gradient_accumulation_steps", "processes"))
 
 
 def _section(title: str, key: str, content: str) -> str:

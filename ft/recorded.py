@@ -135,8 +135,10 @@ def settings_given(config: dict[str, Any]) -> dict[str, Any]:
 
 def command_of(config: dict[str, Any]) -> str:
     """The command line that makes a run with these settings, quoted for a POSIX shell."""
-    words = ["python", "run.py"]
-    for name, value in settings_given(config).items():
+    settings = settings_given(config)
+    processes = settings.pop("processes", 1)
+    words = ["python", "run.py"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "run.py"]
+    for name, value in settings.items():
         if isinstance(value, bool):
             words += [flag(name)] if value else []
         elif isinstance(value, list):

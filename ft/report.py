@@ -22,27 +22,29 @@ class Report:
 
     def __init__(
         self,
-        metrics_path: Path,
+        metrics_path: Path | None,
         *,
         total_steps: int,
         first_step: int,
         metrics_bytes: int,
         tensorboard: EventFiles | None = None,
     ) -> None:
-        """Open the metrics file at the length that the state says; later lines are of a run that broke off."""
-        self.metrics_path = metrics_path
-        self._file = metrics_path.open("ab", buffering=0)
+        """Open the metrics file at the length that the state says; later lines are of a run that broke off.
+
+        Without a path nothing is written and no bar is shown: so it is in all processes of a run but one.
+        """
+        self._file = (metrics_path or Path(os.devnull)).open("ab", buffering=0)
         self._pending = b""
         self._tensorboard = tensorboard
-        if metrics_path.stat().st_size < metrics_bytes:
-            print(f"WARNING: {metrics_path} has lost its end: lines of earlier steps are missing.")
-        else:
-            self._file.truncate(metrics_bytes)
-        self._file.seek(0, 2)  # truncating leaves the position, which `metrics_bytes` tells, behind the new end
+        if metrics_path is not None:
+            if metrics_path.stat().st_size < metrics_bytes:
+                print(f"WARNING: {metrics_path} has lost its end: lines of earlier steps are missing.")
+            else:
+                self._file.truncate(metrics_bytes)
+            self._file.seek(0, 2)  # truncating leaves the position, which `metrics_bytes` tells, behind the new end
         # On a terminal a bar, elsewhere (a file, a pipe) only the log lines, whole ones.
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+        shows_bar = metrics_path is not None and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shows_bar)
         self.times = StepTimes()
         self._started = time.perf_counter()
         self._paused = 0.0

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ft import checkpoint
@@ -61,6 +62,29 @@ def own_folder(config: Config) -> Iterator[Path]:
             )
         tidy(run)
         yield run
+
+
+def shared_by(config: Config, processes: int) -> Config:
+    """The same run in so many processes: one that is resumed keeps the reviews of its batches, whoever shares them.
+
+    Raises:
+        UsageError: they cannot be shared equally.
+    """
+    recorded = Path(config.output_dir) / "config.json"
+    if config.resume is None or not recorded.exists():
+        return replace(config, processes=processes)
+    before = Config(**read_config_file(recorded))
+    asked_for = config.batch_size != before.batch_size  # and was not taken from the file
+    if asked_for or before.processes == processes:
+        return replace(config, processes=processes)
+    batch_size, rest = divmod(before.rows_per_batch, processes)
+    if rest:
+        divisors = [str(n) for n in range(1, before.rows_per_batch + 1) if before.rows_per_batch % n == 0]
+        raise UsageError(
+            f"the run has batches of {before.rows_per_batch} reviews, which {processes} processes cannot share "
+            f"equally: continue it with {', '.join(divisors)}"
+        )
+    return replace(config, batch_size=batch_size, processes=processes)
 
 
 def checkpoint_to_resume(run: Path, config: Config) -> Path | None:

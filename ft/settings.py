@@ -35,6 +35,8 @@ FREE_ON_RESUME = (
     "eval_batch_size",
     "early_stopping_patience",  # which moves the end, and changes no step on the way there
     "release_memory",
+    "shard",
+    "process_timeout",
     "activation_checkpointing",
     "logging_steps",
     "eval_steps",
@@ -46,6 +48,9 @@ FREE_ON_RESUME = (
     "on_nonfinite",
     "max_skipped_steps",
 )
+
+# What may change as long as their product does not: more or fewer processes may share the reviews of a batch.
+SHARED_ON_RESUME = ("batch_size", "processes")
 
 # What a resumed run may have more of; less of it would end before its checkpoint's schedule does.
 LONGER_ON_RESUME = ("epochs", "max_steps")
@@ -96,10 +101,15 @@ def run_of(path: Path) -> Path:
 
 def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
     """One line for each setting that would make a resumed run another run than the one it continues: a table."""
+    may_change = (*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME)
     changed = [
         (flag(name), repr(old[name]), repr(value))
         for name, value in asdict(new).items()
-        if name in old and name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME) and old[name] != value
+        if name in old and name not in may_change and old[name] != value
     ]
+    rows = old.get("batch_size", Config.batch_size) * old.get("processes", Config.processes)
+    if rows != new.rows_per_batch:
+        times = f" x {new.processes} processes" if new.processes > 1 else ""
+        changed.append(("--batch-size", f"{rows} in all", f"{new.batch_size}{times}"))
     widths = [max(map(len, column)) for column in zip(*changed, strict=True)]
     return [f"{name:{widths[0]}} was {before:{widths[1]}} and would be {after}" for name, before, after in changed]

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -16,11 +17,15 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 class StopRequest:
     """Notes that one of `SIGNALS` has come, while used as a context manager; a second Ctrl-C ends the process at once.
 
+    With several processes, `agree` makes the highest of their signal numbers known to all: each call is an exchange, to
+    which all must come, so that they stop at the same place.
+
     Python runs the handler between two operations of the main thread, so that a matrix product is never cut short.
     """
 
-    def __init__(self) -> None:
-        self._number: int | None = None
+    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
+        self._agree = agree
+        self._number = 0
         self._interrupted = False
         self._previous: dict[int, Any] = {}
 
@@ -47,9 +52,9 @@ class StopRequest:
 
     def __call__(self) -> bool:
         """Whether the run should stop."""
-        return self._number is not None
+        self._number = self._agree(self._number)
+        return self._number > 0
 
     def stopped(self, message: str) -> Stopped:
         """The error that ends the run, with the exit status that shells give to a signal: 128 and its number."""
-        assert self._number is not None
         return Stopped(message, status=128 + self._number)

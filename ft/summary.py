@@ -41,7 +41,7 @@ def opening(
         f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
         f"{_answers(config, data)}.\n"
         + (f"General text, to see what is forgotten: {general_text}.\n" if general_text else "")
-        + f"Plan: {last_step:,} steps of {config.batch_size * config.gradient_accumulation_steps} examples; every "
+        + f"Plan: {last_step:,} steps of {_global_batch(config)}; every "
         f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
         f"checkpoint, in {config.output_dir}."
         + (
@@ -53,6 +53,14 @@ def opening(
     )
 
 
+def _global_batch(config: Config) -> str:
+    """The examples of an optimiser step, and who computes them."""
+    if config.processes == 1:
+        return f"{config.rows_per_step} examples"
+    what = "each with a part of the model" if config.shard else "each with the whole model"
+    return f"{config.rows_per_step} examples in all, shared by {config.processes} processes, {what}"
+
+
 def _answers(config: Config, data: Data) -> str:
     """What the model is to say: the labels, or the column of completions."""
     if config.completion_column is not None:
@@ -62,7 +70,7 @@ def _answers(config: Config, data: Data) -> str:
 
 def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
     """The summary at the end of a run."""
-    reviews = state.step * config.batch_size * config.gradient_accumulation_steps
+    reviews = state.step * config.rows_per_step
     return (
         ("" if state.step >= last_step else f"\nStopped early: {runs.reason_of_end(state, last_step)}.")
         + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Batch, Example, epoch_order
-from ft.gpt2 import GPT2
+from ft.distributed import ALONE, Ranks
 from ft.machine import Precision
 from ft.nonfinite import NonFiniteGuard
 from ft.optim import AdamW, clip_in_optimizer, learning_rate_at
@@ -18,7 +19,7 @@ from ft.report import Report
 
 def steps_per_epoch(num_examples: int, config: Config) -> int:
     """Optimiser steps in one pass over the data; the last window of batches may be a short one."""
-    return math.ceil(math.ceil(num_examples / config.batch_size) / config.gradient_accumulation_steps)
+    return math.ceil(math.ceil(num_examples / config.rows_per_batch) / config.gradient_accumulation_steps)
 
 
 def total_steps(num_examples: int, config: Config) -> int:
@@ -27,16 +28,18 @@ def total_steps(num_examples: int, config: Config) -> int:
 
 
 def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list[Sequence[int]]]:
-    """For each optimiser step from `first_step` on, the batches it accumulates, each as the examples' row numbers."""
+    """For each optimiser step from `first_step` on, the batches it accumulates, each as the examples' row numbers.
+
+    With several processes these are the batches of all of them, which `Ranks.share` divides.
+    """
     per_epoch, last_step = steps_per_epoch(num_examples, config), total_steps(num_examples, config)
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
     for epoch in range(first_step // per_epoch, math.ceil(last_step / per_epoch)):
         order = epoch_order(num_examples, config.seed, epoch)
         first_of_epoch = epoch * per_epoch
         for step in range(max(first_step, first_of_epoch), min(first_of_epoch + per_epoch, last_step)):
-            start = (step - first_of_epoch) * rows_per_step
-            window = order[start : start + rows_per_step]
-            yield [window[i : i + config.batch_size] for i in range(0, len(window), config.batch_size)]
+            start = (step - first_of_epoch) * config.rows_per_step
+            window = order[start : start + config.rows_per_step]
+            yield [window[i : i + config.rows_per_batch] for i in range(0, len(window), config.rows_per_batch)]
 
 
 def rows_of_step(num_examples: int, config: Config, step: int) -> list[int]:
@@ -45,7 +48,7 @@ def rows_of_step(num_examples: int, config: Config, step: int) -> list[int]:
 
 
 def train(
-    model: GPT2,
+    model: nn.Module,
     optimizer: AdamW,
     scaler: torch.amp.GradScaler,
     examples: Sequence[Example],
@@ -58,15 +61,16 @@ def train(
     evaluate: Callable[[State], None],
     save: Callable[[State], None],
     stopping: Callable[[], bool],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train `model` in place from step `state.step` to the last one, evaluating and saving on the way.
 
-    When `stopping` says so, the step in hand is finished and saved.
+    When `stopping` says so, the step in hand is finished and saved. Several processes share every batch of every step.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite, and no more steps may be skipped.
     """
-    device = model.wte.weight.device
+    device = precision.device
     last_step = total_steps(len(examples), config)
     per_epoch = steps_per_epoch(len(examples), config)
     one = torch.ones((), device=device)
@@ -75,20 +79,22 @@ def train(
     model.train()
 
     for window in windows(len(examples), config, state.step):
-        batches = [collate([examples[row] for row in rows]) for rows in window]
+        batches = [collate(ranks.share([examples[row] for row in rows])) for rows in window]
         read = [examples[row] for rows in window for row in rows]
-        num_targets = sum(len(example.target_ids) for example in read)
+        num_targets = sum(len(example.target_ids) for example in read) / ranks.size
 
-        # Forward and backward. Gradients of several batches add up; each loss is divided by the supervised tokens of
-        # the whole window, so that the sum is the mean over them, however unequal the batches are.
+        # Forward and backward. Gradients of several batches add up, those of several processes are averaged; each loss
+        # is divided by the supervised tokens of the whole window, so that the mean over them comes out.
         window_loss = 0.0 * one
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             batch = batch.to(device)
-            with precision.autocast():
-                logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
-            loss = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / num_targets
-            scaler.scale(loss).backward()
+            with ranks.exchange(model, last=number == len(batches)):
+                with precision.autocast():
+                    logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
+                loss = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / num_targets
+                scaler.scale(loss).backward()
             window_loss += loss.detach()
+        window_loss = ranks.mean(window_loss)
 
         # Clip and update.
         lr = learning_rate_at(state.step, last_step, config.learning_rate, config.warmup_steps, config.lr_schedule)
@@ -107,11 +113,8 @@ def train(
         epoch, last = state.step / per_epoch, state.step == last_step
         if state.step % config.logging_steps == 0 or last:
             guard.check()
-            losses = loss_sum.item()
-            mean_loss = losses / state.loss_steps if state.loss_steps else math.nan
+            mean_loss = state.note_losses(loss_sum.item())
             report.training(state.step, epoch, loss=mean_loss, learning_rate=lr, grad_norm=grad_norm.item())
-            state.train_loss_sum += losses
-            state.loss_steps = 0
             loss_sum.zero_()
         if state.step % config.eval_steps == 0 or last:
             state.evaluation_due = True  # and stays so if the run is stopped meanwhile

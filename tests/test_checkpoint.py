@@ -11,7 +11,7 @@ from ft.checkpoint import (
     ModelSource,
     State,
     checkpoints,
-    load_checkpoint,
+    load_training_state,
     load_weights,
     take_snapshot,
     weights_of,
@@ -112,6 +112,11 @@ def test_the_dropout_of_the_run_is_recorded(source, tmp_path):
     assert read_json(tmp_path / "config.json")["attn_pdrop"] == 0.25
 
 
+def restore(folder, model, optimizer, scaler):
+    load_weights(model, [folder / "model.safetensors"])
+    return load_training_state(folder, model, optimizer, scaler)
+
+
 def test_everything_comes_back(trained, source, tmp_path):
     model, optimizer, scaler = trained
     state = State(step=7, loss_sum=0.1, loss_steps=3, best_step=5, best_accuracy=0.5, metrics_bytes=11, seconds=1.5)
@@ -122,7 +127,7 @@ def test_everything_comes_back(trained, source, tmp_path):
     again = GPT2(model.config)
     fresh = build_optimizer(again, 1e-3, 0.0)
     torch.manual_seed(6)
-    assert load_checkpoint(tmp_path / "checkpoint-7", again, fresh, scaler) == state
+    assert restore(tmp_path / "checkpoint-7", again, fresh, scaler) == state
     assert torch.equal(torch.rand(4), drawn)
     for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -135,7 +140,7 @@ def test_a_checkpoint_can_be_deleted_while_the_run_goes_on(trained, source, tmp_
     model, optimizer, scaler = trained
     save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-    load_checkpoint(tmp_path / "checkpoint-1", model, optimizer, scaler)
+    restore(tmp_path / "checkpoint-1", model, optimizer, scaler)
     for path in (tmp_path / "checkpoint-1").glob("*.safetensors"):
         size = path.stat().st_size
         path.write_bytes(b"\xff" * size)
@@ -208,4 +213,4 @@ def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, messag
     save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
     change(tmp_path / "checkpoint-1")
     with pytest.raises(FtError, match=message):
-        load_checkpoint(tmp_path / "checkpoint-1", model, optimizer, scaler)
+        restore(tmp_path / "checkpoint-1", model, optimizer, scaler)

@@ -1,0 +1,346 @@
+"""Several processes that train one model together: torchrun starts them, `torch.distributed` connects them.
+
+    torchrun --nproc-per-node 2 run.py
+
+Each has the whole model and computes the gradients of its share of every batch. Before an update they take the mean of
+their gradients, so that all make the same update, and stay alike. With --shard each keeps only a part of the weights,
+gradients and moments, and gets the rest of a block from the others when that block is computed.
+
+What is computed in the loop is exchanged on its device, and queued there. What the processes settle among themselves
+(is it time to stop? is everybody there?) goes by a second group, on the CPU, for which no GPU has to wait.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ft.data import IGNORED, Example
+from ft.errors import FtError, UsageError
+from ft.gpt2 import GPT2
+
+PATIENCE = 2.0  # times --process-timeout until an exchange of gradients gives up, so that the other group does so first
+ROLL_CALL = 5.0  # seconds for which those that miss somebody wait for each other
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, seen from one of them. One by itself, the usual case, exchanges nothing.
+
+    Attributes:
+        rank: the number of this process, from 0. The first one speaks and writes for all.
+        size: how many there are.
+        local_rank: the number of this process on its machine, from 0.
+        has_begun: torchrun has started them anew, and before that the run had begun.
+        control: the group in which things are settled.
+        store: a few keys that all can read and set, kept by torchrun, or by the first process.
+        attempt: how often torchrun has started them anew.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    has_begun: bool = False
+    control: Any = None
+    store: Any = None
+    attempt: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that logs, writes metrics and saves."""
+        return self.rank == 0
+
+    # What is computed.
+
+    def share(self, examples: Sequence[Example]) -> list[Example]:
+        """This process's examples of a batch: every `size`-th one, so that shares differ by one example at most.
+
+        Where there are fewer examples than processes, some get one without targets, which adds nothing to loss or
+        gradient: they must do the same exchanges as the others.
+        """
+        own = list(examples[self.rank :: self.size])
+        return own or [Example(examples[0].input_ids, [IGNORED] * len(examples[0].target_ids))]
+
+    def exchange(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """A context for a forward and backward pass, after which gradients are exchanged if it is a window's `last`."""
+        if self.size == 1:
+            return nullcontext()
+        if hasattr(model, "set_requires_gradient_sync"):  # it is sharded
+            model.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else model.no_sync()  # type: ignore[operator]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes of a tensor on the loop's device; queued, not waited for, on a GPU."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def parallel(self, model: GPT2, device: torch.device, *, shard: bool, bf16_gradients: bool) -> nn.Module:
+        """The model to train with: `model`, whose gradients the processes exchange in the backward pass.
+
+        DistributedDataParallel sends the gradients of a layer while those of the layers before it are computed (Li et
+        al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020). Sharding is that of Zhao
+        et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023), in its second form.
+
+        Args:
+            model: with weights; with `shard` its parameters are replaced by ones that hold a part each.
+            device: where it lies.
+            shard: keep only a part of each parameter here.
+            bf16_gradients: send gradients as bf16, half the bytes with 8 bits of mantissa.
+        """
+        if self.size == 1:
+            return model
+        if shard:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            mesh = init_device_mesh(device.type, (self.size,))
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if bf16_gradients else None)
+            for block in model.h:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
+            return model
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        if bf16_gradients:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            parallel.register_comm_hook(None, bf16_compress_hook)
+        return parallel
+
+    # What is settled, by small tensors on the CPU. All processes must come to each of these calls.
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes of a tensor on the CPU."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def highest(self, number: int) -> int:
+        """The highest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        agreed = torch.tensor(number)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self.control)
+        return int(agreed)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor on the CPU of each process, of the same shape in all, by rank."""
+        if self.size == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        torch.distributed.all_gather(gathered, tensor, group=self.control)
+        return gathered
+
+    def gather_texts(self, text: str) -> list[str]:
+        """A text of each process, by rank."""
+        encoded = text.encode()
+        longest = self.highest(len(encoded))
+        padded = torch.frombuffer(bytearray(encoded.ljust(longest, b"\0")), dtype=torch.uint8)
+        return [bytes(each.tolist()).rstrip(b"\0").decode() for each in self.gather(padded)]
+
+    @contextmanager
+    def first_alone(self) -> Iterator[bool]:
+        """Run the body everywhere, in the first process (to which this says True) before the others.
+
+        Raises:
+            FtError: here, if it has failed there.
+        """
+        with self._before_others(self.is_first):
+            yield self.is_first
+
+    @contextmanager
+    def one_per_machine_first(self) -> Iterator[None]:
+        """Run the body in one process of each machine before the others, which find there what that one has fetched.
+
+        Raises:
+            FtError: here, if it has failed there.
+        """
+        with self._before_others(self.local_rank == 0):
+            yield
+
+    @contextmanager
+    def _before_others(self, goes_first: bool) -> Iterator[None]:
+        if not goes_first:
+            self._refuse_failure(failed=False)
+        try:
+            yield
+        except BaseException:
+            if goes_first:
+                self.highest(1)
+            raise
+        if goes_first:
+            self._refuse_failure(failed=False)
+
+    def _refuse_failure(self, *, failed: bool) -> None:
+        if self.highest(failed):
+            raise FtError("another process of this run has failed, for the reason that it tells")
+
+    def require_same(self, what: dict[str, str]) -> None:
+        """Refuse to begin where the processes do not mean the same run.
+
+        Args:
+            what: texts that must be the same everywhere, by what they are called in a message.
+
+        Raises:
+            UsageError: a sentence for each that is not.
+        """
+        if self.size == 1:
+            return
+        problems = []
+        for name, text in what.items():
+            texts = self.gather_texts(text)
+            other = next((rank for rank, each in enumerate(texts) if each != texts[0]), None)
+            if other is not None:
+                problems.append(
+                    f"{name} is {texts[0]} in process 0 and {texts[other]} in process {other}: give all processes the "
+                    "same flags and data"
+                )
+        if problems:
+            raise UsageError(*problems)
+
+    # Who speaks, and what is said if somebody is missing.
+
+    def speaking(self) -> AbstractContextManager[object]:
+        """A context in which only the first process prints."""
+        return nullcontext() if self.is_first else redirect_stdout(open(os.devnull, "w"))
+
+    def note_beginning(self) -> None:
+        """From here on, being started anew means to go on."""
+        if self.store is not None:
+            self.store.set("begun", "")
+
+    @contextmanager
+    def missing_told(self) -> Iterator[None]:
+        """Turn the many errors of a connection into one that names who has not answered.
+
+        Raises:
+            FtError: an exchange inside came to nothing.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = re.search("gloo|nccl|timed? ?out|connection|store|process group", str(error), re.IGNORECASE)
+            if self.size == 1 or not lost:
+                raise
+            detail = str(error).partition("\n")[0][:200]
+            raise FtError(f"{self._who_is_missing()} The newest checkpoint is whole. ({detail})") from error
+
+    def _who_is_missing(self) -> str:
+        """Call the roll: each process that misses others says so, and those that do not are the ones missed."""
+        try:
+            self.store.set(self._present(self.rank), "")
+            deadline = time.monotonic() + ROLL_CALL
+            while True:
+                missing = [rank for rank in range(self.size) if not self.store.check([self._present(rank)])]
+                if len(missing) <= 1 or time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+        except RuntimeError:  # the store is gone with the process that kept it
+            return "process 0, or the machine that it ran on, does not answer any more."
+        if not missing:
+            return "the connection between the processes broke, though all of them still run."
+        named = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
+        return f"{named} of {self.size} (counted from 0) ended, or did not answer within --process-timeout."
+
+    def _present(self, rank: int) -> str:
+        return f"attempt {self.attempt}: process {rank} waits"
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
+    """The processes that torchrun has started, connected; without torchrun just this one.
+
+    Args:
+        device: where this process computes.
+        timeout: seconds after which a process that does not answer is given up.
+
+    Raises:
+        FtError: the others cannot be reached.
+        UsageError: what torchrun tells is incomplete, or the device is none for several processes.
+    """
+    if number_of_processes() == 1:
+        yield ALONE
+        return
+    import torch.distributed as dist
+
+    if device.type == "mps":
+        raise UsageError("MPS computes in one process only: leave torchrun out, or take --device cpu")
+    host, port, rank, size, local_rank = _places()
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit = timedelta(seconds=timeout)
+    try:
+        store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)
+        # The store outlives the processes, and so would the keys by which an earlier attempt found together.
+        own_keys = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=own_keys, rank=rank, world_size=size, timeout=PATIENCE * limit)
+        control = dist.new_group(backend="gloo", timeout=limit)
+    except RuntimeError as error:
+        detail = str(error).partition("\n")[0]
+        raise FtError(
+            f"process {rank} of {size} found not all others at {host}:{port} within --process-timeout {timeout:g} s: "
+            f"{detail}"
+        ) from error
+    begun = attempt > 0 and bool(store.check(["begun"]))
+    ranks = Ranks(rank, size, local_rank, begun, control, store, attempt)
+    with ranks.missing_told():
+        yield ranks
+    dist.destroy_process_group()
+
+
+def number_of_processes() -> int:
+    """How many processes torchrun, if it is torchrun that started this one, has started for the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """The number of this process among those on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _places() -> tuple[str, int, int, int, int]:
+    names = ("MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    absent = [name for name in ("MASTER_ADDR", *names) if not os.environ.get(name)]
+    if absent:
+        raise UsageError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(absent)} are not set: start several processes "
+            "by torchrun, or unset WORLD_SIZE"
+        )
+    port, rank, size, local = (int(os.environ[name]) for name in names)
+    return os.environ["MASTER_ADDR"], port, rank, size, local
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold a part of this tensor. By a method, as one process need not import the class."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, or its rows of one that is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, fetched from the other processes if it is sharded: all of them must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def rows_here(tensor: Tensor, like: Tensor, ranks: Ranks) -> Tensor:
+    """The part of a whole tensor that belongs into what this process holds of `like`, which may be sharded."""
+    if not is_sharded(like):
+        return tensor
+    chunks = tensor.chunk(ranks.size, dim=0)  # as many as there are rows, if those are fewer than processes
+    return chunks[ranks.rank] if ranks.rank < len(chunks) else tensor[:0]
