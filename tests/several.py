@@ -1,7 +1,8 @@
 """Runs the program in several processes at once, as torchrun does, without importing PyTorch for each.
 
 Reads two JSON lists per line: the command line and the working directory of each process. Forks them, prints their
-process numbers, and when all have ended their exit statuses. What they print goes to files `out-RANK` in the folder that the environment names.
+process numbers, and when all have ended their exit statuses. What they print goes to files `out-RANK` in the folder
+that the environment names.
 """
 
 import json
