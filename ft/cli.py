@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Never
 
 from ft.command import CommandParser, unknown_flag
-from ft.config import NEWEST, NO_FLAGS, Config, field_groups, field_help, field_types, flag
+from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
 from ft.errors import FtError, Stopped, UsageError
-from ft.settings import parse_value, read_config_file, run_of
+from ft.settings import field_groups, field_help, parse_value, read_config_file, run_of
 
 EXAMPLES = """\
 examples:

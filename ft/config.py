@@ -6,11 +6,8 @@ what is seen when it is too large or too small; the README has pictures of that.
 tutorial that this program rebuilds.
 """
 
-import ast
 import functools
-import inspect
 import json
-import re
 import sys
 import types
 import typing
@@ -274,31 +271,6 @@ _MINIMUM: dict[str, float] = {
 def flag(name: str) -> str:
     """The command-line flag of a field: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
-
-
-@functools.cache
-def field_help() -> dict[str, str]:
-    """The first line of the string that stands under each field of `Config`, by field name."""
-    (class_def,) = ast.parse(inspect.getsource(Config)).body
-    assert isinstance(class_def, ast.ClassDef)
-    helps = {}
-    for statement, following in zip(class_def.body, class_def.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            assert isinstance(following, ast.Expr)
-            helps[statement.target.id] = ast.literal_eval(following.value).partition("\n")[0]
-    return helps
-
-
-@functools.cache
-def field_groups() -> dict[str, str]:
-    """The comment in `Config` that each field stands under, by field name: the headings of the help."""
-    groups, heading = {}, ""
-    for line in inspect.getsource(Config).splitlines():
-        if line.startswith("    # "):
-            heading = line.removeprefix("    # ")
-        elif (found := re.match(r"    (\w+): ", line)) and found[1] in field_types():
-            groups[found[1]] = heading
-    return groups
 
 
 @functools.cache

@@ -10,10 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from ft.checkpoint import State
-from ft.config import NO_FLAGS, Config, field_groups, flag
+from ft.config import NO_FLAGS, Config, flag
 from ft.evaluate import Evaluation
 from ft.forgetting import perplexity
 from ft.inputs import Data
+from ft.settings import field_groups
 
 SETTINGS = ("How long, and in what portions", "The optimiser")  # the headings in `Config` whose fields are told
 

@@ -1,6 +1,13 @@
-"""Settings from elsewhere than the defaults: from a command line, from a file, and from the run that is continued."""
+"""Settings from elsewhere than the defaults: from a command line, from a file, and from the run that is continued.
 
+And what there is to say of them, which stands in the text of `Config`.
+"""
+
+import ast
+import functools
+import inspect
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -56,6 +63,31 @@ SHARED_ON_RESUME = ("batch_size", "processes")
 LONGER_ON_RESUME = ("epochs", "max_steps")
 
 
+@functools.cache
+def field_help() -> dict[str, str]:
+    """The first line of the string that stands under each field of `Config`, by field name."""
+    (class_def,) = ast.parse(inspect.getsource(Config)).body
+    assert isinstance(class_def, ast.ClassDef)
+    helps = {}
+    for statement, following in zip(class_def.body, class_def.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(following, ast.Expr)
+            helps[statement.target.id] = ast.literal_eval(following.value).partition("\n")[0]
+    return helps
+
+
+@functools.cache
+def field_groups() -> dict[str, str]:
+    """The comment in `Config` that each field stands under, by field name: the headings of the help."""
+    groups, heading = {}, ""
+    for line in inspect.getsource(Config).splitlines():
+        if line.startswith("    # "):
+            heading = line.removeprefix("    # ")
+        elif (found := re.match(r"    (\w+): ", line)) and found[1] in field_types():
+            groups[found[1]] = heading
+    return groups
+
+
 def parse_value(name: str, text: str | list[str]) -> Any:  # noqa: ANN401
     """A field's value from the text that a command line gave, or from the texts for a field that takes several.
 
@@ -107,9 +139,13 @@ def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
         for name, value in asdict(new).items()
         if name in old and name not in may_change and old[name] != value
     ]
-    rows = old.get("batch_size", Config.batch_size) * old.get("processes", Config.processes)
-    if rows != new.rows_per_batch:
-        times = f" x {new.processes} processes" if new.processes > 1 else ""
-        changed.append(("--batch-size", f"{rows} in all", f"{new.batch_size}{times}"))
+    batch = (old.get("batch_size", new.batch_size), old.get("processes", new.processes))
+    if math.prod(batch) != new.rows_per_batch:
+        changed.append((flag("batch_size"), _shared(*batch), _shared(new.batch_size, new.processes)))
     widths = [max(map(len, column)) for column in zip(*changed, strict=True)]
     return [f"{name:{widths[0]}} was {before:{widths[1]}} and would be {after}" for name, before, after in changed]
+
+
+def _shared(batch_size: int, processes: int) -> str:
+    """The reviews of a batch, in words that tell how many each of several processes has."""
+    return str(batch_size) if processes == 1 else f"{batch_size} x {processes} processes"

@@ -13,10 +13,10 @@ from test_config import EVERY_FIELD, FIELDS, other_value
 
 import ft.job
 from ft.cli import COMMANDS, main, read_arguments
-from ft.config import NEWEST, Config, field_groups, field_help, field_types, flag
+from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
 from ft.demo import SETTINGS
 from ft.errors import FtError, UsageError
-from ft.settings import NOT_OF_THE_RUN
+from ft.settings import NOT_OF_THE_RUN, field_groups, field_help
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +48,7 @@ def test_without_flags_every_setting_has_its_default():
     assert read_arguments([]) == Config()
 
 
-@EVERY_FIELD
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NO_FLAGS])
 @pytest.mark.parametrize("form", ["two words", "one word"])
 def test_every_field_has_a_flag(name, form):
     value = other_value(name)
@@ -61,6 +61,10 @@ def test_every_field_has_a_flag(name, form):
         arguments = [flag(name), str(value)] if form == "two words" else [f"{flag(name)}={value}"]
     follows = {"demo": SETTINGS, "resume": {"output_dir": value}}.get(name, {})
     assert read_arguments(arguments) == Config(**{name: value, **follows})
+
+
+def test_what_a_run_notes_by_itself_cannot_be_asked_for():
+    assert problems_of("--processes", "2") == ["there is no flag --processes, is it --process-timeout?"]
 
 
 def test_resume_needs_no_value():
@@ -91,6 +95,9 @@ def help_text(capsys, monkeypatch):
 
 def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
     for name, field in FIELDS.items():
+        if name in NO_FLAGS:
+            assert f" {flag(name)} " not in help_text
+            continue
         kind, choices = field_types()[name]
         value = " " + ("|".join(choices) or {int: "N", float: "X", str: "TEXT", tuple: "PATTERN ..."}.get(kind, ""))
         value = {"resume": " [TEXT]"}.get(name, "" if kind is bool else value)
@@ -130,7 +137,7 @@ def test_the_help_shows_flags_that_exist(help_text):
 
 
 def test_a_saved_configuration_comes_back_through_its_file():
-    left_out = (*NOT_OF_THE_RUN, "completion_column")  # which goes with no --label-names
+    left_out = (*NOT_OF_THE_RUN, "completion_column", "shard")  # which go with no --label-names and no --compile
     saved = Config(**{name: other_value(name) for name in FIELDS if name not in left_out})
     saved.save(Path("saved.json"))
     assert read_arguments(["--config", "saved.json"]) == saved

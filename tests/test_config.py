@@ -11,7 +11,6 @@ import pytest
 
 from ft.config import (
     Config,
-    field_help,
     field_types,
     flag,
 )
@@ -21,6 +20,7 @@ from ft.settings import (
     LONGER_ON_RESUME,
     NOT_OF_THE_RUN,
     changed_on_resume,
+    field_help,
     parse_value,
     read_config_file,
 )
@@ -334,6 +334,8 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, content, messag
 def test_what_makes_it_another_run_is_told_and_nothing_else(name):
     old, new = dataclasses.asdict(Config()), changed(name)
     message = f"{flag(name)} was {old[name]!r} and would be {getattr(new, name)!r}"
+    if name == "processes":
+        message = "--batch-size was 8 and would be 8 x 4 processes"
     assert changed_on_resume(old, new) == ([] if name in (*FREE_ON_RESUME, *LONGER_ON_RESUME) else [message])
 
 
@@ -347,13 +349,19 @@ def test_every_change_is_told_and_a_setting_that_was_not_recorded_is_none():
     assert len({sentence.index(" and would be ") for sentence in told}) == 1
 
 
+@pytest.mark.parametrize(("batch_size", "processes"), [(12, 1), (6, 2), (3, 4), (1, 12)])
+def test_the_same_reviews_may_be_shared_by_more_or_fewer(batch_size, processes):
+    old = dataclasses.asdict(Config(batch_size=6, processes=2))
+    assert changed_on_resume(old, Config(batch_size=batch_size, processes=processes)) == []
+
+
 def test_what_decides_the_weights_is_not_free_on_resume():
     decides = {"model", "model_revision", "init", "dataset", "dataset_revision", "label_names", "demo", "epochs"}
     decides |= {"max_steps", "batch_size", "gradient_accumulation_steps", "max_length", "seed", "learning_rate"}
     decides |= {"dataset_config", "text_column", "label_column", "prompt_column", "completion_column"}
     decides |= {"train_fraction", "max_train_samples"}
     decides |= {"lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dropout"}
-    decides |= {"train_only", "freeze"}
+    decides |= {"train_only", "freeze", "processes", "bf16_gradients"}
     decides |= {"precision", "tf32", "compile", "static_shapes"}  # how it rounds, and what dropout drops
     decides |= {"forgetting"}  # which changes no weights, but figures of two texts are not to be compared
     assert decides | set(FREE_ON_RESUME) == set(FIELDS)

@@ -218,7 +218,7 @@ def test_a_resumed_run_takes_no_other_batch(several, command, tmp_path):
     several.run(2, command("run", 4, "--max-steps", "4"))
     several.start([["--output-dir", str(tmp_path / "run"), "--resume", "--batch-size", "5"]] * 2)
     assert 2 in several.statuses()
-    assert "--batch-size was 8 in all and would be 5 x 2 processes" in several.said()
+    assert "--batch-size was 4 x 2 processes and would be 5 x 2 processes" in several.said()
 
 
 # What goes wrong
