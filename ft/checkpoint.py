@@ -14,7 +14,7 @@ Tensors are in safetensors and the rest in JSON, so that reading a checkpoint ne
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ft.data import END_OF_TEXT
-from ft.distributed import ALONE, Ranks, is_sharded, own_part, rows_here, whole
+from ft.distributed import ALONE, Ranks, give_back, is_sharded, own_part, rows_here, whole
 from ft.errors import FtError
 from ft.files import UNFINISHED, Do, NewFolder, at_once, complete_or_absent, damage_of, read_json
 from ft.gpt2 import GPT2, GPT2Config
@@ -189,6 +189,7 @@ def weights_of(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, Tensor]:
     Sharded ones are put together one at a time: the first process needs room for all of them on the CPU, every process
     for the largest one on its device.
     """
+    give_back(model)
     return _gathered(dict(model.named_parameters()), ranks)
 
 
@@ -205,6 +206,7 @@ def take_snapshot(
 
     Of several processes all must come here, and the first gets the tensors: see `weights_of`.
     """
+    give_back(model)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
     # In the order of the model; what is frozen never changes, and need not be copied.
@@ -219,7 +221,7 @@ def take_snapshot(
     )
 
 
-def _gathered(tensors: dict[str, Tensor], ranks: Ranks, *, copy: bool = False) -> dict[str, Tensor]:
+def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool = False) -> dict[str, Tensor]:
     """The whole tensors, in the first process, and there on the CPU if they were sharded or are to be copied."""
     gathered = {}
     for name, tensor in tensors.items():

@@ -131,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except Stopped as stopped:
         with suppress(OSError):  # as in ft/stop.py
-            print(stopped, file=sys.stderr)
+            print(stopped, end="\n" if str(stopped) else "", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print(f"\ninterrupted{advice}", file=sys.stderr)

@@ -73,7 +73,7 @@ class Ranks:
         if self.size == 1:
             return nullcontext()
         if hasattr(model, "set_requires_gradient_sync"):  # it is sharded
-            model.set_requires_gradient_sync(last)
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
         return nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
@@ -109,11 +109,12 @@ class Ranks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
             return model
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         if bf16_gradients:
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-            parallel.register_comm_hook(None, bf16_compress_hook)
+            # As a function without its name, by which PyTorch keeps it from processes on CPUs, where it works as well.
+            parallel.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
         return parallel
 
     # What is settled, by small tensors on the CPU. All processes must come to each of these calls.
@@ -128,7 +129,7 @@ class Ranks:
         """The highest of the processes' numbers."""
         if self.size == 1:
             return number
-        agreed = torch.tensor(number)
+        agreed = torch.tensor(number, dtype=torch.int64)
         torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self.control)
         return int(agreed)
 
@@ -282,9 +283,9 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timedelta(seconds=timeout)
     try:
-        store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)
+        store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)  # type: ignore[attr-defined]
         # The store outlives the processes, and so would the keys by which an earlier attempt found together.
-        own_keys = dist.PrefixStore(f"attempt {attempt}", store)
+        own_keys = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=own_keys, rank=rank, world_size=size, timeout=PATIENCE * limit)
         control = dist.new_group(backend="gloo", timeout=limit)
@@ -326,6 +327,15 @@ def _places() -> tuple[str, int, int, int, int]:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether other processes hold a part of this tensor. By a method, as one process need not import the class."""
     return hasattr(tensor, "full_tensor")
+
+
+def give_back(model: nn.Module) -> None:
+    """Free the parts of other processes that a forward pass without a backward one has left in a sharded model.
+
+    Until then the model shows whole parameters, which are not those that the optimiser has.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()  # type: ignore[operator]
 
 
 def own_part(tensor: Tensor) -> Tensor:

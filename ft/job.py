@@ -261,7 +261,8 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         if stopping():
             if saver.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {saver.failure}")
-            raise stopping.stopped(f"Stopped after step {state.step:,}. To continue: python run.py --resume {run}")
+            told = f"Stopped after step {state.step:,}. To continue: python run.py --resume {run}"
+            raise stopping.stopped(told if ranks.is_first else "")
         seconds = time.perf_counter() - started
         test = evaluations.get("test")
         if test is not None:

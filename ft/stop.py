@@ -25,7 +25,8 @@ class StopRequest:
 
     def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
         self._agree = agree
-        self._number = 0
+        self._number = 0  # of the signal that has come to this process
+        self._agreed = 0  # of one that all know of
         self._interrupted = False
         self._previous: dict[int, Any] = {}
 
@@ -52,9 +53,9 @@ class StopRequest:
 
     def __call__(self) -> bool:
         """Whether the run should stop."""
-        self._number = self._agree(self._number)
-        return self._number > 0
+        self._agreed = self._agree(self._number)
+        return self._agreed > 0
 
     def stopped(self, message: str) -> Stopped:
         """The error that ends the run, with the exit status that shells give to a signal: 128 and its number."""
-        return Stopped(message, status=128 + self._number)
+        return Stopped(message, status=128 + self._agreed)

@@ -1,6 +1,7 @@
 """Several processes, really started and connected by gloo on this machine, against one process."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -89,15 +90,23 @@ def lines_of(run):
 
 
 def assert_same_run(ours, theirs, bound):
-    """All figures and the final weights are within a relative bound; of weights it is relative to their tensor's."""
+    """All figures are within a relative bound, and the final weights; each tensor by itself is within ten times that.
+
+    A bias begins at 0 and is a sum of AdamW's steps alone, each as large for a gradient that is nearly rounding.
+    """
     mine, reference = lines_of(ours), lines_of(theirs)
     assert len(mine) == len(reference)
     for line, expected in zip(mine, reference, strict=True):
         assert line == pytest.approx(expected, rel=bound)
     weights, expected = (load_file(run / "final" / "model.safetensors") for run in (ours, theirs))
+    assert weights.keys() == expected.keys()
+    weights, expected = ({name: without_keys_bias(name, w) for name, w in each.items()} for each in (weights, expected))
+    whole, difference = math.hypot(*(w.norm() for w in expected.values())), 0.0
     for name, weight in weights.items():
-        weight, other = without_keys_bias(name, weight), without_keys_bias(name, expected[name])
-        assert (weight - other).norm() <= bound * other.norm(), name
+        distance = (weight - expected[name]).norm()
+        assert distance <= 10 * bound * expected[name].norm(), name
+        difference = math.hypot(difference, distance)
+    assert difference <= bound * whole
 
 
 def without_keys_bias(name, weight):
@@ -132,8 +141,6 @@ def test_several_processes_do_what_one_does(several, command, tmp_path, size, ba
     several.run(1, command("one", size * batch_size, *(flag for flag in flags if flag != "--shard")))
     several.run(size, command("several", batch_size, *flags))
     assert_same_run(tmp_path / "several", tmp_path / "one", bound=1e-6)
-    ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("several", "one"))
-    assert ours.keys() == theirs.keys()
 
 
 def test_only_the_first_process_speaks(several, command):
@@ -195,7 +202,7 @@ def test_a_run_of_two_processes_goes_on_in_one_or_four(several, command, tmp_pat
 
 @pytest.mark.parametrize("flags", [[], ["--shard"], ["--precision", "fp16", "--gradient-accumulation-steps", "2"]])
 def test_sigterm_on_one_process_stops_all_and_the_rest_is_the_same_to_the_last_bit(several, command, tmp_path, flags):
-    flags = ["--epochs", "12", *flags]
+    flags = ["--epochs", "6", *flags]
     calm, run = tmp_path / "calm", tmp_path / "run"
     several.run(2, command("calm", 4, *flags))
     stopped(several, command("run", 4, *flags), run)
@@ -287,8 +294,8 @@ def torchrun(arguments, *flags, **options):
 
 def test_torchrun_starts_a_killed_process_anew_and_the_end_is_the_same(several, command, tmp_path):
     calm, run = tmp_path / "calm", tmp_path / "run"
-    several.run(2, command("calm", 4, "--epochs", "30"))
-    elastic = torchrun(command("run", 4, "--epochs", "30"), "--max-restarts", "3")
+    several.run(2, command("calm", 4, "--epochs", "12"))
+    elastic = torchrun(command("run", 4, "--epochs", "12"), "--max-restarts", "3")
     wait_until(lambda: len(checkpoints(run)) > 1)
     worker = next(
         int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if is_worker(path, rank=1, output=run)
