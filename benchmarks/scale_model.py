@@ -39,7 +39,7 @@ gradients; the embeddings are gathered once and their gradients scattered: (p - 
 What is published: peaks, bandwidths and link speeds of NVIDIA's H100 SXM in machines of eight. What is assumed is what
 stands under ASSUMED below. What is left out: batches of unequal length, for the longest of which all wait; casting
 weights and gradients between fp32 and bf16; that exchanging takes memory bandwidth and processors from computing;
-evaluations, checkpoints and failures. The first and the last make real runs worse than this.
+evaluations, checkpoints and failures. All of these make real runs slower than this.
 """
 
 import argparse
