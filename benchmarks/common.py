@@ -35,14 +35,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, figures: dict[str, Any], table: str) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the table."""
+def write_result(name: str, figures: dict[str, Any], table: str, done: str = "Measured") -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the table; `done` is what was done on this machine."""
     RESULTS.mkdir(exist_ok=True)
     described = {"machine": machine(), **figures}
     (RESULTS / f"{name}.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     about = described["machine"]
     where = f"{about['processor']}, {about['threads']} threads, {about['memory_gib']} GiB, torch {about['torch']}"
-    (RESULTS / f"{name}.md").write_text(f"{table}\n\nMeasured on {about['date']}: {where}.\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(f"{table}\n\n{done} on {about['date']}: {where}.\n", encoding="utf-8")
     print(table)
 
 

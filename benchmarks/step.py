@@ -22,6 +22,7 @@ from ft import hub
 from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Example, Split, collate
+from ft.distributed import ALONE, Ranks
 from ft.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.machine import Precision
 from ft.optim import AdamW, build_optimizer
@@ -103,20 +104,30 @@ def build(
     return model, build_optimizer(model, learning_rate=2e-5, weight_decay=0.0), config
 
 
-def timed_steps(model: GPT2, optimizer: AdamW, examples: Sequence[Example], batch_size: int) -> list[dict[str, float]]:
+def timed_steps(
+    model: torch.nn.Module, optimizer: AdamW, examples: Sequence[Example], batch_size: int, ranks: Ranks = ALONE
+) -> list[dict[str, float]]:
     """Train on all examples once, by `ft.train.train` as it is, and return the seconds of each part of each step.
 
     The marks come from the loop's own arguments and from a hook: `forward` includes the loss, `backward` all up to the
-    learning rate, `other` is the clearing of gradients.
+    learning rate, `other` is the clearing of gradients. With several processes, which share the examples, `backward`
+    also has the exchange of gradients as far as it is waited for, and the waiting for the slowest process.
     """
     clock = Clock()
-    hook = model.register_forward_pre_hook(lambda *_: clock.mark("data"))
+    # Before other hooks: that of a sharded model fetches weights, which belongs to the forward pass.
+    hook = model.register_forward_pre_hook(lambda *_: clock.mark("data"), prepend=True)
     train(
         model,
         optimizer,
         ClockedScaler(clock),
         examples,
-        Config(batch_size=batch_size, logging_steps=_NEVER, eval_steps=_NEVER, save_steps=_NEVER),
+        Config(
+            batch_size=batch_size,
+            processes=ranks.size,
+            logging_steps=_NEVER,
+            eval_steps=_NEVER,
+            save_steps=_NEVER,
+        ),
         State(),
         precision=FP32,
         collate=collate,
@@ -124,6 +135,7 @@ def timed_steps(model: GPT2, optimizer: AdamW, examples: Sequence[Example], batc
         evaluate=lambda state: None,
         save=lambda state: None,
         stopping=lambda: False,
+        ranks=ranks,
     )
     hook.remove()
     return clock.steps
