@@ -223,14 +223,16 @@ def take_snapshot(
 
 def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool = False) -> dict[str, Tensor]:
     """The whole tensors, in the first process, and there on the CPU if they were sharded or are to be copied."""
-    gathered = {}
-    for name, tensor in tensors.items():
+
+    def fetched(tensor: Tensor) -> Tensor | None:
         full = whole(tensor.detach())
         if not ranks.is_first:
-            continue
+            return None
         is_new = is_sharded(tensor)
-        gathered[name] = full.to("cpu", copy=not is_new) if copy or is_new else full
-    return gathered
+        return full.to("cpu", copy=not is_new) if copy or is_new else full
+
+    kept = ((name, fetched(tensor)) for name, tensor in tensors.items())  # one after the other, freed before the next
+    return {name: tensor for name, tensor in kept if tensor is not None}
 
 
 def write_checkpoint(

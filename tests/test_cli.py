@@ -129,7 +129,8 @@ def test_a_misspelt_flag_of_a_command_is_told_with_the_nearest(command, capsys):
 
 
 def test_the_help_shows_flags_that_exist(help_text):
-    known = {"--help", "--config", *map(flag, FIELDS), "--split"}  # the last in an example of `evaluate`
+    known = {"--help", "--config", *map(flag, FIELDS)}
+    known |= {"--split", "--nproc-per-node"}  # in examples of `evaluate` and of torchrun
     assert {word.rstrip(":;,.") for word in help_text.split() if word.startswith("--")} <= known
 
 

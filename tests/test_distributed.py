@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer, Repository
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ft.checkpoint import checkpoints, damage_of_checkpoint
+from ft.checkpoint import checkpoints, damage_of_checkpoint, weights_of
 from ft.config import Config
 from ft.data import IGNORED, Example
 from ft.distributed import ALONE, Ranks, own_part, rows_here, whole
@@ -279,16 +281,15 @@ def test_a_process_that_does_not_answer_is_named(several, command, tmp_path, num
     assert damage_of_checkpoint(checkpoints(run)[-1]) is None
 
 
-def torchrun(arguments, *flags, **options):
+def torchrun(arguments, *flags, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *flags]
     return subprocess.Popen(
         [*command, "run.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
 
 
@@ -328,7 +329,40 @@ def test_torchrun_does_not_go_on_with_a_run_that_it_did_not_begin(several, comma
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def test_one_process_downloads_and_the_others_find_it_in_the_cache(command, inputs, tmp_path):
+    model, dataset = (Path(inputs[inputs.index(flag) + 1]) for flag in ("--model", "--dataset"))
+    with HubServer() as hub:
+        hub.repositories = {
+            "models/owner/gpt": Repository({path.name: path.read_bytes() for path in model.iterdir()}),
+            "datasets/owner/reviews": Repository({path.name: path.read_bytes() for path in dataset.iterdir()}),
+        }
+        flags = command("run", 4, "--max-steps", "2", "--model", "owner/gpt", "--dataset", "owner/reviews")
+        elastic = torchrun(flags, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="0")
+        output, _ = elastic.communicate(timeout=200)
+        assert elastic.returncode == 0, output
+        downloads = [request.file for request in hub.requests if request.file and request.sent]
+        assert {"model.safetensors", "train.parquet"} <= set(downloads)
+        assert len(downloads) == len(set(downloads))
+
+
 # The parts by themselves
+
+
+def test_a_process_that_is_not_the_first_keeps_nothing_of_what_it_helps_to_put_together():
+    alive = []
+
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            assert all(full() is None for full in alive), "one tensor at a time"
+            full = torch.ones(4)
+            alive.append(weakref.ref(full))
+            return full
+
+    model = torch.nn.ParameterList([torch.zeros(2) for _ in range(3)])
+    sharded = {name: Sharded(parameter.detach()) for name, parameter in model.named_parameters()}
+    model.named_parameters = lambda: sharded.items()
+    assert weights_of(model, Ranks(rank=1, size=2)) == {}
+    assert len(alive) == 3
 
 
 @given(st.integers(1, 9), st.integers(1, 40))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,25 @@ def test_handlers_are_put_back_and_other_threads_ask_for_none():
     thread.start()
     thread.join()
     assert errors == []
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_told_to_all_the_next_time(capfd):
+    told = []
+
+    def agree(number):
+        told.append(number)
+        if len(told) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # which lets the handler run
+        return number
+
+    with StopRequest(agree) as stopping:
+        assert not stopping()  # as the others were told
+        assert stopping()
+    assert told == [0, signal.SIGTERM]
+
+
+def test_a_signal_to_another_process_stops_this_one_with_the_same_status():
+    with StopRequest(agree=lambda number: max(number, signal.SIGUSR1)) as stopping:
+        assert stopping()
+        assert stopping.stopped("").status == 128 + signal.SIGUSR1
