@@ -30,7 +30,7 @@ from ft.checkpoint import State, load_weights
 from ft.config import Config
 from ft.data import Batch, Example, collate, encode, epoch_order, label_tokens, read_tokenizer
 from ft.files import read_json
-from ft.gpt2 import GPT2, GPT2Config
+from ft.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.machine import Precision, keep_freed_memory
 from ft.optim import build_optimizer, clip_in_optimizer
 from ft.packing import Packing
@@ -119,7 +119,10 @@ def padded(batch: Batch) -> Batch:
 def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
     """`GPT2.forward` with switches: the (S, V) logits of the selected rows."""
     rows = batch.selection.rows
-    tokens = F.embedding(batch.input_ids, model.wte.weight, sparse=not variant.dense_lookup)
+    if variant.dense_lookup:
+        tokens, table = F.embedding(batch.input_ids, model.wte.weight), model.wte.weight
+    else:
+        tokens, table = TiedEmbedding.apply(model.wte.weight, batch.input_ids)
     hidden_states = model.drop(tokens + model.wpe(batch.packing.positions))
     for block in model.h[:-1]:
         hidden_states = block(hidden_states, batch.packing)
@@ -129,7 +132,7 @@ def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
         hidden_states = model.h[-1](hidden_states, batch.packing)
     if variant.selected_before == "head":
         hidden_states = hidden_states.index_select(0, rows)
-    logits = matmul.affine(model.ln_f(hidden_states), model.wte.weight.T)
+    logits = matmul.affine(model.ln_f(hidden_states), table.T)
     return logits.index_select(0, rows) if variant.selected_before == "loss" else logits
 
 

@@ -56,7 +56,7 @@ class Packing:
         """(N, C) -> (B, T, C), with zeros in the padded places."""
         batch_size, max_length = self.shape
         padded = packed.new_zeros(batch_size * max_length, packed.shape[-1])
-        return padded.index_copy(0, self.slots, packed).unflatten(0, self.shape)
+        return padded.index_copy_(0, self.slots, packed).unflatten(0, self.shape)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, T, C) -> (N, C), dropping the padded places."""

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ft.errors import FtError
-from ft.gpt2 import GPT2, GPT2Config
+from ft.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.packing import Packing, Selection
 
 TINY = GPT2Config(vocab_size=211, n_positions=40, n_embd=48, n_layer=3, n_head=4)
@@ -122,13 +123,37 @@ def test_packing_changes_nothing_for_any_one_sequence():
 def test_the_lookup_gradient_is_added_into_the_heads(monkeypatch):
     model = make_model().eval()
     loss, gradients = loss_and_gradients(model)
-    dense = F.embedding
-    monkeypatch.setattr(F, "embedding", lambda ids, weight, *_, sparse=False: dense(ids, weight))
+    monkeypatch.setattr(TiedEmbedding, "apply", lambda table, input_ids: (F.embedding(input_ids, table), table))
     expected_loss, expected = loss_and_gradients(model)
     assert loss == expected_loss
     assert gradients["wte.weight"].layout == torch.strided
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+
+
+class Tables(TorchDispatchMode):
+    """Counts the arrays of the embedding's size that operations make."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shapes, self.made = {shape, shape[::-1]}, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and tuple(result.shape) in self.shapes:
+            self.made.add(result.untyped_storage().data_ptr())
+        return result
+
+
+def test_the_backward_pass_makes_one_array_of_the_embeddings_size():
+    model = make_model().eval()
+    input_ids, _, _ = make_batch()
+    selection = Selection.last(LENGTHS, [1] * len(LENGTHS))
+    loss = model(input_ids, Packing.of(LENGTHS), selection).logsumexp(dim=-1).sum()
+    weight = model.wte.weight
+    with Tables(tuple(weight.shape)) as tables:
+        loss.backward()
+    assert tables.made - {weight.data_ptr()} == {weight.grad.data_ptr()}
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
