@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ft.errors import FtError
-from ft.layout import SUFFIXES, LayoutError, NoSplitError, sort_into_splits, suffix_of
+from ft.layout import SUFFIXES, NoSplitError, sort_into_splits, suffix_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -107,12 +107,14 @@ def dataset_files(
     except NoSplitError as error:
         if path.is_dir() or revision is not None:
             raise
+        from huggingface_hub.errors import RevisionNotFoundError
+
         try:
             return _dataset_files(_Source("dataset", dataset, CONVERTED_REVISION), part, first_of)
-        except LayoutError:
+        except FtError as failure:
+            if isinstance(failure.__cause__, RevisionNotFoundError):  # there is no such branch
+                raise error from None
             raise
-        except FtError:  # there is no such branch
-            raise error from None
 
 
 def _dataset_files(source: _Source, part: str | None, first_of: Sequence[str]) -> dict[str, list[Path]]:

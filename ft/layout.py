@@ -90,8 +90,8 @@ def sort_into_splits(
         called = " or ".join("training" if split == "train" else split for split in wanted)
         raise NoSplitError(
             f"{dataset} has no {called} split: {wanted[0]}.parquet or {wanted[0]}-00000-of-00001.parquet (or .csv, "
-            ".tsv, .jsonl), at the top or in one folder. Name another data set, another --dataset-revision, or a folder "
-            "with such files."
+            ".tsv, .jsonl), at the top or in one folder. Name another data set, another --dataset-revision, or a "
+            "folder with such files."
         )
     if first_of:
         splits = {present[0]: splits[present[0]]}
