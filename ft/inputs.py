@@ -145,7 +145,7 @@ def _refuse_labels_of_two_kinds(
     Names that are numbers themselves make that known to nobody.
 
     Raises:
-        FtError: it is not known, or two splits have names for their numbers that differ.
+        FtError: it is not known, or a name belongs to two numbers.
     """
     train = splits["train"]
     names = label_names or (None if train.in_words else train.label_names)
@@ -160,13 +160,18 @@ def _refuse_labels_of_two_kinds(
                 f"the label in row 0 of {here} is {kinds[0]}, that in row 0 of {there} {kinds[1]}: write the labels of "
                 "both alike, or name the words of the numbers 0, 1, ... in their order by --label-names neg,pos"
             )
-        if train.in_words or split.in_words or not train.label_names or not split.label_names:
-            continue
-        if train.label_names != split.label_names:
-            raise FtError(
-                f"{here} calls its labels {listed(train.label_names)}, and {there} {listed(split.label_names)}: give "
-                "the numbers of both the same names in the same order"
-            )
+        if not train.in_words and not split.in_words:
+            first, second = (_number_of_each_name(each) for each in (train, split))
+            for word in sorted(first.keys() & second.keys()):
+                if first[word] != second[word]:
+                    raise FtError(
+                        f"{word!r} is the label {first[word]} in {here}, and {second[word]} in {there}: give each name "
+                        "the same number in both"
+                    )
+
+
+def _number_of_each_name(split: Split) -> dict[str, int]:
+    return {name: number for number, name in enumerate(split.label_names or ())}
 
 
 def _first_label(split: Split) -> str | int:

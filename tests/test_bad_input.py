@@ -116,7 +116,7 @@ DATA = [
     (
         "names in another order",
         lambda i: i.rows(texts(), labels(), "validation", names=["pos", "neg"]),
-        "train.parquet calls its labels neg, pos, and",
+        "'neg' is the label 0 in",
     ),
     ("labels as fractions", lambda i: i.rows(texts(), [0.5] * 10), "holds double, it must hold whole numbers"),
     ("texts as numbers", lambda i: i.rows(list(range(10)), labels()), "holds int64, it must hold text"),
