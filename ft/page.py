@@ -243,7 +243,7 @@ def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
     ]
     confused = _table(["true", "said", "texts", "of its texts"], pairs, "Most confused", "pairs")
     return _card("Confusion matrix", "a column for each label's number", matrix, "wide") + _card(
-        "Most confused", f"the {len(pairs)} most frequent mistakes", confused
+        "Most confused", f"the {len(pairs)} most frequent mistakes", confused, "wide"
     )
 
 
@@ -258,7 +258,8 @@ def _judgement(run: Recorded, number: int, several: bool) -> str:
             why = f"they are of labels, and it is on completions, which <code>{text(command)}</code> judges"
         return _section(f"Right and wrong{name}", key, f'<p class="note">No scores of this run: {why}.</p>')
     labels, confusion = [_bdi(label) for label in scores["labels"]], scores["confusion"]
-    if len(labels) > MOST_COLUMNS:  # there is no room for their names over the columns of the matrix
+    many = len(labels) > MOST_COLUMNS
+    if many:  # there is no room for their names over the columns of the matrix
         labels = [f'<span class="number">{i}</span> {label}' for i, label in enumerate(labels)]
     per_class = [
         [label, f"{p:.2%}", f"{r:.2%}", f"{f1:.4f}", f"{sum(counts):,}"]
@@ -274,7 +275,7 @@ def _judgement(run: Recorded, number: int, several: bool) -> str:
         f"macro F1 <b>{scores['macro_f1']:.4f}</b>, calibration error <b>{scores['calibration_error']:.2%}</b>.</p>"
     )
     cards = (
-        f'<div class="grid">\n{_matrix(labels, confusion)}\n{_card("Each label", "", classes)}\n'
+        f'<div class="grid">\n{_matrix(labels, confusion)}\n{_card("Each label", "", classes, "wide" * many)}\n'
         f"{_card('Calibration', 'share that is right', chart)}\n</div>"
     )
     mistakes = "\n".join(map(_mistake, scores["mistakes"]))
