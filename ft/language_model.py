@@ -86,8 +86,10 @@ def _model_folder(source: Path) -> Path | None:
     """The folder of the model that `source` means; None where it is no folder, but perhaps a Hub id.
 
     Raises:
-        FtError: a run without a whole model in it, or a damaged checkpoint.
+        FtError: a file, a run without a whole model in it, or a damaged checkpoint.
     """
+    if source.is_file():
+        raise FtError(f"{source} is a file: a run, a checkpoint or a model is a folder")
     if not source.is_dir():
         return None
     if is_checkpoint(source):

@@ -74,7 +74,7 @@ def sort_into_splits(
     folders = sorted(set(homes.values()))
     if part is not None and folders:
         if part not in folders:
-            there = ", ".join(folders)
+            there = ", ".join("one at its top" if folder == "." else folder for folder in folders)
             raise LayoutError(
                 f"{dataset} has no data set in a folder {part!r}, it has {there}: correct --dataset-config."
             )

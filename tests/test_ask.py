@@ -174,6 +174,7 @@ class Terminal(Pipe):
         (["{run}", "--file", "/dev/null"], 1, "/dev/null has no lines"),
         (["{run}", "--file", "{latin}"], 1, "is not UTF-8"),
         (["./absent", "a"], 1, "./absent"),
+        (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a folder"),
         (["{unnamed}", "a"], 1, "does not say what its labels are called; say it by --label-names neg,pos"),
         (["{run}", "good", "sch\udcf6n"], 1, "text 2 is not UTF-8: it holds '\\udcf6' at character 3"),
         (["{run}", "a", "--label-names", "good,goodness"], 1, "begin with the same token"),

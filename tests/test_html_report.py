@@ -278,6 +278,8 @@ def test_mistakes_are_told_all_at_once(tmp_path, capsys):
     assert "it must be the name of a file" in error[2]
     assert main(["report", str(write_run(tmp_path / "run")), "--output", str(tmp_path / "none" / "x.html")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run" / "config.json")]) == 2
+    assert "which is a file: it must be the folder of a run" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "RUN" in capsys.readouterr().err
 

@@ -185,6 +185,8 @@ def test_one_of_several_data_sets_is_chosen_by_its_folder():
     assert sort_into_splits(names, "x", "cola") == {"train": names[1:]}
     with pytest.raises(FtError, match="in cola, sst2: choose one by --dataset-config cola"):
         sort_into_splits(names, "x")
+    with pytest.raises(FtError, match="no data set in a folder 'rte', it has one at its top: correct"):
+        sort_into_splits(["train.parquet"], "x", "rte")
     with pytest.raises(FtError, match="no data set in a folder 'rte', it has cola, sst2"):
         sort_into_splits(names, "x", "rte")
 
