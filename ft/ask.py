@@ -87,16 +87,19 @@ def predict(arguments: Sequence[str]) -> None:
 def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
     """A line for each text: its label, and the probability of each label, of very many that of the likeliest."""
     few = len(names) <= MOST_COLUMNS
-    width = max(10, *map(len, names))
-    head = [name.rjust(8) for name in names] if few else ["the likeliest"]
-    lines = ["  ".join(["label".ljust(width), *head, "text"])]
-    for text, (label, probabilities) in zip(texts, predictions, strict=True):
+    rows = [["label", *(names if few else ["the likeliest"])]]
+    for label, probabilities in predictions:
         if few:
-            cells = [format(value, ".2%").rjust(max(8, len(name))) for name, value in probabilities.items()]
+            cells = [f"{value:.2%}" for value in probabilities.values()]
         else:
             ranked = sorted(probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
             cells = [", ".join(f"{name} {value:.2%}" for name, value in ranked)]
-        lines.append("  ".join([label.ljust(width), *cells, one_line(text, 80)]))
+        rows.append([label, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for (label, *cells), text in zip(rows, ["text", *texts], strict=True):
+        aligned = [f"{cell:{'>' if few else '<'}{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *aligned, one_line(text, 80)]))
     return "\n".join(lines)
 
 

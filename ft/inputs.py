@@ -223,7 +223,9 @@ def _notes_on_tokens(names: Sequence[str], label_ids: Sequence[int], tokenizer: 
     """Which labels are not their own word's single token."""
     words = [tokenizer.decode([token]) for token in label_ids]
     if words == [str(number) for number in range(len(names))] != list(names):
-        return [f"several labels begin alike, so that numbers stand for them: 0 for {names[0]}, 1 for {names[1]}, ..."]
+        return [
+            f"several labels begin alike, so that numbers stand for them: 0 for {names[0]}, 1 for {names[1]} and so on"
+        ]
     longer = [(name, word) for name, word in zip(names, words, strict=True) if word != name]
     if len(longer) > MOST_NOTES:
         (name, word), count = longer[0], len(longer)

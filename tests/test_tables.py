@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import write_parquet
 
+from benchmarks.synthetic import write_model
 from ft.cli import main
 from ft.config import Config
 from ft.data import Example, Split, collate, encode, label_tokens, read_tokenizer, stratified
@@ -325,6 +326,30 @@ def test_a_run_on_a_file_of_ones_own_learns_its_classes(demo_inputs, tmp_path, c
     assert scores["accuracy"] == 1.0
     assert main(["predict", str(tmp_path / "run"), "bank bank 7", "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "money"
+
+
+def test_a_run_of_77_classes_from_the_table_to_the_report(real_gpt2, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    things = ["card", "transfer", "top up", "exchange", "refund", "pin", "limit"]
+    troubles = ["lost", "late", "pending", "declined", "fee", "rate", "broken", "cancelled", "twice", "abroad", "wrong"]
+    names = [f"{thing}_{trouble}" for thing in things for trouble in troubles]
+    rows = [{"text": f"why is my {name.replace('_', ' ')} {i}", "label": name} for i in range(20) for name in names]
+    path = write_table(tmp_path / "bank.csv", rows)
+    model = write_model(tmp_path / "model", "tiny", seed=1, tokenizer_from=real_gpt2)
+    flags = ["--model", str(model), "--dataset", str(path), "--device", "cpu", "--precision", "fp32"]
+    recipe = ["--epochs", "2", "--learning-rate", "3e-3", "--eval-steps", "1000", "--save-steps", "1000"]
+    assert main([*flags, *recipe, "--output-dir", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert "several labels begin alike, so that numbers stand for them: 0 for card_abroad" in told
+    assert "and 65 more." in told
+    asked = ["evaluate", str(tmp_path / "run"), "--split", "validation", "--device", "cpu", "--json"]
+    assert main(asked) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["labels"] == sorted(names)
+    assert sum(map(sum, scores["confusion"])) == 154
+    assert scores["accuracy"] > 10 / 77
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert 'class="scroll matrix many"' in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_run_on_completions_learns_them(demo_inputs, tmp_path, capsys):
