@@ -85,7 +85,8 @@ def _config_of(options: argparse.Namespace) -> Config:
     given = ("dataset", "dataset_config", *COLUMNS)
     settings |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
     if "dataset" not in settings:
-        problems.append(f"{options.model} does not say what it was trained on: name a --dataset")
+        here = "" if Path(options.model).is_dir() else ", which is no folder here,"
+        problems.append(f"{options.model}{here} does not say what it was trained on: name a --dataset")
     if settings.get("completion_column") is not None:
         problems += [
             f"{flag(name)} is of labels, and completions are judged here ({settings['completion_column']!r}): leave it "

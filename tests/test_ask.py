@@ -174,6 +174,7 @@ class Terminal(Pipe):
         (["{run}", "--file", "/dev/null"], 1, "/dev/null has no lines"),
         (["{run}", "--file", "{latin}"], 1, "is not UTF-8"),
         (["./absent", "a"], 1, "./absent"),
+        (["{run}s", "a"], 1, "there is no run "),
         (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a folder"),
         (["{unnamed}", "a"], 1, "does not say what its labels are called; say it by --label-names neg,pos"),
         (["{run}", "good", "sch\udcf6n"], 1, "text 2 is not UTF-8: it holds '\\udcf6' at character 3"),
@@ -263,6 +264,8 @@ def test_evaluate_prints_tables(finished, capsys):
     ("arguments", "status", "message"),
     [
         (["{moved}"], 2, "does not say what it was trained on: name a --dataset"),
+        (["{run}x"], 2, "x, which is no folder here, does not say what it was trained on: name a --dataset"),
+        (["{run}x", "--dataset", "{two}"], 1, "there is no run "),
         (["{run}", "--split", "dev"], 2, "invalid choice: 'dev'"),
         (["{run}", "--mistakes", "-1"], 2, "--mistakes is -1"),
         (["{run}", "--dataset", "{two}"], 1, "has no test split; it has train"),
