@@ -93,11 +93,8 @@ def _model_folder(source: Path) -> Path | None:
     if source.is_file():
         raise FtError(f"{source} is a file: a run, a checkpoint or a model is a folder")
     if not source.is_dir():
-        runs = (
-            []
-            if source.parent == Path()
-            else sorted(file.parent.name for file in source.parent.glob("*/metrics.jsonl"))
-        )
+        beside = () if source.parent == Path() else source.parent.glob("*/metrics.jsonl")
+        runs = sorted(file.parent.name for file in beside)
         if runs:  # a slip of the hand, for which the Hub need not be asked
             raise FtError(f"there is no run {source}; in {source.parent} are {listed(runs)}")
         return None
