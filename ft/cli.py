@@ -42,7 +42,7 @@ examples:
 # What the program can do besides the job, and the function that does it; imported only when asked for.
 COMMANDS = {
     "predict": ("ft.ask", "predict"),
-    "evaluate": ("ft.ask", "evaluate"),
+    "evaluate": ("ft.evaluate_command", "evaluate"),
     "explain": ("ft.cli", "explain"),
     "generate": ("ft.generate_command", "generate"),
     "report": ("ft.html_report", "report"),

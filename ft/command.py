@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Never
 
@@ -37,7 +38,9 @@ class CommandParser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> Never:
-        """Raise what argparse would print."""
+        """Raise what argparse would print; of a number that is none, what the job says of one."""
+        if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
+            message = f"{found[1]} is {found[3]}, it must be {'a whole number' if found[2] == 'int' else 'a number'}"
         raise UsageError(message)
 
 

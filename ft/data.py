@@ -27,6 +27,7 @@ class Split:
         label_names: what the classes are called, where the files say so.
         completions: what should follow each text, where that is no class.
         rows: the number that each row has in the files, from 0; left out where all of them are here.
+        in_words: whether the files tell the labels as words, which `labels` has numbered.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Split:
     label_names: tuple[str, ...] | None = None
     completions: list[str] | None = None
     rows: tuple[int, ...] | None = None
+    in_words: bool = False
 
     def only(self, rows: Sequence[int], name: str | None = None) -> "Split":
         """Some of the rows, as a split of this or another name."""
@@ -46,6 +48,7 @@ class Split:
             self.label_names,
             None if self.completions is None else [self.completions[row] for row in rows],
             tuple(numbers[row] for row in rows),
+            self.in_words,
         )
 
 

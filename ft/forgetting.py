@@ -7,6 +7,7 @@ likely tokens that would leave a reader as uncertain.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from ft.data import Example
 from ft.errors import FtError
 from ft.hub import dataset_files
-from ft.layout import suffix_of
+from ft.layout import SeveralDataSetsError, suffix_of
 from ft.tables import read_texts
 
 BUILTIN = "builtin"
@@ -88,15 +89,28 @@ def _read_file(path: Path) -> str:
 
 
 def _read_dataset(name: str) -> str:
-    """The first texts of a data set's test, else validation, else training split, with empty lines between them."""
+    """The first texts of a data set's test, else validation, else training split, with empty lines between them.
+
+    Only that split is downloaded. Of several data sets in one repository of the Hub, `owner/name/part` names one.
+    """
+    folder, part = name, ""
+    owner, _, rest = name.partition("/")
+    if rest.count("/") == 1 and not os.path.exists(os.path.expanduser(owner)):  # no path into a folder that is there
+        folder, _, part = name.rpartition("/")
     try:
-        files = dataset_files(name)
+        (paths,) = dataset_files(folder, part=part or None, first_of=("test", "validation", "train")).values()
         text = ""
-        for path in files.get("test") or files.get("validation") or files["train"]:
+        for path in paths:
             text += "".join(f"{row}\n\n" for row in read_texts(path, "text"))
             if len(text) > MOST_CHARACTERS:
                 break
         return text
+    except SeveralDataSetsError as error:
+        there = ", ".join(error.folders)
+        raise FtError(
+            f"--forgetting is {name!r}, which holds several data sets, {there}: name one of them, as "
+            f"{name}/{error.folders[0]}"
+        ) from error
     except FtError as error:
         raise FtError(f"--forgetting is {name!r}, which is no text file, and as a data set: {error}") from error
 

@@ -49,7 +49,7 @@ def generate(arguments: Sequence[str]) -> None:
     problems = []
     if options.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {options.max_new_tokens}, it must be at least 1")
-    if options.prompt is None and sys.stdin.isatty():
+    if options.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         problems.append("there is no prompt: give it as an argument, or through a pipe")
     chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
     try:

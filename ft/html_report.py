@@ -15,7 +15,7 @@ EXAMPLES = """\
 examples:
   python run.py report runs/rotten_tomatoes                  writes runs/rotten_tomatoes/report.html
   python run.py report runs/low runs/high                    two runs laid over each other, in runs/report.html
-  python run.py report runs/* --output compared.html
+  python run.py report runs/*/ --output compared.html
 """
 
 

@@ -12,13 +12,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ft.errors import FtError
-from ft.layout import SUFFIXES, LayoutError, NoTrainingSplitError, sort_into_splits, suffix_of
+from ft.layout import SUFFIXES, NoSplitError, sort_into_splits, suffix_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -76,7 +76,9 @@ def model_files(model: str, revision: str | None = None, *, with_weights: bool =
     return ModelFiles(model, files[CONFIG], files[TOKENIZER], tuple(weights))
 
 
-def dataset_files(dataset: str, revision: str | None = None, part: str | None = None) -> dict[str, list[Path]]:
+def dataset_files(
+    dataset: str, revision: str | None = None, part: str | None = None, *, first_of: Sequence[str] = ()
+) -> dict[str, list[Path]]:
     """Find a data set's files: the file `dataset`, those in that folder, or those in the cache or on the Hub.
 
     On the Hub only parquet files count, first those of the revision, then those that the Hub itself has made of other
@@ -86,9 +88,11 @@ def dataset_files(dataset: str, revision: str | None = None, part: str | None = 
         dataset: a file, which is the training split; a folder; a Hub id.
         revision: branch, tag or commit on the Hub.
         part: the folder of one of several data sets that lie side by side.
+        first_of: get only the first of these splits that there is, the others are not downloaded; left out: all.
 
     Returns:
-        The shards, in order, of `train` and, where they exist, of `validation` and `test`.
+        The shards, in order, of `train` and, where they exist, of `validation` and `test`; or of the first of
+        `first_of`.
 
     Raises:
         FtError: as for `model_files`; no training split, a missing shard, or several files for the same part.
@@ -99,28 +103,31 @@ def dataset_files(dataset: str, revision: str | None = None, part: str | None = 
     if not path.exists() and suffix_of(dataset):
         raise FtError(f"there is no file {dataset!r}: check --dataset.")
     try:
-        return _dataset_files(_Source("dataset", dataset, revision), part)
-    except NoTrainingSplitError as error:
+        return _dataset_files(_Source("dataset", dataset, revision), part, first_of)
+    except NoSplitError as error:
         if path.is_dir() or revision is not None:
             raise
+        from huggingface_hub.errors import RevisionNotFoundError
+
         try:
-            return _dataset_files(_Source("dataset", dataset, CONVERTED_REVISION), part)
-        except LayoutError:
+            return _dataset_files(_Source("dataset", dataset, CONVERTED_REVISION), part, first_of)
+        except FtError as failure:
+            if isinstance(failure.__cause__, RevisionNotFoundError):  # there is no such branch
+                raise error from None
             raise
-        except FtError:  # there is no such branch
-            raise error from None
 
 
-def _dataset_files(source: _Source, part: str | None) -> dict[str, list[Path]]:
+def _dataset_files(source: _Source, part: str | None, first_of: Sequence[str]) -> dict[str, list[Path]]:
     is_folder = Path(os.path.expanduser(source.name)).is_dir()
     suffixes = SUFFIXES if is_folder else (".parquet",)
 
     def sorted_names(names: Collection[str]) -> dict[str, list[str]]:
-        return sort_into_splits(names, source.name, part, suffixes)
+        return sort_into_splits(names, source.name, part, suffixes, first_of=first_of)
 
     def needed(names: Collection[str]) -> list[str]:
-        # The training split comes last: a cache that holds it, even of an interrupted run, holds the others too.
-        return [name for shards in reversed(sorted_names(names).values()) for name in shards]
+        # The first shard of the training split comes last: a cache that holds it, even of an interrupted run, holds
+        # all others too. The Hub's own shards (0000, 0001, ...) do not tell how many they are.
+        return [name for shards in sorted_names(names).values() for name in shards][::-1]
 
     files = _files(source, needed)
     return {split: [files[name] for name in names] for split, names in sorted_names(files).items()}
@@ -251,23 +258,29 @@ def _hub_files(source: _Source, choose: _Choice) -> dict[str, Path]:
 
 
 def _cached_files(source: _Source, choose: _Choice) -> dict[str, Path] | None:
-    """Find the files in the cache; None where it does not hold them all."""
+    """Find the files in the cache; None where it does not hold them all.
+
+    Of a data set, what the Hub has converted does as well: it is there only where it was fetched in place of the other.
+    """
     from huggingface_hub import errors, snapshot_download
 
-    try:
-        folder = Path(
-            snapshot_download(
-                source.name,
-                revision=source.revision,
-                repo_type=source.kind,
-                local_files_only=True,
-                allow_patterns=[],  # only look up the folder: `choose` says whether it is complete
+    converted = [CONVERTED_REVISION] if source.kind == "dataset" and source.revision is None else []
+    for revision in [source.revision, *converted]:
+        try:
+            folder = Path(
+                snapshot_download(
+                    source.name,
+                    revision=revision,
+                    repo_type=source.kind,
+                    local_files_only=True,
+                    allow_patterns=[],  # only look up the folder: `choose` says whether it is complete
+                )
             )
-        )
-        present = [name for name in _names_in(folder, source) if (folder / name).exists()]
-        return {name: folder / name for name in choose(present)}
-    except (errors.LocalEntryNotFoundError, FtError):
-        return None
+            present = [name for name in _names_in(folder, source) if (folder / name).exists()]
+            return {name: folder / name for name in choose(present)}
+        except (errors.LocalEntryNotFoundError, FtError):
+            continue
+    return None
 
 
 def _check_hash(path: Path, described: "RepoSibling", source: _Source) -> None:

@@ -12,9 +12,10 @@ from ft.config import Config
 from ft.data import Example, Split, encode, label_tokens, stratified
 from ft.errors import FtError, UsageError
 from ft.gpt2 import GPT2Config
-from ft.tables import Columns, read_split
+from ft.tables import WHOLE_NUMBER, Columns, listed, read_split
 
 SET_ASIDE = 0.1  # of the training rows, to validate on where there is no split for it
+MOST_NOTES = 4  # on labels of several tokens; of more there is one for all
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,11 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         label_names = [name.strip() for name in config.label_names.split(",")]
     splits: dict[str, Split] = {}
     for name, paths in files.items():  # the training split first, whose words are the labels of all
-        splits[name] = read_split(name, paths, columns, label_names)
-        label_names = label_names or splits["train"].label_names
+        splits[name] = read_split(
+            name, paths, columns, label_names or (splits["train"].label_names if splits else None)
+        )
+    if columns.completion is None:
+        _refuse_labels_of_two_kinds(splits, files, label_names)
     notes = []
     train = splits["train"]
     if "validation" not in splits:
@@ -130,6 +134,51 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         train = train.only(stratified(train.labels, count, config.seed))
     ordered = {"train": train, "validation": splits["validation"], **splits}
     return {**ordered, "train": train}, notes
+
+
+def _refuse_labels_of_two_kinds(
+    splits: dict[str, Split], files: dict[str, list[Path]], label_names: Sequence[str] | None
+) -> None:
+    """See that a label is the same class in every split.
+
+    One split may tell words and another numbers only where it is known which word belongs to which number: by the
+    `label_names` that the user or the model gives, or by those that the training files give to their own numbers.
+    Names that are numbers themselves make that known to nobody.
+
+    Raises:
+        FtError: it is not known, or a name belongs to two numbers.
+    """
+    train = splits["train"]
+    names = label_names or (None if train.in_words else train.label_names)
+    known = names is not None and not any(map(WHOLE_NUMBER.fullmatch, names))
+    for name, split in splits.items():
+        here, there = files["train"][0], files[name][0]
+        if split.in_words != train.in_words and not known:
+            kinds = [
+                f"{'the word' if each.in_words else 'the number'} {_first_label(each)!r}" for each in (train, split)
+            ]
+            raise FtError(
+                f"the label in row 0 of {here} is {kinds[0]}, that in row 0 of {there} {kinds[1]}: write the labels of "
+                "both alike, or name the words of the numbers 0, 1, ... in their order by --label-names neg,pos"
+            )
+        if not train.in_words and not split.in_words:
+            first, second = (_number_of_each_name(each) for each in (train, split))
+            for word in sorted(first.keys() & second.keys()):
+                if first[word] != second[word]:
+                    raise FtError(
+                        f"{word!r} is the label {first[word]} in {here}, and {second[word]} in {there}: give each name "
+                        "the same number in both"
+                    )
+
+
+def _number_of_each_name(split: Split) -> dict[str, int]:
+    return {name: number for number, name in enumerate(split.label_names or ())}
+
+
+def _first_label(split: Split) -> str | int:
+    """The label of the first row as the file tells it."""
+    label = split.labels[0]
+    return split.label_names[label] if split.in_words and split.label_names else label
 
 
 def read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -> Data:
@@ -163,7 +212,11 @@ def names_of(config: Config, train: Split) -> tuple[str, ...]:
     if config.label_names is not None:
         return tuple(name.strip() for name in config.label_names.split(","))
     if train.label_names is None:
-        raise FtError(f"{config.dataset} does not say what its labels are called; say it by --label-names neg,pos")
+        numbers = sorted(set(train.labels))
+        raise FtError(
+            f"{config.dataset} does not say what its labels {listed(list(map(str, numbers)))} are called; say "
+            "it by --label-names neg,pos, a word for each number from 0, or these numbers as they are"
+        )
     return train.label_names
 
 
@@ -171,9 +224,13 @@ def _notes_on_tokens(names: Sequence[str], label_ids: Sequence[int], tokenizer: 
     """Which labels are not their own word's single token."""
     words = [tokenizer.decode([token]) for token in label_ids]
     if words == [str(number) for number in range(len(names))] != list(names):
-        return [f"several labels begin alike, so that numbers stand for them: 0 for {names[0]}, 1 for {names[1]}, ..."]
-    return [
-        f"the label {name!r} is several tokens; its first, {word!r}, stands for it"
-        for name, word in zip(names, words, strict=True)
-        if word != name
-    ]
+        return [
+            f"several labels begin alike, so that numbers stand for them: 0 for {names[0]}, 1 for {names[1]} and so on"
+        ]
+    longer = [(name, word) for name, word in zip(names, words, strict=True) if word != name]
+    if len(longer) > MOST_NOTES:
+        (name, word), count = longer[0], len(longer)
+        return [
+            f"{count} labels are several tokens, of which the first stands for each: {word!r} for {name!r}, and so on"
+        ]
+    return [f"the label {name!r} is several tokens; its first, {word!r}, stands for it" for name, word in longer]

@@ -15,6 +15,7 @@ from ft.generate import Generation
 from ft.gpt2 import GPT2, GPT2Config
 from ft.machine import choose_device
 from ft.sampling import Sampling
+from ft.tables import listed
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,16 @@ def _model_folder(source: Path) -> Path | None:
     """The folder of the model that `source` means; None where it is no folder, but perhaps a Hub id.
 
     Raises:
-        FtError: a run without a whole model in it, or a damaged checkpoint.
+        FtError: a file, a name beside runs that is none of theirs, a run without a whole model in it, a damaged
+            checkpoint.
     """
+    if source.is_file():
+        raise FtError(f"{source} is a file: a run, a checkpoint or a model is a folder")
     if not source.is_dir():
+        beside = () if source.parent == Path() else source.parent.glob("*/metrics.jsonl")
+        runs = sorted(file.parent.name for file in beside)
+        if runs:  # a slip of the hand, for which the Hub need not be asked
+            raise FtError(f"there is no run {source}; in {source.parent} are {listed(runs)}")
         return None
     if is_checkpoint(source):
         if damage := damage_of_checkpoint(source):

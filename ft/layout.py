@@ -24,12 +24,27 @@ class LayoutError(FtError):
     """The files of a data set do not make up its splits."""
 
 
-class NoTrainingSplitError(LayoutError):
-    """None of the files is one of a training split."""
+class NoSplitError(LayoutError):
+    """None of the files is one of the split that is needed."""
+
+
+class SeveralDataSetsError(LayoutError):
+    """Several data sets lie side by side, in `folders`, and none of them was chosen."""
+
+    def __init__(self, dataset: str, folders: Sequence[str]) -> None:
+        self.folders = folders
+        super().__init__(
+            f"{dataset} holds several data sets, in {', '.join(folders)}: choose one by --dataset-config {folders[0]}."
+        )
 
 
 def sort_into_splits(
-    names: Collection[str], dataset: str, part: str | None = None, suffixes: Sequence[str] = SUFFIXES
+    names: Collection[str],
+    dataset: str,
+    part: str | None = None,
+    suffixes: Sequence[str] = SUFFIXES,
+    *,
+    first_of: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """The files of each split, the training split first, after seeing that each has all its shards, once.
 
@@ -38,10 +53,12 @@ def sort_into_splits(
         dataset: what the user named, for messages.
         part: the folder of one of several data sets that lie side by side.
         suffixes: the formats to look at.
+        first_of: take only the first of these splits that there is; left out: all, of which one must be train.
 
     Raises:
-        NoTrainingSplitError: there is no training split.
-        LayoutError: several data sets, a missing shard, or several files for the same part.
+        NoSplitError: there is no training split, or none of those in `first_of`.
+        SeveralDataSetsError: there are several data sets and no `part`.
+        LayoutError: no data set of that name, a missing shard, or several files for the same part.
     """
     found: dict[str, re.Match[str]] = {}
     homes: dict[str, str] = {}  # the folder of the data set that a file belongs to
@@ -57,25 +74,29 @@ def sort_into_splits(
     folders = sorted(set(homes.values()))
     if part is not None and folders:
         if part not in folders:
-            there = ", ".join(folders)
+            there = ", ".join("one at its top" if folder == "." else folder for folder in folders)
             raise LayoutError(
                 f"{dataset} has no data set in a folder {part!r}, it has {there}: correct --dataset-config."
             )
     elif len(folders) > 1:
-        raise LayoutError(
-            f"{dataset} holds several data sets, in {', '.join(folders)}: choose one by --dataset-config {folders[0]}."
-        )
+        raise SeveralDataSetsError(dataset, folders)
     splits: dict[str, list[str]] = {}
     for name, match in found.items():
         if part in (None, homes[name]):
             splits.setdefault(SPLITS[match["word"]], []).append(name)
+    wanted = first_of or ("train",)
+    present = [split for split in wanted if split in splits]
+    if not present:
+        called = " or ".join("training" if split == "train" else split for split in wanted)
+        raise NoSplitError(
+            f"{dataset} has no {called} split: {wanted[0]}.parquet or {wanted[0]}-00000-of-00001.parquet (or .csv, "
+            ".tsv, .jsonl), at the top or in one folder. Name another data set, another --dataset-revision, or a "
+            "folder with such files."
+        )
+    if first_of:
+        splits = {present[0]: splits[present[0]]}
     for split, shards in splits.items():
         _see_that_all_are_there(split, {name: found[name] for name in shards}, dataset)
-    if "train" not in splits:
-        raise NoTrainingSplitError(
-            f"{dataset} has no training split: train.parquet or train-00000-of-00001.parquet (or .csv, .tsv, .jsonl), "
-            "at the top or in one folder. Name another --dataset or --dataset-revision, or a folder with such files."
-        )
     return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
 
 

@@ -2,14 +2,17 @@
 
 import html
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ft.confusion import MOST_COLUMNS, most_confused
 from ft.curves import COLOURS, Curve, bar_chart, calibration_chart, line_chart
 from ft.recorded import Recorded, command_of, is_number, settings_given
 
 LONGEST_TEXT = 1000  # characters of a mistake's text that are shown
 MOST_ROWS = 500  # rows of the table of all figures
+CONFUSIONS = 20  # pairs of classes that are told where there are too many for a table of all
 
 # What a character of a foreign text becomes that would not be shown, or would change how its neighbours are.
 _UNSEEN = re.compile(
@@ -19,7 +22,7 @@ _UNSEEN = re.compile(
 # The charts: a title, figures of metrics.jsonl with their names, the unit, and whether that is a share.
 CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], str, bool], ...] = (
     ("Loss", (("loss", "training"), ("eval_loss", "validation")), "nats per target", False),
-    ("Accuracy", (("eval_accuracy", "validation"),), "share of right labels", True),
+    ("Accuracy", (("eval_accuracy", "validation"),), "share that is right", True),
     ("Learning rate", (("learning_rate", ""),), "AdamW's step size", False),
     ("Gradient norm", (("grad_norm", ""),), "global, before clipping", False),
     ("Throughput", (("samples_per_second", ""),), "samples per second of training", False),
@@ -102,9 +105,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, kind:
     )
 
 
-def _card(title: str, unit: str, content: str) -> str:
+def _card(title: str, unit: str, content: str, kind: str = "") -> str:
     head = f'<figcaption><b>{title}</b> <span class="soft">{unit}</span></figcaption>'
-    return f'<figure class="card">\n{head}\n{content}\n</figure>'
+    return f'<figure class="card {kind}">\n{head}\n{content}\n</figure>'
 
 
 def _state(run: Recorded) -> str:
@@ -212,20 +215,52 @@ def _times(run: Recorded, number: int, several: bool) -> str:
     )
 
 
+def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
+    """The confusion matrix as a card; of many classes as a map of small cells, with what is confused most in a second.
+
+    Args:
+        labels: their names, as finished markup.
+        confusion: a row of counts for each true class.
+    """
+    many = len(labels) > MOST_COLUMNS
+    rows = []
+    for number, (label, counts) in enumerate(zip(labels, confusion, strict=True)):
+        whole = sum(counts) or 1
+        cells = []
+        for said, count in enumerate(counts):
+            kind = "right" if said == number else "wrong"
+            cell = f'<span class="cell {kind}" style="--share: {count / whole:.3f}">{count:,}</span>'
+            cells.append("" if many and count == 0 else cell)  # most of thousands, among which the others were lost
+        rows.append([label, *cells])
+    heads = list(map(str, range(len(labels)))) if many else labels
+    corner = 'true <span class="soft">\\</span> said'
+    matrix = _table([corner, *heads], rows, "Confusion matrix", "matrix many" if many else "matrix")
+    if not many:
+        return _card("Confusion matrix", "", matrix)
+    pairs = [
+        [labels[pair.true], labels[pair.said], f"{pair.texts:,}", f"{pair.texts / sum(confusion[pair.true]):.0%}"]
+        for pair in most_confused(confusion, CONFUSIONS)
+    ]
+    confused = _table(["true", "said", "texts", "of its texts"], pairs, "Most confused", "pairs")
+    return _card("Confusion matrix", "a column for each label's number", matrix, "wide") + _card(
+        "Most confused", f"the {len(pairs)} most frequent mistakes", confused, "wide"
+    )
+
+
 def _judgement(run: Recorded, number: int, several: bool) -> str:
     """Confusion matrix, scores of each class, calibration, and the surest mistakes."""
     key, name = f"scores-{number}", f" · {_bdi(run.folder)}" if several else ""
     scores = run.scores
     if scores is None:
         why = "they are written when it ends" if not run.finished else "there is no scores.json that can be read"
+        if run.config.get("completion_column") is not None:
+            command = shlex.join(["python", "run.py", "evaluate", str(run.folder)])
+            why = f"they are of labels, and it is on completions, which <code>{text(command)}</code> judges"
         return _section(f"Right and wrong{name}", key, f'<p class="note">No scores of this run: {why}.</p>')
     labels, confusion = [_bdi(label) for label in scores["labels"]], scores["confusion"]
-    rows = []
-    for label, counts in zip(labels, confusion, strict=True):
-        whole = sum(counts) or 1
-        cells = [f'<span class="cell" style="--share: {count / whole:.3f}">{count:,}</span>' for count in counts]
-        rows.append([label, *cells])
-    matrix = _table(['true <span class="soft">\\</span> said', *labels], rows, "Confusion matrix", "matrix")
+    many = len(labels) > MOST_COLUMNS
+    if many:  # there is no room for their names over the columns of the matrix
+        labels = [f'<span class="number">{i}</span> {label}' for i, label in enumerate(labels)]
     per_class = [
         [label, f"{p:.2%}", f"{r:.2%}", f"{f1:.4f}", f"{sum(counts):,}"]
         for label, p, r, f1, counts in zip(
@@ -240,7 +275,7 @@ def _judgement(run: Recorded, number: int, several: bool) -> str:
         f"macro F1 <b>{scores['macro_f1']:.4f}</b>, calibration error <b>{scores['calibration_error']:.2%}</b>.</p>"
     )
     cards = (
-        f'<div class="grid">\n{_card("Confusion matrix", "", matrix)}\n{_card("Each label", "", classes)}\n'
+        f'<div class="grid">\n{_matrix(labels, confusion)}\n{_card("Each label", "", classes, "wide" * many)}\n'
         f"{_card('Calibration', 'share that is right', chart)}\n</div>"
     )
     mistakes = "\n".join(map(_mistake, scores["mistakes"]))

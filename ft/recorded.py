@@ -72,6 +72,10 @@ def read_run(folder: Path) -> Recorded:
     """
     config = _json(folder / "config.json", lambda value: isinstance(value, dict))
     metrics = folder / "metrics.jsonl"
+    if folder.is_file():
+        raise UsageError(
+            f"RUN is {str(folder)!r}, which is a file: it must be the folder of a run (runs/*/ are folders only)"
+        )
     if not folder.is_dir():
         raise UsageError(f"RUN is {str(folder)!r}, there is no such folder")
     if not metrics.is_file():

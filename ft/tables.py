@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LARGEST_ROW = 2**26  # bytes: PyArrow reads text files in blocks, and a row must fit into one
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 class Columns(NamedTuple):
@@ -35,7 +36,8 @@ def read_split(
     """Read the rows of a split from its files.
 
     Labels are whole numbers, or words, which become numbers: their places in `label_names`, or where none are given in
-    the sorted list of all words there are. Whole numbers written as text count as numbers.
+    the sorted list of all words there are. Whole numbers written as text count as numbers, but as words where all of
+    them are among `label_names`.
 
     Raises:
         FtError: a file cannot be read, a column is missing or of another type, a value is null, a label is empty or
@@ -58,8 +60,8 @@ def read_split(
         raise FtError(f"the {name} split has no rows ({', '.join(map(str, paths))})")
     if columns.completion is not None:
         return Split(name, texts, [0] * len(texts), completions=[str(answer) for answer in answers])
-    labels, names = _numbered(name, answers, label_names, columns.label)
-    return Split(name, texts, labels, names or told_names)
+    labels, names = _numbered(name, answers, label_names, told_names, columns.label)
+    return Split(name, texts, labels, names or told_names, in_words=names is not None)
 
 
 def read_texts(path: Path, column: str) -> list[str]:
@@ -72,16 +74,21 @@ def read_texts(path: Path, column: str) -> list[str]:
 
 
 def _numbered(
-    split: str, answers: Sequence[str | int], given: Sequence[str] | None, column: str
+    split: str, answers: Sequence[str | int], given: Sequence[str] | None, told: Sequence[str] | None, column: str
 ) -> tuple[list[int], tuple[str, ...] | None]:
-    """Labels as numbers, and their names where they were words."""
-    words = [answer.strip() for answer in answers if isinstance(answer, str)]
+    """Labels as numbers, and their names where they were words.
+
+    Whole numbers are words too where all of them are among the names `given`, such as stars from 1 to 5. Where the
+    files have `told` names for the numbers 0, 1, ... themselves, numbers are these.
+    """
+    words = [str(answer).strip() for answer in answers]
     if "" in words:
         raise FtError(f"the {column} in row {words.index('')} of the {split} split is empty; fill it or leave it out")
-    in_names = given is not None and set(words) <= set(given)
-    if not words or (not in_names and all(re.fullmatch(r"[+-]?[0-9]{1,18}", word) for word in words)):
+    in_names = given is not None and told is None and set(words) <= set(given)
+    are_numbers = (isinstance(answer, int) or WHOLE_NUMBER.fullmatch(answer.strip()) for answer in answers)
+    if not in_names and all(are_numbers):
         return [int(answer) for answer in answers], None
-    if len(words) < len(answers):
+    if not in_names and any(isinstance(answer, int) for answer in answers):
         raise FtError(f"the column {column!r} of the {split} split holds numbers in one file and words in another")
     names = tuple(given) if given is not None else tuple(sorted(set(words)))
     number = {name: i for i, name in enumerate(names)}
@@ -122,7 +129,9 @@ def _read(path: Path, wanted: Sequence[str]) -> "pa.Table":
     try:
         return readers[kind](path, wanted)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise FtError(f"cannot read {path} as {kind}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        remedy = "; save it as UTF-8" if "utf8" in reason.lower() else ""
+        raise FtError(f"cannot read {path} as {kind}: {reason}{remedy}") from error
 
 
 def _require(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from conftest import write_parquet
 
 import ft
 from ft.checkpoint import checkpoints
@@ -165,13 +167,15 @@ class Terminal(Pipe):
         (["{run}", "a", "--file", "x"], 2, "give texts or --file, not both"),
         (["{run}", "a", "--batch-size", "0"], 2, "--batch-size is 0, it must be at least 1"),
         (["{run}", "a", "--max-length", "1"], 2, "--max-length is 1, it must be at least 2"),
-        (["{run}", "a", "--batch-size", "x"], 2, "invalid int value: 'x'"),
+        (["{run}", "a", "--batch-size", "x"], 2, "--batch-size is 'x', it must be a whole number"),
         (["{run}", "a", "--jsn"], 2, "--jsn"),
         (["{run}", "a", "--device", "gpu"], 2, "--device is 'gpu'"),
         (["{run}", "--file", "absent.txt"], 1, "cannot read absent.txt: No such file"),
         (["{run}", "--file", "/dev/null"], 1, "/dev/null has no lines"),
         (["{run}", "--file", "{latin}"], 1, "is not UTF-8"),
         (["./absent", "a"], 1, "./absent"),
+        (["{run}s", "a"], 1, "there is no run "),
+        (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a folder"),
         (["{unnamed}", "a"], 1, "does not say what its labels are called; say it by --label-names neg,pos"),
         (["{run}", "good", "sch\udcf6n"], 1, "text 2 is not UTF-8: it holds '\\udcf6' at character 3"),
         (["{run}", "a", "--label-names", "good,goodness"], 1, "begin with the same token"),
@@ -260,6 +264,8 @@ def test_evaluate_prints_tables(finished, capsys):
     ("arguments", "status", "message"),
     [
         (["{moved}"], 2, "does not say what it was trained on: name a --dataset"),
+        (["{run}x"], 2, "x, which is no folder here, does not say what it was trained on: name a --dataset"),
+        (["{run}x", "--dataset", "{two}"], 1, "there is no run "),
         (["{run}", "--split", "dev"], 2, "invalid choice: 'dev'"),
         (["{run}", "--mistakes", "-1"], 2, "--mistakes is -1"),
         (["{run}", "--dataset", "{two}"], 1, "has no test split; it has train"),
@@ -275,6 +281,97 @@ def test_mistakes_of_evaluate_are_told(finished, inputs, tmp_path, capsys, argum
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+# --- many labels ------------------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmn"  # each a token of the demo's vocabulary
+
+
+@pytest.fixture(scope="module")
+def lettered(tmp_path_factory):
+    """A data set of 14 classes."""
+    path = tmp_path_factory.mktemp("letters") / "letters.csv"
+    path.write_text("text,label\n" + "".join(f"the plot {i},{LETTERS[i % 14]}\n" for i in range(280)))
+    return path
+
+
+def test_of_many_labels_the_likeliest_are_shown(inputs, capsys):
+    arguments = ["predict", inputs[1], *TEXTS[:2], "--label-names", ",".join(LETTERS), "--device", "cpu"]
+    assert main([*arguments, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(arguments) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["label", "the", "likeliest", "text"]
+    for row, answer in zip(rows, answers, strict=True):
+        ranked = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:3]
+        assert row.split()[0] == answer["label"] == ranked[0][0]
+        assert ", ".join(f"{name} {value:.2%}" for name, value in ranked) in row
+        assert len(row) < 150
+
+
+def test_of_many_labels_the_frequent_confusions_are_shown(inputs, lettered, capsys):
+    arguments = ["evaluate", inputs[1], "--dataset", str(lettered), "--split", "train", "--device", "cpu"]
+    arguments += ["--label-names", ",".join(LETTERS)]
+    assert main([*arguments, "--json"]) == 0
+    matrix = json.loads(capsys.readouterr().out)["confusion"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "true, said" not in out
+    assert max(map(len, out.splitlines())) < 160
+    shown = re.findall(r"^([a-n])  +([a-n])  +(\d+)$", out, re.MULTILINE)
+    counts = [int(count) for *_, count in shown]
+    assert len(shown) == min(
+        15, sum(count > 0 for i, row in enumerate(matrix) for j, count in enumerate(row) if i != j)
+    )
+    assert counts == sorted(counts, reverse=True)
+    for true, said, count in shown:
+        assert matrix[LETTERS.index(true)][LETTERS.index(said)] == int(count)
+
+
+def test_labels_in_another_order_are_refused_or_taken_by_name(finished, inputs, tmp_path, capsys):
+    table = pq.read_table(Path(inputs[3]) / "validation.parquet").to_pydict()
+    turned = [1 - label for label in table["label"]]
+    write_parquet(tmp_path / "train.parquet", table["text"], turned, names=("pos", "neg"))
+    write_parquet(tmp_path / "test.parquet", table["text"], turned, names=("pos", "neg"))
+    arguments = ["evaluate", str(finished), "--dataset", str(tmp_path), "--device", "cpu", "--json"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "the test split numbers its labels in the order pos, neg, the model in the order neg, pos" in error
+    assert main([*arguments, "--label-names", "pos,neg"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["confusion"] == [row[::-1] for row in expected["confusion"]][::-1]
+
+
+def test_of_another_data_set_all_rows_are_read(finished, inputs, tmp_path, capsys):
+    """The run's share of its own training rows is none of another's."""
+    shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "max_train_samples": 5}))
+    arguments = ["evaluate", str(tmp_path / "run"), "--split", "train", "--device", "cpu"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("train: 5 texts")
+    assert main([*arguments, "--dataset", inputs[3]]) == 0
+    assert capsys.readouterr().out.startswith("train: 77 texts")
+
+
+def test_what_would_command_a_terminal_is_shown_in_codes(finished, capsys):
+    assert main(["predict", str(finished), "a\x1b[31m film\u202e \x07", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[31m film\\u202e" in out
+    assert not {"\x1b", "\u202e", "\x07"} & set(out)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("predict", "there are no texts: give"), ("generate", "there is no prompt: give")]
+)
+def test_without_a_standard_input_there_is_nothing_to_read(finished, monkeypatch, capsys, command, message):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([command, str(finished), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -100,6 +100,24 @@ DATA = [
         lambda i: i.rows(texts(), ["pos", "neg"] * 4 + ["po", "neg"], "validation"),
         "the label in row 8 of the validation split is 'po', the labels are neg, pos",
     ),
+    (
+        "words to train on, numbers to validate",
+        lambda i: (i.rows(texts(), ["pos", "neg"] * 5, names=None), i.rows(texts(), labels(), "validation")),
+        "train.parquet is the word 'pos', that in row 0 of",
+    ),
+    (
+        "numbers to train on, words to test",
+        lambda i: (
+            [i.rows(texts(), labels(), split, names=None) for split in ("train", "validation")],
+            i.rows(texts(), ["pos", "neg"] * 5, "test", names=None),
+        ),
+        "test.parquet the word 'pos': write the labels of both alike, or name the words of the numbers",
+    ),
+    (
+        "names in another order",
+        lambda i: i.rows(texts(), labels(), "validation", names=["pos", "neg"]),
+        "'neg' is the label 0 in",
+    ),
     ("labels as fractions", lambda i: i.rows(texts(), [0.5] * 10), "holds double, it must hold whole numbers"),
     ("texts as numbers", lambda i: i.rows(list(range(10)), labels()), "holds int64, it must hold text"),
     ("texts as bytes", lambda i: i.rows([b"a"] * 10, labels()), "holds binary, it must hold text"),

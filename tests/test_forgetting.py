@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from ft import forgetting
 from ft.checkpoint import load_weights
 from ft.cli import main
+from ft.errors import FtError
 from ft.evaluate import evaluate
 from ft.files import read_json
 from ft.forgetting import BUILTIN, WINDOWS_AT_ONCE, perplexity, read_general_text
@@ -107,12 +108,31 @@ def test_a_file_is_read_as_utf8_up_to_a_bound_that_is_told(tokenizer, tmp_path, 
     assert not text.complete
 
 
-@pytest.mark.parametrize(("splits", "read"), [(("train",), "train"), (("train", "validation", "test"), "test")])
+@pytest.mark.parametrize(
+    ("splits", "read"), [(("train",), "train"), (("test",), "test"), (("train", "validation", "test"), "test")]
+)
 def test_of_a_data_set_one_split_is_read(tokenizer, tmp_path, splits, read):
     for split in splits:
         pq.write_table(pa.table({"text": [f"the {split}", "ends ."], "n": [1, 2]}), tmp_path / f"{split}.parquet")
     text = read_general_text(str(tmp_path), tokenizer, 64)
     assert joined(text.windows) == [tokenizer.encode(f"the {read}\n\nends .\n\n").ids]
+
+
+def test_one_of_several_data_sets_is_named_by_its_folder(tokenizer, tmp_path, monkeypatch):
+    for part in ("books", "news"):
+        (tmp_path / part).mkdir()
+        pq.write_table(pa.table({"text": [f"the {part}"]}), tmp_path / part / "test.parquet")
+    with pytest.raises(FtError, match=f"holds several data sets, books, news: name one of them, as {tmp_path}/books$"):
+        read_general_text(str(tmp_path), tokenizer, 64)
+    expected = [tokenizer.encode("the news\n\n").ids]
+    assert joined(read_general_text(str(tmp_path / "news"), tokenizer, 64).windows) == expected
+
+    def fetched(name, part, first_of):
+        assert (name, part, first_of[0]) == ("owner/texts", "news", "test")
+        return {"test": [tmp_path / "news" / "test.parquet"]}
+
+    monkeypatch.setattr(forgetting, "dataset_files", fetched)
+    assert joined(read_general_text("owner/texts/news", tokenizer, 64).windows) == expected
 
 
 def test_a_csv_file_is_a_data_set(tokenizer, tmp_path):

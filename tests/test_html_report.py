@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import random
 import re
 import shlex
 import shutil
@@ -107,6 +108,48 @@ def test_one_run_shows_everything(tmp_path):
 def test_the_same_files_make_the_same_bytes(tmp_path):
     run = write_run(tmp_path / "run")
     assert report_of(run) == report_of(run)
+
+
+def many_classes_run(folder, classes=77):
+    """A run whose labels are as many and have names as long as those of a bank's questions."""
+    run = write_run(folder)
+    labels = [
+        f"{['card', 'transfer', 'top_up', 'exchange'][i % 4]}_not_as_expected_by_anyone_{i}" for i in range(classes)
+    ]
+    rng = random.Random(0)
+    confusion = []
+    for true in range(classes):
+        counts = [0] * classes
+        for _ in range(40):
+            counts[true if rng.random() < 0.8 else min(classes - 1, rng.randrange(classes) // 4 * 4 + true % 4)] += 1
+        confusion.append(counts)
+    scores = json.loads((run / "scores.json").read_text())
+    mistakes = [{**mistake, "true": labels[3], "label": labels[7]} for mistake in scores["mistakes"]]
+    per_class = dict.fromkeys(("precision", "recall", "f1"), [0.8] * classes)
+    told = {**scores, **per_class, "labels": labels, "confusion": confusion, "mistakes": mistakes}
+    (run / "scores.json").write_text(json.dumps(told))
+    return run
+
+
+def test_many_classes_are_a_map_of_numbers_and_a_list_of_what_is_confused(tmp_path):
+    run = many_classes_run(tmp_path / "run")
+    markup = report_of(run)
+    page = Page(markup)
+    scores = json.loads((run / "scores.json").read_text())
+    matrix = re.search('aria-label="Confusion matrix">(.*?)</table>', markup, re.DOTALL)[1]
+    assert re.findall(r'<th scope="col">(\d+)</th>', matrix) == [str(i) for i in range(77)]
+    counts = [[int(cell or 0) for cell in re.findall(r"<td>(?:<span[^>]*>(\d+)</span>)?</td>", row)]
+              for row in matrix.partition("<tbody>")[2].split("</tr>")[:-1]]  # fmt: skip
+    assert counts == scores["confusion"]
+    assert matrix.count('class="cell right"') == sum(row[i] > 0 for i, row in enumerate(counts))
+    confused = re.search('aria-label="Most confused">(.*?)</table>', markup, re.DOTALL)[1]
+    shown = [tuple(map(int, row)) for row in re.findall(
+        r'number">(\d+)</span>.*?number">(\d+)</span>.*?<td>(\d+)</td>', confused)]  # fmt: skip
+    expected = sorted((row[said] for i, row in enumerate(counts) for said in range(77) if said != i), reverse=True)[:20]
+    assert [count for *_, count in shown] == expected
+    assert all(counts[true][said] == count for true, said, count in shown)
+    assert page.text.count("card_not_as_expected_by_anyone_12") >= 2, "in the matrix and among the labels"
+    assert len(markup) < 1_000_000
 
 
 def test_several_runs_are_laid_over_each_other(tmp_path):
@@ -235,6 +278,8 @@ def test_mistakes_are_told_all_at_once(tmp_path, capsys):
     assert "it must be the name of a file" in error[2]
     assert main(["report", str(write_run(tmp_path / "run")), "--output", str(tmp_path / "none" / "x.html")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run" / "config.json")]) == 2
+    assert "which is a file: it must be the folder of a run" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "RUN" in capsys.readouterr().err
 
@@ -299,7 +344,8 @@ def chromium():
 
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)])
 def test_in_a_browser_it_fits_takes_the_scheme_and_runs_no_script(chromium, tmp_path, width, dark):
-    report_of(hostile_run(tmp_path), write_run(tmp_path / "other"), output=tmp_path / "report.html")
+    runs = hostile_run(tmp_path), write_run(tmp_path / "other"), many_classes_run(tmp_path / "many")
+    report_of(*runs, output=tmp_path / "report.html")
     (tmp_path / "harness.html").write_text(HARNESS.format(width=width))
     done = subprocess.run(
         [

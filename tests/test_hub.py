@@ -404,8 +404,41 @@ def test_what_the_hub_has_converted_to_parquet_is_found(hub, run):
     assert contents(one) == {"train": [TRAIN], "test": [TEST]}
     assert "owner/two holds several data sets, in en, fr: choose one by --dataset-config en." in ambiguous["error"]
     assert contents(chosen) == {"train": [table("fr")]}
-    offline = run(("dataset_files", "owner/csv", "refs/convert/parquet"), HF_HUB_OFFLINE="1")
-    assert contents(offline) == {"train": [TRAIN], "test": [TEST]}
+    hub.requests.clear()
+    calls = ("dataset_files", "owner/csv"), ("dataset_files", "owner/csv", "refs/convert/parquet")
+    calls += (("dataset_files", "owner/two", {"part": "fr"}),)
+    assert run(*calls, HF_HUB_OFFLINE="1") == [one, one, chosen]
+    assert run(*calls, HF_ENDPOINT="http://127.0.0.1:9") == [one, one, chosen]  # nobody listens there
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("missing", ["first", "second"])
+def test_an_interrupted_download_of_what_is_converted_is_not_taken_for_the_whole(hub, run, missing):
+    shards = [table("first"), table("second")]
+    converted = {f"default/train/000{i}.parquet": shard for i, shard in enumerate(shards)}
+    branches = {"refs/convert/parquet": converted}
+    hub.repositories["datasets/owner/csv"] = Repository({"train.csv": b"text,label"}, branches=branches)
+    hub.faults[cdn_path(table(missing))] = Fault(cut_after=3)
+    assert "cannot fetch dataset owner/csv" in run(("dataset_files", "owner/csv"))["error"]
+    assert "does not hold all" in run(("dataset_files", "owner/csv"), HF_HUB_OFFLINE="1")["error"]
+    hub.faults.clear()
+    whole = run(("dataset_files", "owner/csv"))
+    assert contents(whole) == {"train": shards}
+    assert run(("dataset_files", "owner/csv"), HF_HUB_OFFLINE="1") == whole
+
+
+def test_the_first_of_some_splits_is_fetched_and_no_other(hub, run):
+    first_of = {"first_of": ["test", "validation", "train"]}
+    some = run(("dataset_files", "owner/reviews", first_of))
+    assert contents(some) == {"test": [TEST]}
+    assert [name for name, _ in hub.fetched()] == ["test.parquet"]
+    offline = ("dataset_files", "owner/reviews", first_of), ("dataset_files", "owner/reviews")
+    again, whole = run(*offline, HF_HUB_OFFLINE="1")
+    assert again == some
+    assert "does not hold all" in whole["error"], "one split is not taken for the data set"
+    assert list(run(("dataset_files", "owner/reviews"))) == ["train", "validation", "test"]
+    assert [name for name, _ in hub.fetched()][1:] == ["validation.parquet", "train.parquet"]
+    assert run(offline[0], HF_HUB_OFFLINE="1") == some
 
 
 def test_what_the_hub_refuses(hub, run):

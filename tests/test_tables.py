@@ -13,12 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import write_parquet
 
+from benchmarks.synthetic import write_model
 from ft.cli import main
+from ft.config import Config
 from ft.data import Example, Split, collate, encode, label_tokens, read_tokenizer, stratified
 from ft.errors import FtError
 from ft.files import read_json
 from ft.gpt2 import GPT2, GPT2Config
+from ft.inputs import read_splits
 from ft.layout import SUFFIXES, sort_into_splits
 from ft.tables import Columns, read_split
 
@@ -86,6 +90,37 @@ def test_whole_numbers_are_labels_even_as_text(tmp_path, suffix):
     assert read_split("train", [path], label_names=["1", "0"]).labels == [0, 1], "unless they are names"
 
 
+def test_numbers_are_words_where_all_are_among_the_names(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [5, 1, 3]}), path)
+    stars = ["1", "2", "3", "4", "5"]
+    split = read_split("train", [path], label_names=stars)
+    assert [stars[label] for label in split.labels] == ["5", "1", "3"]
+    assert split.in_words
+    assert read_split("train", [path], label_names=list("abcdef")).labels == [5, 1, 3]
+    write_parquet(path, ["a", "b"], [1, 3], names=stars)
+    assert read_split("train", [path], label_names=stars).labels == [1, 3], "the file says what they are called"
+
+
+@pytest.mark.parametrize("flags", [{}, {"label_names": "pos,neg"}])
+def test_words_and_numbers_go_together_where_it_is_known_how(tmp_path, flags):
+    names = ["pos", "neg"]
+    write_parquet(tmp_path / "train.parquet", ["a", "b"], [0, 1], names=None if flags else names)
+    write_table(tmp_path / "validation.csv", [{"text": "c", "label": "neg"}])
+    write_table(tmp_path / "test.csv", [{"text": "d", "label": "1"}])
+    splits, _ = read_splits(Config(dataset=str(tmp_path), **flags))
+    assert [splits[name].labels for name in ("train", "validation", "test")] == [[0, 1], [1], [1]]
+    assert [splits[name].in_words for name in ("train", "validation", "test")] == [False, True, False]
+
+
+def test_names_that_are_numbers_do_not_tell_words_from_numbers(tmp_path):
+    """Of 0 to 2 one split holds all, another only what might be names too."""
+    write_table(tmp_path / "train.csv", [{"text": "a", "label": str(i)} for i in range(3)])
+    write_table(tmp_path / "validation.csv", [{"text": "a", "label": "1"}])
+    with pytest.raises(FtError, match=r"train.csv is the number 0, that in row 0 of .*validation.csv the word '1'"):
+        read_splits(Config(dataset=str(tmp_path), label_names="1,2,3"))
+
+
 def test_words_are_numbered_by_the_names_given(tmp_path):
     path = write_table(tmp_path / "x.csv", [{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}])
     split = read_split("test", [path], label_names=["pos", "neg"])
@@ -151,8 +186,25 @@ def test_one_of_several_data_sets_is_chosen_by_its_folder():
     assert sort_into_splits(names, "x", "cola") == {"train": names[1:]}
     with pytest.raises(FtError, match="in cola, sst2: choose one by --dataset-config cola"):
         sort_into_splits(names, "x")
+    with pytest.raises(FtError, match="no data set in a folder 'rte', it has one at its top: correct"):
+        sort_into_splits(["train.parquet"], "x", "rte")
     with pytest.raises(FtError, match="no data set in a folder 'rte', it has cola, sst2"):
         sort_into_splits(names, "x", "rte")
+
+
+@pytest.mark.parametrize(
+    ("present", "taken"),
+    [(("train", "validation", "test"), "test"), (("train", "dev"), "validation"), (("test",), "test")],
+)
+def test_the_first_of_some_splits(present, taken):
+    names = [f"{split}-0000{i}-of-00002.parquet" for split in present for i in (1, 0)]
+    found = sort_into_splits(names, "x", first_of=("test", "validation", "train"))
+    word = "dev" if taken == "validation" else taken
+    assert found == {taken: [f"{word}-0000{i}-of-00002.parquet" for i in (0, 1)]}
+    with pytest.raises(FtError, match=r"lacks 1 of the 2 shards of"):
+        sort_into_splits([name for name in names if word not in name or "00001-" in name], "x", first_of=(taken,))
+    with pytest.raises(FtError, match="x has no test or training split"):
+        sort_into_splits(["dev.parquet"], "x", first_of=("test", "train"))
 
 
 # --- rows drawn -------------------------------------------------------------------------------------------------------
@@ -276,6 +328,30 @@ def test_a_run_on_a_file_of_ones_own_learns_its_classes(demo_inputs, tmp_path, c
     assert json.loads(capsys.readouterr().out)["label"] == "money"
 
 
+def test_a_run_of_77_classes_from_the_table_to_the_report(real_gpt2, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    things = ["card", "transfer", "top up", "exchange", "refund", "pin", "limit"]
+    troubles = ["lost", "late", "pending", "declined", "fee", "rate", "broken", "cancelled", "twice", "abroad", "wrong"]
+    names = [f"{thing}_{trouble}" for thing in things for trouble in troubles]
+    rows = [{"text": f"why is my {name.replace('_', ' ')} {i}", "label": name} for i in range(20) for name in names]
+    path = write_table(tmp_path / "bank.csv", rows)
+    model = write_model(tmp_path / "model", "tiny", seed=1, tokenizer_from=real_gpt2)
+    flags = ["--model", str(model), "--dataset", str(path), "--device", "cpu", "--precision", "fp32"]
+    recipe = ["--epochs", "2", "--learning-rate", "3e-3", "--eval-steps", "1000", "--save-steps", "1000"]
+    assert main([*flags, *recipe, "--output-dir", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert "several labels begin alike, so that numbers stand for them: 0 for card_abroad" in told
+    assert "and 65 more." in told
+    asked = ["evaluate", str(tmp_path / "run"), "--split", "validation", "--device", "cpu", "--json"]
+    assert main(asked) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["labels"] == sorted(names)
+    assert sum(map(sum, scores["confusion"])) == 154
+    assert scores["accuracy"] > 10 / 77
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert 'class="scroll matrix many"' in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_run_on_completions_learns_them(demo_inputs, tmp_path, capsys):
     path = tmp_path / "topics.jsonl.gz"
     rows = [
@@ -294,8 +370,8 @@ def test_a_run_on_completions_learns_them(demo_inputs, tmp_path, capsys):
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [event["eval_accuracy"] for event in events if "eval_accuracy" in event][-1] > 0.95
     assert "id2label" not in json.loads((tmp_path / "run" / "final" / "config.json").read_text())
-    assert main(["evaluate", str(tmp_path / "run")]) == 2
-    assert "was trained on completions" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "--split", "validation", "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["wholly_right"] > 0.9
 
 
 @pytest.mark.parametrize(
