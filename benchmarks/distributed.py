@@ -53,10 +53,11 @@ from benchmarks.step import (
 from benchmarks.synthetic import SIZES, model_config
 from ft.config import Config
 from ft.data import Example, epoch_order
-from ft.distributed import ALONE, Ranks, joined
+from ft.distributed import ALONE, Ranks
 from ft.gpt2 import GPT2, GPT2Config
 from ft.machine import keep_freed_memory
 from ft.optim import build_optimizer
+from ft.torchrun import joined
 
 PARTS = {"forward": ("data", "forward"), "backward": ("backward",), "update": ("clip", "AdamW", "other")}
 EXCHANGES = 7  # how often the buckets are exchanged by themselves, after once that does not count

@@ -10,13 +10,13 @@ What is computed in the loop is exchanged on its device, and queued there. What 
 (is it time to stop? is everybody there?) goes by a second group, on the CPU, for which no GPU has to wait.
 """
 
+import json
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from ft.data import IGNORED, Example
 from ft.errors import FtError, UsageError
 from ft.gpt2 import GPT2
 
-PATIENCE = 2.0  # times --process-timeout until an exchange of gradients gives up, so that the other group does so first
 ROLL_CALL = 5.0  # seconds for which those that miss somebody wait for each other
 
 
@@ -141,8 +140,8 @@ class Ranks:
         torch.distributed.all_gather(gathered, tensor, group=self.control)
         return gathered
 
-    def gather_texts(self, text: str) -> list[str]:
-        """A text of each process, by rank."""
+    def _gather_text(self, text: str) -> list[str]:
+        """A text of each process, none of them empty, by rank."""
         encoded = text.encode()
         longest = self.highest(len(encoded))
         padded = torch.frombuffer(bytearray(encoded.ljust(longest, b"\0")), dtype=torch.uint8)
@@ -196,15 +195,13 @@ class Ranks:
         """
         if self.size == 1:
             return
-        problems = []
-        for name, text in what.items():
-            texts = self.gather_texts(text)
-            other = next((rank for rank, each in enumerate(texts) if each != texts[0]), None)
-            if other is not None:
-                problems.append(
-                    f"{name} is {texts[0]} in process 0 and {texts[other]} in process {other}: give all processes the "
-                    "same flags and data"
-                )
+        first, *others = (json.loads(text) for text in self._gather_text(json.dumps(what)))
+        differ = {name: rank for rank, other in enumerate(others) for name in what if other[name] != first[name]}
+        problems = [
+            f"{name} is {first[name]} in process 0 and {others[rank][name]} in process {rank + 1}: give all processes "
+            "the same flags and data"
+            for name, rank in differ.items()
+        ]
         if problems:
             raise UsageError(*problems)
 
@@ -257,71 +254,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextmanager
-def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
-    """The processes that torchrun has started, connected; without torchrun just this one.
-
-    Args:
-        device: where this process computes.
-        timeout: seconds after which a process that does not answer is given up.
-
-    Raises:
-        FtError: the others cannot be reached.
-        UsageError: what torchrun tells is incomplete, or the device is none for several processes.
-    """
-    if number_of_processes() == 1:
-        yield ALONE
-        return
-    import torch.distributed as dist
-
-    if device.type == "mps":
-        raise UsageError("MPS computes in one process only: leave torchrun out, or take --device cpu")
-    host, port, rank, size, local_rank = _places()
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    limit = timedelta(seconds=timeout)
-    try:
-        store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)  # type: ignore[attr-defined]
-        # The store outlives the processes, and so would the keys by which an earlier attempt found together.
-        own_keys = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=own_keys, rank=rank, world_size=size, timeout=PATIENCE * limit)
-        control = dist.new_group(backend="gloo", timeout=limit)
-    except RuntimeError as error:
-        detail = str(error).partition("\n")[0]
-        raise FtError(
-            f"process {rank} of {size} found not all others at {host}:{port} within --process-timeout {timeout:g} s: "
-            f"{detail}"
-        ) from error
-    begun = attempt > 0 and bool(store.check(["begun"]))
-    ranks = Ranks(rank, size, local_rank, begun, control, store, attempt)
-    with ranks.missing_told():
-        yield ranks
-    dist.destroy_process_group()
-
-
-def number_of_processes() -> int:
-    """How many processes torchrun, if it is torchrun that started this one, has started for the run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """The number of this process among those on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _places() -> tuple[str, int, int, int, int]:
-    names = ("MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    absent = [name for name in ("MASTER_ADDR", *names) if not os.environ.get(name)]
-    if absent:
-        raise UsageError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(absent)} are not set: start several processes "
-            "by torchrun, or unset WORLD_SIZE"
-        )
-    port, rank, size, local = (int(os.environ[name]) for name in names)
-    return os.environ["MASTER_ADDR"], port, rank, size, local
 
 
 def is_sharded(tensor: Tensor) -> bool:

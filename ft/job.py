@@ -27,7 +27,7 @@ from ft import checkpoint, hub, runs
 from ft.checkpoint import ModelSource, Snapshot, State
 from ft.config import NEWEST, Config, flag
 from ft.data import Batch, Example, Split, collate, collate_padded, read_tokenizer
-from ft.distributed import Ranks, joined, local_rank, number_of_processes
+from ft.distributed import Ranks
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
 from ft.files import Do, complete_or_absent, read_json
@@ -45,6 +45,7 @@ from ft.scores import write_scores
 from ft.stop import StopRequest
 from ft.summary import closing, number_of_parameters, opening, three_completions, three_predictions
 from ft.tensorboard import EventFiles, summary_writer
+from ft.torchrun import joined, local_rank, number_of_processes
 from ft.train import rows_of_step, steps_per_epoch, total_steps, train
 
 
