@@ -278,7 +278,9 @@ def load_checkpoint(folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.a
     try:
         loss_scale = dict(saved.pop("grad_scaler"))
         state = State(**saved)
-        if loss_scale:  # empty where the run was not in fp16, which another device may have chosen now
+        if loss_scale and scaler.is_enabled():  # it is empty where the run was not in fp16
+            if not _fits(loss_scale, scaler.state_dict()):
+                raise problem
             scaler.load_state_dict(loss_scale)
         _restore_random_states(dict(read_tensors([folder / RANDOM])))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -292,6 +294,12 @@ def load_checkpoint(folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.a
     if state.step < 0 or state.loss_steps < 0 or state.metrics_bytes < 0:
         raise problem
     return state
+
+
+def _fits(loss_scale: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a saved loss scale has the numbers that a scaler's own has, of the same kinds and within their bounds."""
+    kinds, own_kinds = ({name: type(number) for name, number in each.items()} for each in (loss_scale, own))
+    return kinds == own_kinds and all(0 <= x < (2**31 if type(x) is int else 3e38) for x in loss_scale.values())
 
 
 def _moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:

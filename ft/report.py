@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from ft.errors import FtError
 from ft.step_times import StepTimes
 from ft.tensorboard import EventFiles
 
@@ -29,7 +30,13 @@ class Report:
         metrics_bytes: int,
         tensorboard: EventFiles | None = None,
     ) -> None:
-        """Open the metrics file at the length that the state says; later lines are of a run that broke off."""
+        """Open the metrics file at the length that the state says; later lines are of a run that broke off.
+
+        Raises:
+            FtError: it is a link, and what it leads to would be cut.
+        """
+        if metrics_path.is_symlink():
+            raise FtError(f"{metrics_path} is a link, and a run writes through none: put the file itself there")
         self.metrics_path = metrics_path
         self._file = metrics_path.open("ab", buffering=0)
         self._pending = b""
