@@ -56,7 +56,7 @@ def run_job(config: Config) -> None:
     precision = choose_precision(config.precision, device)
     if config.tensorboard:
         summary_writer()  # refuses now what it would refuse when the data are read
-    with runs.own_folder(config) as run:
+    with runs.own_folder(config) as run, _memory_advice(config):
         _run_in(run, config, device, precision)
 
 
@@ -265,10 +265,10 @@ def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:
 
 @contextmanager
 def _error_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
-    """Turn what can go wrong in the loop into errors that say what helps.
+    """Turn a loss or gradient that is not finite into an error that says what helps.
 
     Raises:
-        FtError: memory ran out inside, or a loss or gradient was not finite.
+        FtError: there was one inside.
     """
     try:
         yield
@@ -283,6 +283,17 @@ def _error_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
             + f". A lower --learning-rate (now {config.learning_rate}) or --precision fp32 may help; --on-nonfinite "
             f"skip leaves out up to --max-skipped-steps {config.max_skipped_steps} such steps"
         ) from error
+
+
+@contextmanager
+def _memory_advice(config: Config) -> Iterator[None]:
+    """Turn memory that runs out into an error that says what helps.
+
+    Raises:
+        FtError: it ran out inside.
+    """
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         told = re.search("out of memory|allocate memory", str(error))
         if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):

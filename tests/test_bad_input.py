@@ -202,7 +202,7 @@ MODEL = [
     ("index with a root", lambda i: shard(i, ["/etc/passwd"]), "names '/etc/passwd'"),
     ("index to what is not there", lambda i: shard(i, ["model-00002-of-00002.safetensors"]), "has no model-00002"),
     ("index without names", lambda i: shard(i, []), "names ''"),
-    ("index nested", lambda i: (shard(i, []), spoil_index(i, b"[" * 10**5)), "is no index of weights"),
+    ("index nested", lambda i: (shard(i, []), spoil_index(i, b'{"weight_map":' * 10**5)), "is no index of weights"),
     (
         "index of lists",
         lambda i: (shard(i, []), spoil_index(i, b'{"weight_map": {"a": []}}')),

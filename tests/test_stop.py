@@ -113,7 +113,7 @@ def test_a_signal_in_a_save(inputs, calm, tmp_path, monkeypatch, capfd, name, st
         patch.setattr(NewFolder, "write_manifest", write_manifest)
         assert main([*inputs, *SETTINGS, *blocking, "--output-dir", str(run)]) == status
     saved = [path.name for path in checkpoints(run)]
-    assert "checkpoint-10" in saved, "the save in hand is finished, too"
+    assert "checkpoint-10" in saved or not blocking, "the save in hand is finished, too"
     assert f"Stopped after step {saved[-1].removeprefix('checkpoint-')}." in capfd.readouterr().err
     resume_and_compare(inputs, run, calm, capfd)
 
