@@ -1,5 +1,6 @@
 """What people put in by mistake: each is told in one line that names it, or does no harm; never a traceback."""
 
+import ast
 import json
 import os
 import shutil
@@ -440,3 +441,23 @@ def test_no_configuration_of_a_model_makes_a_traceback(published):
         GPT2Config.from_dict(published)
     except FtError as error:
         assert "not a GPT-2 configuration" in str(error)  # noqa: PT017
+
+
+# --- what must not be there -------------------------------------------------------------------------------------------
+
+RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "joblib", "eval", "exec", "__import__", "torch.load"}
+PROGRAM = sorted((Path(__file__).parents[1] / "ft").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=[path.name for path in PROGRAM])
+def test_nothing_runs_code_that_a_file_brings_along(path):
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            used |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.Call):
+            used.add(ast.unparse(node.func))
+    assert not used & RUNS_CODE
+    assert "trust_remote_code" not in path.read_text()
