@@ -449,15 +449,16 @@ RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "joblib", "eval", "exec", "_
 PROGRAM = sorted((Path(__file__).parents[1] / "ft").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", PROGRAM, ids=[path.name for path in PROGRAM])
-def test_nothing_runs_code_that_a_file_brings_along(path):
-    used = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            used |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            used.add((node.module or "").partition(".")[0])
-        elif isinstance(node, ast.Call):
-            used.add(ast.unparse(node.func))
-    assert not used & RUNS_CODE
-    assert "trust_remote_code" not in path.read_text()
+def test_nothing_runs_code_that_a_file_brings_along():
+    assert len(PROGRAM) > 40
+    for path in PROGRAM:
+        used = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                used.add((node.module or "").partition(".")[0])
+            elif isinstance(node, ast.Call):
+                used.add(ast.unparse(node.func))
+        assert not used & RUNS_CODE, path
+        assert "trust_remote_code" not in path.read_text(), path
