@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.common import RESULTS, markdown_table, write_result
 from benchmarks.trainer import Inputs, parser_of_inputs, peak_memory_bytes, prepared_inputs
 from ft import dropout, matmul
-from ft.checkpoint import State, load_weights
+from ft.checkpoint import load_weights
 from ft.config import Config
 from ft.data import Batch, Example, collate, encode, epoch_order, label_tokens, read_tokenizer
 from ft.files import read_json
@@ -35,6 +35,7 @@ from ft.machine import Precision, keep_freed_memory
 from ft.optim import build_optimizer, clip_in_optimizer
 from ft.packing import Packing
 from ft.report import Report
+from ft.state import State
 from ft.tables import read_split
 from ft.train import train
 

@@ -2,10 +2,12 @@
 
     python -m benchmarks.checkpoint --tokenizer DIR
 
-Every way of saving runs in a process of its own, on a model of random weights with its optimiser's state. The stall of
-a save is the time of the call, and what the steps that run while it is written in the background take more than others:
-those before and after, and for `ft`, whose thread takes longer, those in between for which it is held; the time until
-it holds counts as stall too.
+Every way of saving runs twice, each time in a process of its own, on a model of random weights with its optimiser's
+state: once with all cores training, and once with a single thread, so that a core is spare, as there is beside a GPU.
+
+The stall of a save is the time of the call, and what the steps that run while it is written in the background take more
+than others: those before and after, and for `ft`, whose thread takes longer, those in between for which it is held; the
+time until it holds counts as stall too.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from ft.machine import keep_freed_memory
 from ft.saver import Saver
 
 BATCH_SIZE = 8
+# How many threads train; 0 stands for as many as PyTorch takes.
+CASES = {"all cores train": 0, "one core trains": 1}
 WAYS = {
     "ft": "ft, in the background",
     "ft blocking": "ft, --save-blocking",
@@ -40,48 +44,60 @@ WAYS = {
 
 
 def main() -> None:
-    """Measure every way and write the table."""
+    """Measure every way in every case and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--saves", type=int, default=3, help="of each way, after one that does not count")
     parser.add_argument("--steps", type=int, default=6, help="before and after each save")
     options = parser.parse_args()
-    figures: dict[str, Any] = {}
+    figures: dict[str, dict[str, Any]] = {case: {} for case in CASES}
     with tempfile.TemporaryDirectory() as work:
-        for way in WAYS:
-            folder = Path(work) / "run"
-            folder.mkdir()
-            figures[way] = in_own_process(measure, way, options.size, options.tokenizer, folder, options)
-            shutil.rmtree(folder)
-    rows = [
-        [
-            WAYS[way],
-            f"{figure['call_seconds']:.2f}",
-            f"{figure['stall_seconds']:.2f}",
-            f"{figure['stall_seconds'] / figures['ft blocking']['stall_seconds']:.2f}",
-            f"{figure['peak_bytes'] / GIB:.2f}",
-        ]
-        for way, figure in figures.items()
-    ]
-    header = ["way of saving", "the call (s)", "stall (s)", "stall / ft, --save-blocking", "peak memory (GiB)"]
-    background = figures["ft"]
-    text = markdown_table(header, rows) + (
+        for case, threads in CASES.items():
+            for way in WAYS:
+                folder = Path(work) / "run"
+                folder.mkdir()
+                figures[case][way] = in_own_process(measure, way, threads, folder, options)
+                shutil.rmtree(folder)
+    header = ["way of saving"]
+    for case in CASES:
+        header += [f"{case}: the call (s)", "stall (s)", "stall / ft, --save-blocking"]
+    header += ["peak memory (GiB)"]
+    text = markdown_table(header, [row(way, figures) for way in WAYS]) + (
         f"\n\n{options.size}, batches of {BATCH_SIZE}, fp32, weights and AdamW's moments. Medians of {options.saves} "
-        f"saves after a first that does not count; a step takes {background['step_seconds']:.2f} s, and what ft writes "
-        f"in the background is on the disk after {background['written_seconds']:.0f} s. The Trainer's stall is its "
-        "call, and its memory that of a process which has its own libraries loaded."
+        f"saves after a first that does not count. {told_of('ft', figures)} The Trainer's stall is its call, and its "
+        "memory that of a process which has its own libraries loaded."
     )
-    write_result("checkpoint", {"size": options.size, "ways": figures}, text)
+    write_result("checkpoint", {"size": options.size, "cases": figures}, text)
     draw(figures)
 
 
-def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def row(way: str, figures: dict[str, dict[str, Any]]) -> list[str]:
+    """The table's line of one way."""
+    cells = [WAYS[way]]
+    for ways in figures.values():
+        call, stall = ways[way]["call_seconds"], ways[way]["stall_seconds"]
+        cells += [f"{call:.2f}", f"{stall:.2f}", f"{stall / ways['ft blocking']['stall_seconds']:.2f}"]
+    return [*cells, f"{max(ways[way]['peak_bytes'] for ways in figures.values()) / GIB:.2f}"]
+
+
+def told_of(way: str, figures: dict[str, dict[str, Any]]) -> str:
+    """How long a step takes, and when a snapshot is on the disk, in a sentence for each case."""
+    return " ".join(
+        f"Where {case}, a step takes {ways[way]['step_seconds']:.2f} s, and what ft writes in the background is on the "
+        f"disk after {ways[way]['written_seconds']:.0f} s."
+        for case, ways in figures.items()
+    )
+
+
+def measure(way: str, threads: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """The figures of one way; for a process of its own."""
+    if threads:
+        torch.set_num_threads(threads)
     keep_freed_memory()
     if way == "trainer":
-        return measure_trainer(size, tokenizer, folder, options.saves)
-    model, optimizer, config = build(size)
+        return measure_trainer(options.size, options.tokenizer, folder, options.saves)
+    model, optimizer, config = build(options.size)
     count = BATCH_SIZE * options.steps
     examples = random_examples(review_like_lengths(count), config.vocab_size)
 
@@ -93,7 +109,7 @@ def measure(way: str, size: str, tokenizer: Path, folder: Path, options: argpars
         return sum(timed_steps(model, optimizer, examples[:BATCH_SIZE], BATCH_SIZE)[0].values())
 
     steps()
-    save, is_writing, gate = SAVERS[way](model, optimizer, tokenizer, folder)
+    save, is_writing, gate = SAVERS[way](model, optimizer, options.tokenizer, folder)
     usual, calls, stalls, written = [], [], [], []
     for number in range(1, options.saves + 2):
         around, meanwhile, held, waited = steps(), [], [], 0.0
@@ -235,19 +251,23 @@ def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int) -> dic
     }
 
 
-def draw(figures: dict[str, Any]) -> None:
-    """A bar per way, as `results/checkpoint.png`."""
+def draw(figures: dict[str, dict[str, Any]]) -> None:
+    """Two bars per way, as `results/checkpoint.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
-    seconds = [ways["stall_seconds"] for ways in figures.values()]
-    bars = axes.barh([WAYS[way] for way in figures], seconds)
-    axes.bar_label(bars, fmt=" %.2f s", fontsize=9)
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    height = 0.8 / len(figures)
+    for number, (case, ways) in enumerate(figures.items()):
+        places = [place + (number - (len(figures) - 1) / 2) * height for place in range(len(WAYS))]
+        bars = axes.barh(places, [ways[way]["stall_seconds"] for way in WAYS], height, label=case)
+        axes.bar_label(bars, fmt=" %.2f s", fontsize=9)
+    axes.set_yticks(range(len(WAYS)), list(WAYS.values()))
     axes.invert_yaxis()
     axes.margins(x=0.12)
+    axes.legend(loc="lower right", frameon=False)
     axes.set(xlabel="seconds that a checkpoint holds the training up (median)")
     figure.savefig(RESULTS / "checkpoint.png", dpi=120)
 

@@ -25,13 +25,14 @@ import torch
 from benchmarks.common import markdown_table, write_result
 from benchmarks.step import GIB, PARTS, peak_memory, random_examples, review_like_lengths, timed_steps
 from benchmarks.synthetic import SIZES, model_config
-from ft.checkpoint import ModelSource, State, take_snapshot, write_checkpoint
+from ft.checkpoint import ModelSource, take_snapshot, write_checkpoint
 from ft.cli import read_arguments
 from ft.freeze import freeze, number_of_trained
 from ft.gpt2 import GPT2, GPT2Config
 from ft.job import run_job
 from ft.machine import keep_freed_memory
 from ft.optim import AdamW, build_optimizer
+from ft.state import State
 
 BATCH_SIZE = 8
 TURN = 4  # steps of a case until the next one's turn; the first of each turn is not counted

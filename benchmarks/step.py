@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.synthetic import model_config
 from ft import hub
-from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Example, Split, collate
 from ft.distributed import ALONE, Ranks
 from ft.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.machine import Precision
 from ft.optim import AdamW, build_optimizer
+from ft.state import State
 from ft.tables import read_split
 from ft.train import train
 

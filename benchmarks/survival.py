@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 TESTS = {
     "test_kill": "runs killed over and over, against calm ones",
     "test_files": "folders written while an operation fails, and damaged ones",
+    "test_disk": "files on disks that refuse, move little at a time, or give back other bytes",
+    "test_checkpoint": "checkpoints written and deleted while an operation fails, and damaged ones",
     "test_saver": "disks that refuse, and saving beside the training",
+    "test_real_disks": "full disks and missing permissions, as the system makes them",
     "test_stop": "signals, in steps, evaluations and saves",
     "test_nonfinite": "losses and gradients that are not finite",
     "test_bad_input": "bad files, flags, checkpoints, and readers under random bytes",

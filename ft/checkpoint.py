@@ -11,7 +11,6 @@ Every folder written here is a complete model folder; a checkpoint adds what tra
 Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
 """
 
-import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,72 +29,10 @@ from ft.errors import FtError
 from ft.files import UNFINISHED, Do, NewFolder, at_once, complete_or_absent, damage_of, read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import AdamW
+from ft.state import State
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
 SUPERSEDED = ".superseded-"
-
-
-@dataclass
-class State:
-    """Where a run stands besides its tensors. The place in the data follows from `step` alone.
-
-    Attributes:
-        step: optimiser steps done.
-        loss_sum: sum of the training losses since the last logged line.
-        loss_steps: how many losses that sum holds.
-        train_loss_sum: sum of the training losses of all steps up to the last logged line.
-        skipped_steps: steps without an update, because loss or gradient was not finite.
-        evaluation_due: the run was stopped before or in the evaluation that belongs to this step.
-        best_step, best_accuracy, best_loss: the best evaluation so far, by accuracy, then loss.
-        last_accuracy, last_loss: those of the newest evaluation.
-        evaluations_since_best: how many evaluations in a row have not been better than the best.
-        general_loss_before, general_loss: the loss on general text before the first step, and the newest.
-        metrics_bytes: the length of metrics.jsonl at this point; what a broken run wrote after it is cut off.
-        seconds: time spent in the run, all its parts together.
-    """
-
-    step: int = 0
-    loss_sum: float = 0.0
-    loss_steps: int = 0
-    train_loss_sum: float = 0.0
-    skipped_steps: int = 0
-    evaluation_due: bool = False
-    best_step: int | None = None
-    best_accuracy: float = 0.0
-    best_loss: float | None = None
-    last_accuracy: float = 0.0
-    last_loss: float | None = None
-    evaluations_since_best: int = 0
-    general_loss_before: float | None = None
-    general_loss: float | None = None
-    metrics_bytes: int = 0
-    seconds: float = 0.0
-
-    @property
-    def mean_train_loss(self) -> float:
-        """The mean training loss of all steps that updated the weights."""
-        return (self.train_loss_sum + self.loss_sum) / max(1, self.step - self.skipped_steps)
-
-    def note_losses(self, loss_sum: float) -> float:
-        """The steps since the last logged line had losses of this sum. Their mean; no number if all were skipped."""
-        mean = loss_sum / self.loss_steps if self.loss_steps else math.nan
-        self.train_loss_sum += loss_sum
-        self.loss_steps = 0
-        return mean
-
-    def note(self, loss: float, accuracy: float) -> None:
-        """The evaluation that was due had this result."""
-        self.evaluation_due, self.last_accuracy, self.last_loss = False, accuracy, loss
-        better = self.best_loss is None or (accuracy, -loss) > (self.best_accuracy, -self.best_loss)
-        if better and math.isfinite(loss):
-            self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
-            self.evaluations_since_best = 0
-        else:
-            self.evaluations_since_best += 1
-
-    def is_out_of_patience(self, patience: int | None) -> bool:
-        """Whether so many evaluations in a row have not been better than the best; without a patience never."""
-        return patience is not None and self.evaluations_since_best >= patience
 
 
 @dataclass(frozen=True)
@@ -323,7 +260,9 @@ def load_training_state(
     try:
         loss_scale = dict(saved.pop("grad_scaler"))
         state = State(**saved)
-        if loss_scale:  # empty where the run was not in fp16, which another device may have chosen now
+        if loss_scale and scaler.is_enabled():  # it is empty where the run was not in fp16
+            if not _fits(loss_scale, scaler.state_dict()):
+                raise problem
             scaler.load_state_dict(loss_scale)
         _restore_random_states(dict(read_tensors([folder / RANDOM])), ranks)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -337,6 +276,12 @@ def load_training_state(
     if state.step < 0 or state.loss_steps < 0 or state.metrics_bytes < 0:
         raise problem
     return state
+
+
+def _fits(loss_scale: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a saved loss scale has the numbers that a scaler's own has, of the same kinds and within their bounds."""
+    kinds, own_kinds = ({name: type(number) for name, number in each.items()} for each in (loss_scale, own))
+    return kinds == own_kinds and all(0 <= x < (2**31 if type(x) is int else 3e38) for x in loss_scale.values())
 
 
 def _moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:

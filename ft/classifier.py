@@ -116,6 +116,6 @@ def _max_length_of_run(folder: Path) -> int:
         return Config.max_length
     try:
         length = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["max_length"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         length = None
     return length if type(length) is int and length >= 2 else Config.max_length

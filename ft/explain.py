@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ft import hub
-from ft.checkpoint import State, load_weights
+from ft.checkpoint import load_weights
 from ft.config import Config, flag
 from ft.data import IGNORED, Batch, Example, collate, read_tokenizer
 from ft.errors import FtError, UsageError
@@ -28,6 +28,7 @@ from ft.machine import Precision, choose_device, choose_precision
 from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
 from ft.report import Report
+from ft.state import State
 from ft.train import total_steps, train, windows
 
 WIDTH = 100  # columns

@@ -8,17 +8,18 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ft.disk import Desk, write_verified
 from ft.errors import FtError
 
 if sys.platform != "win32":
@@ -26,8 +27,6 @@ if sys.platform != "win32":
 
 MANIFEST = "manifest.json"
 UNFINISHED, REPLACED, LOCK = ".unfinished-", ".replaced-", ".lock"
-CHUNK = 2**20  # bytes that are written, hashed or compared at a time: few enough that other threads get their turn
-PIECE = 2**25  # bytes that are forced to the disk and read back at a time: few enough to need little memory
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -51,7 +50,7 @@ class NewFolder:
 
     def __init__(self, path: Path, do: Do = at_once) -> None:
         """`do` may choose when and where each piece of the work is done."""
-        self.path, self._do = path, do
+        self.path, self._do, self._desk = path, do, Desk()
         self._files: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
@@ -60,12 +59,8 @@ class NewFolder:
         Raises:
             OSError: the disk is full, or refuses, or gives back other bytes.
         """
-        digest, size = hashlib.sha256(), 0
-        with open(self.path / name, "x+b") as file:
-            for piece in _pieces(chunks):
-                self._do(partial(_write_piece, file, piece, digest.update))
-                size += sum(len(chunk) for chunk in piece)
-        self._files[name] = {"size": size, "sha256": digest.hexdigest()}
+        size, sha256 = write_verified(self.path / name, chunks, self._desk, self._do)
+        self._files[name] = {"size": size, "sha256": sha256}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object."""
@@ -80,52 +75,11 @@ class NewFolder:
         self.write_json(MANIFEST, {"files": dict(self._files)})
 
 
-def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
-    """Chunks in lists of about `PIECE` bytes, the last one shorter."""
-    piece: list[bytes | memoryview] = []
-    for chunk in chunks:
-        piece.append(chunk)
-        if sum(map(len, piece)) >= PIECE:
-            yield piece
-            piece = []
-    yield piece  # of an empty file too, whose name is to be on the disk
-
-
-def _write_piece(
-    file: io.BufferedRandom, piece: Sequence[bytes | memoryview], update: Callable[[bytes | memoryview], None]
-) -> None:
-    """Write, hash, force to the disk, and compare what the disk gives back.
-
-    The system's own copy of the piece is given up in between, so that it is really the disk that is read, and the next
-    piece can use the same memory.
-    """
-    start = file.tell()
-    for chunk in piece:
-        file.write(chunk)
-        update(chunk)
-    file.flush()
-    os.fsync(file.fileno())
-    _forget(file)
-    file.seek(start)
-    for chunk in piece:
-        back: Any = bytearray(len(chunk))  # as this type compares itself with any bytes, and at memory's speed
-        if file.readinto(back) != len(chunk) or back != chunk:
-            raise OSError(None, "what was written reads back otherwise", file.name)
-    _forget(file)
-
-
-def _forget(file: io.BufferedRandom) -> None:
-    """Have the system keep no copy of a file in memory, on systems that take this advice."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
     """The format of https://huggingface.co/docs/safetensors: the header's length, the header as JSON, the numbers.
 
     Written here, and read by the library: this way each byte is hashed as it is written, and the numbers are never
-    copied, neither at once nor to a second array.
+    copied but a piece at a time.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -141,10 +95,8 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None)
         numbers = tensor.detach().cpu().contiguous()
         size = numbers.numel() * numbers.element_size()
         array: Any = (ctypes.c_char * size).from_address(numbers.data_ptr())
-        array.owner = numbers  # which must live as long as a chunk of it does
-        view = memoryview(array).cast("B")
-        for start in range(0, size, CHUNK):
-            yield view[start : start + CHUNK]
+        array.owner = numbers  # which must live as long as a view of it does
+        yield memoryview(array).cast("B")
 
 
 @contextmanager
@@ -177,7 +129,7 @@ def complete_or_absent(folder: Path, do: Do = at_once) -> Iterator[NewFolder]:
 
 
 def tidy(parent: Path) -> None:
-    """Put right what a process that died in `complete_or_absent` left in `parent`."""
+    """Put right what is left in `parent` of a process that died in `complete_or_absent` or in `write_whole`."""
     for replaced in parent.glob(f"{REPLACED}*"):
         folder = parent / replaced.name.removeprefix(REPLACED)
         if folder.exists():
@@ -186,6 +138,8 @@ def tidy(parent: Path) -> None:
             replaced.rename(folder)
     for unfinished in parent.glob(f"{UNFINISHED}*"):
         shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):  # if it is no folder, which is gone by now, but a file
+            unfinished.unlink()
 
 
 def fsync(path: Path) -> None:
@@ -204,21 +158,23 @@ def damage_of(folder: Path, needed: Iterable[str]) -> str | None:
 
     Only plain files count: a manifest that came from elsewhere must not lead out of its folder.
     """
+    if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
+        return f"{MANIFEST} is missing or no plain file"
     try:
         files = read_json(folder / MANIFEST)["files"]
         expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except FtError:
-        return f"{MANIFEST} is missing or unreadable"
+        return f"{MANIFEST} is unreadable"
     except (KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is no list of files"
     for name in dict.fromkeys([*needed, *expected]):  # each once
         path = folder / name
         if name not in expected:
             return f"{MANIFEST} does not list {name}"
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
-            return f"{name} is missing or no plain file"
         size, sha256 = expected[name]
         try:
+            if Path(name).name != name or path.is_symlink() or not path.is_file():
+                return f"{name} is missing or no plain file"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
             with path.open("rb") as file:
@@ -249,38 +205,73 @@ def locked(folder: Path) -> Iterator[None]:
     """Have a folder for oneself, until the process ends, however it ends. Leaves no folder that was empty all along.
 
     Raises:
-        FtError: another process has it.
+        FtError: another process has it, or seems to on a file system without locks.
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
-        file = path.open("a+")
-        if sys.platform == "win32":
-            break
+        # Not through a link, as what it leads to would be emptied.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            process = file.read().strip() or "unknown"
+            _take(file, folder)
+        except FtError:
             file.close()
-            raise FtError(
-                f"another run is at work in {folder}: process {process}. Wait for it, stop it (kill {process}), or "
-                "take another --output-dir"
-            ) from None
-        except OSError:
-            break  # this file system has no locks
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            raise
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             break
         file.close()  # its owner deleted it just now: once more with a new one
     try:
+        file.seek(0)
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        file.write(str(os.getpid()).encode())
         yield
     finally:
+        with suppress(OSError):
+            file.truncate(0)  # so that a number stands only there where a process has died
         with suppress(OSError):  # another process may be coming in
             if [entry.name for entry in folder.iterdir()] == [LOCK]:
                 path.unlink()
                 folder.rmdir()
         file.close()
+
+
+def _take(file: io.FileIO, folder: Path) -> None:
+    """Lock the file of a folder's lock.
+
+    A file system may know no locks. There the process whose number the file holds decides: whether one of that number
+    lives on this machine.
+
+    Raises:
+        FtError: another process has it, or seems to.
+    """
+    if sys.platform == "win32":
+        return
+    process = file.read(20).decode(errors="replace").strip() or "unknown"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FtError(
+            f"another run is at work in {folder}: process {process}. Wait for it, stop it (kill {process}), or "
+            "take another --output-dir"
+        ) from None
+    except OSError:
+        if _lives(process):
+            raise FtError(
+                f"another run may be at work in {folder}, whose file system has no locks: process {process} began one, "
+                f"and there is such a process. If it is none of this program, delete {folder / LOCK}"
+            ) from None
+
+
+def _lives(process: str) -> bool:
+    """Whether there is another process of this number."""
+    if not re.fullmatch("[1-9][0-9]{0,8}", process) or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)  # which sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True

@@ -182,7 +182,7 @@ def _shard_names(index: Path) -> list[str]:
     """Read which files hold the weights. Only plain names will do: an index must not reach for files elsewhere."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FtError(f"{index} is no index of weights: it has no `weight_map` from tensors to files.") from error
     for name in names or [""]:
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(name), re.ASCII):
@@ -212,12 +212,15 @@ def _names_in(folder: Path, source: _Source) -> list[str]:
 
     A link that leads nowhere is listed too, so that it is told of and not passed over.
     """
+    os.listdir(folder)  # as one that may not be read looks empty to `rglob`
     paths = folder.iterdir() if source.kind == "model" else (p for p in folder.rglob("*") if suffix_of(p.name))
     return [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
 
 
 def _check_beginning(path: Path) -> None:
     """Refuse a file that is not of the kind its name says."""
+    if path.exists() and not path.is_file():  # from a pipe that nobody writes to, reading would wait for ever
+        raise FtError(f"{path} is no file: put the real one there.")
     with path.open("rb") as file:
         beginning = file.read(100)
     if beginning.startswith(b"version https://git-lfs"):

@@ -13,10 +13,9 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
 """
 
 import hashlib
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,10 @@ from pathlib import Path
 import torch
 
 from ft import checkpoint, hub, runs
-from ft.checkpoint import ModelSource, Snapshot, State
+from ft.advice import memory_advice, nonfinite_advice
+from ft.checkpoint import ModelSource, Snapshot
 from ft.config import NEWEST, Config, flag
-from ft.data import Batch, Example, Split, collate, collate_padded, read_tokenizer
+from ft.data import Batch, Example, collate, collate_padded, read_tokenizer
 from ft.distributed import Ranks
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
@@ -37,16 +37,16 @@ from ft.gpt2 import GPT2
 from ft.inputs import model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
 from ft.model_card import Outcome, model_card
-from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
 from ft.report import Report
 from ft.saver import Saver
 from ft.scores import write_scores
+from ft.state import State
 from ft.stop import StopRequest
 from ft.summary import closing, number_of_parameters, opening, three_completions, three_predictions
 from ft.tensorboard import EventFiles, summary_writer
 from ft.torchrun import joined, local_rank, number_of_processes
-from ft.train import rows_of_step, steps_per_epoch, total_steps, train
+from ft.train import steps_per_epoch, total_steps, train
 
 
 def run_job(config: Config) -> None:
@@ -62,7 +62,12 @@ def run_job(config: Config) -> None:
     precision = choose_precision(config.precision, device)
     if config.tensorboard:
         summary_writer()  # refuses now what it would refuse when the data are read
-    with joined(device, config.process_timeout) as ranks, ranks.speaking(), ExitStack() as stack:
+    with (
+        joined(device, config.process_timeout) as ranks,
+        ranks.speaking(),
+        ExitStack() as stack,
+        memory_advice(config),
+    ):
         ranks.require_same({flag(name): repr(value) for name, value in asdict(config).items() if name != "device"})
         if ranks.has_begun and config.resume is None:
             config = replace(config, resume=NEWEST, overwrite=False)
@@ -157,7 +162,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             if config.tensorboard and ranks.is_first
             else None,
         ) as report,
-        _error_advice(config, run, data.splits["train"]),
+        nonfinite_advice(config, run, data.splits["train"]),
     ):
         epochs = 1 / steps_per_epoch(len(train_examples), config)
 
@@ -303,36 +308,3 @@ def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:
     if not config.static_shapes and config.compile == "none":
         return collate
     return partial(collate_padded, batch_size=config.batch_size, max_length=config.max_length)
-
-
-@contextmanager
-def _error_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
-    """Turn what can go wrong in the loop into errors that say what helps.
-
-    Raises:
-        FtError: memory ran out inside, or a loss or gradient was not finite.
-    """
-    try:
-        yield
-    except NonFiniteError as error:
-        numbers = split.rows or range(len(split.texts))
-        rows = ", ".join(str(numbers[row]) for row in rows_of_step(len(split.texts), config, error.step))
-        before = [path for path in checkpoint.checkpoints(run) if checkpoint.step_of(path) <= error.step]
-        newest = before[-1] if before else None
-        raise FtError(
-            f"{error}; it read the rows {rows} of the training split. The weights were not updated with it"
-            + (f", and {newest} is from before it" if newest else "")
-            + f". A lower --learning-rate (now {config.learning_rate}) or --precision fp32 may help; --on-nonfinite "
-            f"skip leaves out up to --max-skipped-steps {config.max_skipped_steps} such steps"
-        ) from error
-    except (RuntimeError, MemoryError) as error:
-        told = re.search("out of memory|allocate memory", str(error))
-        if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):
-            raise
-        detail = str(error).partition("\n")[0]
-        raise FtError(
-            f"out of memory with --batch-size {config.batch_size}, --max-length {config.max_length} and "
-            f"--activation-checkpointing {config.activation_checkpointing}: less is needed with "
-            "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
-            f"--gradient-accumulation-steps), or with --precision bf16. {detail}"
-        ) from error

@@ -77,7 +77,10 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
             f"the tokenizer of {source} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
             f"{config.vocab_size}: they do not belong together"
         )
-    model = GPT2(config)
+    try:
+        model = GPT2(config)
+    except RuntimeError as error:
+        raise FtError(f"{files.config}: so large a model does not fit into memory: {error}") from error
     load_weights(model, files.weights)
     model.to(chosen_device).eval()
     return LanguageModel(str(folder or source), published, model, tokenizer)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from ft.checkpoint import State
 from ft.config import NO_FLAGS, Config, flag
 from ft.evaluate import Evaluation
 from ft.forgetting import perplexity
 from ft.inputs import Data
 from ft.settings import field_groups
+from ft.state import State
 
 SETTINGS = ("How long, and in what portions", "The optimiser")  # the headings in `Config` whose fields are told
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ft.checkpoint import State
 from ft.errors import FtError
 from ft.machine import reading_waits
 from ft.optim import AdamW
+from ft.state import State
 
 
 class NonFiniteGuard:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from ft.errors import FtError
 from ft.step_times import StepTimes
 from ft.tensorboard import EventFiles
 
@@ -32,7 +33,12 @@ class Report:
         """Open the metrics file at the length that the state says; later lines are of a run that broke off.
 
         Without a path nothing is written and no bar is shown: so it is in all processes of a run but one.
+
+        Raises:
+            FtError: it is a link, and what it leads to would be cut.
         """
+        if metrics_path is not None and metrics_path.is_symlink():
+            raise FtError(f"{metrics_path} is a link, and a run writes through none: put the file itself there")
         self._file = (metrics_path or Path(os.devnull)).open("ab", buffering=0)
         self._pending = b""
         self._tensorboard = tensorboard

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ft import checkpoint
-from ft.checkpoint import State
 from ft.config import NEWEST, Config, flag
 from ft.errors import FtError, UsageError
 from ft.files import LOCK, MANIFEST, locked, read_json, tidy
 from ft.settings import changed_on_resume, read_config_file, run_of
+from ft.state import State
 from ft.train import total_steps
 
 BYTES_PER_WEIGHT, BYTES_PER_TRAINED = 4, 8  # in a checkpoint: the weight, and AdamW's two moments if it is trained

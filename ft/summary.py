@@ -5,7 +5,6 @@ from pathlib import Path
 from textwrap import shorten
 
 from ft import runs
-from ft.checkpoint import State
 from ft.config import Config
 from ft.evaluate import Evaluation
 from ft.forgetting import GeneralText, perplexity
@@ -16,6 +15,7 @@ from ft.inputs import Data
 from ft.machine import Precision
 from ft.predict import predict
 from ft.sampling import Sampling
+from ft.state import State
 from ft.tables import listed
 
 SHOWN_TOKENS = 24  # of a completion

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Batch, Example, epoch_order
 from ft.distributed import ALONE, Ranks
@@ -15,6 +14,7 @@ from ft.machine import Precision
 from ft.nonfinite import NonFiniteGuard
 from ft.optim import AdamW, clip_in_optimizer, learning_rate_at
 from ft.report import Report
+from ft.state import State
 
 
 def steps_per_epoch(num_examples: int, config: Config) -> int:

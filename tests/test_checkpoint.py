@@ -1,28 +1,35 @@
 """Model folders against `transformers`, and what happens when a checkpoint is incomplete or does not fit."""
 
 import json
+import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 import transformers
+from faults import Fault, Faults
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ft.checkpoint import (
     ModelSource,
-    State,
     checkpoints,
+    damage_of_checkpoint,
     load_training_state,
     load_weights,
+    step_of,
     take_snapshot,
     weights_of,
     write_checkpoint,
 )
 from ft.checkpoint import save_model as write_model
 from ft.errors import FtError
-from ft.files import NewFolder, complete_or_absent, read_json
+from ft.files import NewFolder, complete_or_absent, read_json, tidy
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import build_optimizer
 from ft.packing import Packing
+from ft.state import State
 
 
 @pytest.fixture
@@ -164,6 +171,42 @@ def test_no_checkpoint_has_its_name_before_it_is_complete(trained, source, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
+def test_whatever_operation_of_a_save_fails_the_newest_good_checkpoint_loads(
+    trained, source, tmp_path, monkeypatch, record_property
+):
+    """Writing, forcing to the disk, renaming, and deleting the older ones."""
+    monkeypatch.setattr("ft.disk.PIECE", 2**18)  # some files have several
+    model, optimizer, scaler = trained
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "before", model, source, optimizer, scaler, State(step=step), keep=2)
+    failures = 0
+    for fails_at in range(1, 1000):
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(tmp_path / "before", run)
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, fails_at)
+            try:
+                save_checkpoint(run, model, source, optimizer, scaler, State(step=3), keep=1)
+                failed = False
+            except Fault:
+                failed = True
+        failures += failed
+        tidy(run)
+        found = checkpoints(run)
+        assert all(damage_of_checkpoint(folder) is None for folder in found)
+        assert step_of(found[-1]) == 3 or (failed and step_of(found[-1]) == 2)
+        assert restore(found[-1], model, optimizer, scaler) == State(step=step_of(found[-1]))
+        assert {path.name for path in run.iterdir()} == {path.name for path in found}
+        if faults.count < fails_at:
+            break
+    else:
+        pytest.fail("there is always one more operation")
+    assert [step_of(folder) for folder in found] == [3]
+    assert failures > 50
+    record_property("file operations made to fail", fails_at - 1)
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "old").touch()
@@ -213,4 +256,62 @@ def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, messag
     save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
     change(tmp_path / "checkpoint-1")
     with pytest.raises(FtError, match=message):
+        restore(tmp_path / "checkpoint-1", model, optimizer, scaler)
+
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.lists(st.integers(), max_size=2)
+    | st.dictionaries(st.text(max_size=1), st.integers(), max_size=1)
+)
+STATE = st.fixed_dictionaries({}, optional=dict.fromkeys([*(field.name for field in fields(State)), "other"], VALUES))
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "other")
+SCALE = st.fixed_dictionaries({}, optional=dict.fromkeys(SCALER, VALUES))
+
+
+@given(STATE, SCALE | VALUES)
+@settings(
+    derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_state_makes_a_traceback(trained, source, tmp_path, changes, scale):
+    """It is understood, or refused by name; what is understood can be gone on with."""
+    model, optimizer, _ = trained
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    folder = tmp_path / "checkpoint-1"
+    if not folder.exists():
+        save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
+    good = read_json(folder / "state.json")
+    saved_scale = {**good["grad_scaler"], **scale} if isinstance(scale, dict) else scale
+    (folder / "state.json").write_text(json.dumps({**good, **changes, "grad_scaler": saved_scale}))
+    try:
+        state = restore(folder, model, optimizer, scaler)
+        scaler.scale(torch.ones(()))
+        scaler.state_dict()
+        state.note(0.5, 0.5)
+    except FtError as error:
+        assert "state.json" in str(error)  # noqa: PT017
+    (folder / "state.json").write_text(json.dumps(good))
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        {},
+        {"cpu": torch.zeros(3, dtype=torch.uint8)},
+        {"cpu": torch.zeros(5056)},
+        {"cpu": torch.zeros(5056, dtype=torch.uint8)},
+        {"cpu": torch.zeros(0, dtype=torch.uint8)},
+        {"cuda:0": torch.zeros(3, dtype=torch.uint8)},
+        {"mps": torch.zeros(3, dtype=torch.uint8)},
+    ],
+)
+def test_random_states_that_are_none_are_refused(trained, source, tmp_path, states):
+    model, optimizer, scaler = trained
+    save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
+    save_file(states, tmp_path / "checkpoint-1" / "rng.safetensors")
+    with pytest.raises(FtError, match=r"rng\.safetensors|state\.json"):
         restore(tmp_path / "checkpoint-1", model, optimizer, scaler)

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import transformers
 
-from ft.checkpoint import State
 from ft.cli import main
+from ft.state import State
 
 SETTINGS = ["--precision", "fp32", "--eval-steps", "1", "--save-steps", "4", "--logging-steps", "3"]
 

@@ -13,11 +13,11 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 
 import ft
-from ft.checkpoint import State
 from ft.cli import main
 from ft.config import Config
 from ft.evaluate import Evaluation
 from ft.model_card import Outcome, hub_id, model_card
+from ft.state import State
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ft import train as loop
-from ft.checkpoint import State
 from ft.cli import main
 from ft.config import Config
 from ft.nonfinite import NonFiniteError, NonFiniteGuard
 from ft.optim import AdamW
+from ft.state import State
 from ft.summary import closing
 from ft.train import rows_of_step
 

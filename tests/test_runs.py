@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+from test_config import FIELDS, other_value
 
 from ft import job
 from ft.checkpoint import checkpoints
 from ft.cli import main
+from ft.config import field_types, flag
 from ft.report import Report
+from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
 
 SETTINGS = ["--precision", "fp32", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
 
@@ -138,3 +141,30 @@ def test_two_runs_in_one_folder_are_one_too_many(inputs, run, capsys):
 def test_fp16_without_clipping(inputs, tmp_path):
     flags = ["--precision", "fp16", "--max-grad-norm", "0", "--output-dir", str(tmp_path / "run")]
     assert main([*inputs, *flags]) == 0
+
+
+def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    recorded = json.loads((run / "config.json").read_text())
+    # Every setting but those that are free; the demo brings a model and data of its own along.
+    names = [name for name in FIELDS if name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME, "demo")]
+    for name in names:
+        value = next((choice for choice in field_types()[name][1] if choice != recorded[name]), other_value(name))
+        words = {bool: [], tuple: list(value) if isinstance(value, tuple) else []}.get(type(value), [str(value)])
+        capsys.readouterr()
+        assert main(["--resume", str(run), flag(name), *words]) == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {flag(name)} was "), error
+        assert f" and would be {value!r}" in error
+        assert "--resume continues the same run: leave these flags out, or start another run" in error
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_does_not_write_through_a_link(inputs, run, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    (run / "metrics.jsonl").rename(mine)
+    (run / "metrics.jsonl").symlink_to(mine)
+    before = mine.read_bytes()
+    assert main([*inputs, *SETTINGS, "--epochs", "2", "--output-dir", str(run), "--resume"]) == 1
+    assert f"{run / 'metrics.jsonl'} is a link" in capsys.readouterr().err
+    assert mine.read_bytes() == before

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from ft import checkpoint
-from ft.checkpoint import State, checkpoints, damage_of_checkpoint, load_training_state, take_snapshot, write_checkpoint
+from ft.checkpoint import checkpoints, damage_of_checkpoint, load_training_state, take_snapshot, write_checkpoint
 from ft.cli import main
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import build_optimizer
 from ft.saver import Saver
+from ft.state import State
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
@@ -361,8 +362,13 @@ def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_pat
 
     def fsync_on_a_bad_disk(descriptor):
         fsync(descriptor)
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("checkpoint-20/rng.safetensors"):
-            os.pwrite(descriptor, bytes([os.pread(descriptor, 1, 100)[0] ^ 1]), 100)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith("checkpoint-20/rng.safetensors"):
+            with open(path, "r+b") as file:
+                file.seek(100)
+                byte = file.read(1)[0]
+                file.seek(100)
+                file.write(bytes([byte ^ 1]))
 
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)

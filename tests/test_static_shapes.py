@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ft.checkpoint import State
 from ft.config import Config
 from ft.data import Example, collate, collate_padded
 from ft.errors import UsageError
 from ft.gpt2 import GPT2, GPT2Config
 from ft.machine import Precision, compile_blocks, uncompiled
 from ft.optim import build_optimizer
+from ft.state import State
 from ft.train import train
 
 TINY = GPT2Config(vocab_size=97, n_positions=16, n_embd=16, n_layer=3, n_head=2)

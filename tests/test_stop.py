@@ -10,15 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from test_kill import assert_same_end
+from test_kill import assert_same_end, assert_same_figures
 
 from ft import job
+from ft.checkpoint import checkpoints
 from ft.cli import main
+from ft.files import NewFolder
 from ft.report import Report
 from ft.stop import StopRequest
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
+SIGNALS = pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
 
 
 @pytest.fixture
@@ -27,15 +30,15 @@ def calm(inputs, tmp_path):
     return tmp_path / "calm"
 
 
-def resume_and_compare(inputs, run, calm, capsys):
+def resume_and_compare(inputs, run, calm, capsys, compare=assert_same_end):
     capsys.readouterr()
     assert main([*inputs, *SETTINGS, "--output-dir", str(run), "--resume"]) == 0
     output = capsys.readouterr().out
-    assert_same_end(run, calm, 20)
+    compare(run, calm, 20)
     return output
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+@SIGNALS
 @pytest.mark.parametrize("step", [1, 7, 8, 20])
 def test_a_signal_ends_the_run_after_its_step(inputs, calm, tmp_path, monkeypatch, capfd, name, status, step):
     def step_and_signal(self, **counts):
@@ -57,18 +60,21 @@ def test_a_signal_ends_the_run_after_its_step(inputs, calm, tmp_path, monkeypatc
     assert f"Continuing after step {step}," in resume_and_compare(inputs, run, calm, capfd)
 
 
-def test_a_signal_in_an_evaluation_leaves_it_for_the_resumed_run(inputs, calm, tmp_path, monkeypatch, capfd):
+@SIGNALS
+def test_a_signal_in_an_evaluation_leaves_it_for_the_resumed_run(
+    inputs, calm, tmp_path, monkeypatch, capfd, name, status
+):
     def evaluate(*arguments, stopping, **keywords):
         calls.append(1)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, name))
         return original(*arguments, stopping=stopping, **keywords)
 
     original, calls = job.evaluate, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(job, "evaluate", evaluate)
-        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 143
+        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == status
     assert json.loads((run / "checkpoint-8" / "state.json").read_text())["evaluation_due"] is True
     evaluated = [
         json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if "eval" in line
@@ -91,6 +97,25 @@ def test_a_signal_in_the_last_evaluations(inputs, calm, tmp_path, monkeypatch, c
         patch.setattr(job, "evaluate", evaluate)
         assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 143
     resume_and_compare(inputs, run, calm, capfd)
+
+
+@SIGNALS
+@pytest.mark.parametrize("blocking", [[], ["--save-blocking"]], ids=["background", "blocking"])
+def test_a_signal_in_a_save(inputs, calm, tmp_path, monkeypatch, capfd, name, status, blocking):
+    def write_manifest(self):
+        if self.path.name == ".unfinished-checkpoint-10":
+            os.kill(os.getpid(), getattr(signal, name))
+        original(self)
+
+    original = NewFolder.write_manifest
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(NewFolder, "write_manifest", write_manifest)
+        assert main([*inputs, *SETTINGS, *blocking, "--output-dir", str(run)]) == status
+    saved = [path.name for path in checkpoints(run)]
+    assert "checkpoint-10" in saved or not blocking, "the save in hand is finished, too"
+    assert f"Stopped after step {saved[-1].removeprefix('checkpoint-')}." in capfd.readouterr().err
+    resume_and_compare(inputs, run, calm, capfd, assert_same_figures)
 
 
 def test_several_signals_are_one(inputs, tmp_path, monkeypatch, capfd):
@@ -121,6 +146,42 @@ def test_a_second_ctrl_c_leaves_at_once():
     assert (done.returncode, done.stdout) == (130, "still here True\n")
     assert "Ctrl-C again: leave at once" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+NEVER_SAVES_STEP_10 = """
+import os, sys, time
+from ft.cli import main
+fsync = os.fsync
+
+def fsync_that_hangs(descriptor):
+    if "unfinished-checkpoint-10" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        time.sleep(600)
+    fsync(descriptor)
+
+os.fsync = fsync_that_hangs
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs to know which file is forced to the disk")
+@pytest.mark.parametrize("blocking", [[], ["--save-blocking"]], ids=["background", "blocking"])
+def test_a_second_ctrl_c_in_a_save_that_hangs_leaves_at_once_and_loses_no_checkpoint(
+    inputs, calm, tmp_path, capfd, blocking
+):
+    run = tmp_path / "run"
+    arguments = [*inputs, *SETTINGS, *blocking, "--output-dir", str(run)]
+    command = [sys.executable, "-c", NEVER_SAVES_STEP_10, *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (run / ".unfinished-checkpoint-10").is_dir():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n"
+        assert "Ctrl-C again: leave at once" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-5"]
+    assert "Continuing after step 5," in resume_and_compare(inputs, run, calm, capfd)
 
 
 def test_handlers_are_put_back_and_other_threads_ask_for_none():

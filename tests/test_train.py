@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -296,6 +298,30 @@ def test_fp16_saves_its_loss_scale_and_survives_the_first_overflows(run):
     scale = json.loads((folder / "checkpoint-20" / "state.json").read_text())["grad_scaler"]["scale"]
     assert 0 < scale <= 65536.0
     assert events(folder)[-1]["loss"] < events(folder)[0]["loss"]
+
+
+@pytest.mark.parametrize("at", [4, 10, 17])
+def test_a_loss_scale_that_moves_goes_on_where_it_was(run, monkeypatch, at):
+    """It falls at first, while gradients overflow, and rises again after every third step without one."""
+    scaler = torch.amp.GradScaler
+
+    def moving(*arguments, **options):
+        return scaler(*arguments, init_scale=2.0**30, growth_interval=3, **options)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", moving)
+    settings = {"precision": "fp16", "save_steps": 1, "keep_checkpoints": 100, "eval_steps": 3}
+    folder = run(**settings)
+    states = [json.loads((folder / f"checkpoint-{step}" / "state.json").read_text()) for step in range(1, 21)]
+    scales = [state["grad_scaler"]["scale"] for state in states]
+    assert any(a > b for a, b in pairwise(scales[:at]))
+    assert any(a < b for a, b in pairwise(scales[at - 1 :]))
+    expected = without_clock(folder)
+    shutil.copytree(folder / "checkpoint-20", folder.parent / "expected")
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    run(resume=str(folder / f"checkpoint-{at}"), **settings)
+    assert same(folder / "checkpoint-20", folder.parent / "expected")
+    assert json.loads((folder / "checkpoint-20" / "state.json").read_text())["grad_scaler"] == states[-1]["grad_scaler"]
+    assert without_clock(folder) == expected
 
 
 def test_the_seed_decides_order_and_dropout(run):
