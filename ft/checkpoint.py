@@ -270,8 +270,9 @@ def load_training_state(
     for field in fields(State):
         value, default = getattr(state, field.name), field.default
         optional = default is None and value is None
-        whole = isinstance(default, int) or field.name == "best_step"
-        if not optional and type(value) not in ((int, bool) if whole else (int, float)):
+        is_whole = isinstance(default, int) or field.name == "best_step"
+        kinds = (str,) if isinstance(default, str) else (int, bool) if is_whole else (int, float)
+        if not optional and type(value) not in kinds:
             raise problem
     if state.step < 0 or state.loss_steps < 0 or state.metrics_bytes < 0:
         raise problem

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -235,13 +235,11 @@ class Ranks:
     def _who_is_missing(self) -> str:
         """Call the roll: each process that misses others says so, and those that do not are the ones missed."""
         try:
-            self.store.set(self._present(self.rank), "")
-            deadline = time.monotonic() + ROLL_CALL
-            while True:
-                missing = [rank for rank in range(self.size) if not self.store.check([self._present(rank)])]
-                if len(missing) <= 1 or time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
+            self.store.set(self._key("waits", self.rank), "")
+            missing = self._without("waits", range(self.size), at_most=1)
+            self.store.set(self._key("knows", self.rank), "")
+            if self.is_first:  # which keeps the store, if torchrun does not: the others read in it
+                self._without("knows", set(range(self.size)) - set(missing), at_most=0)
         except RuntimeError:  # the store is gone with the process that kept it
             return "process 0, or the machine that it ran on, does not answer any more."
         if not missing:
@@ -249,8 +247,17 @@ class Ranks:
         named = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
         return f"{named} of {self.size} (counted from 0) ended, or did not answer within --process-timeout."
 
-    def _present(self, rank: int) -> str:
-        return f"attempt {self.attempt}: process {rank} waits"
+    def _without(self, what: str, ranks: Iterable[int], *, at_most: int) -> list[int]:
+        """Those that have not set a key, as soon as they are so few, or when the time for it is over."""
+        deadline = time.monotonic() + ROLL_CALL
+        while True:
+            missing = [rank for rank in ranks if not self.store.check([self._key(what, rank)])]
+            if len(missing) <= at_most or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.1)
+
+    def _key(self, what: str, rank: int) -> str:
+        return f"attempt {self.attempt}: process {rank} {what}"
 
 
 ALONE = Ranks()

@@ -104,8 +104,8 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         if config.forgetting is not None:
             general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
     train_examples = data.examples["train"]
-    if ranks.size > 1:
-        ranks.require_same({"the SHA-256 of the data": hashlib.sha256(repr(data.examples).encode()).hexdigest()})
+    digest = hashlib.sha256(repr(data.examples).encode()).hexdigest()
+    ranks.require_same({"the SHA-256 of the data": digest})
     last_step = total_steps(len(train_examples), config)
     longer = runs.lengthened(resume_from, config, len(train_examples)) if resume_from is not None else None
 
@@ -129,12 +129,14 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     state = State()
     if resume_from is not None:
         state = checkpoint.load_training_state(resume_from, model, optimizer, scaler, ranks)
+        runs.refuse_other_data(resume_from, state, digest)
         over = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
         if over and not state.evaluation_due and runs.is_finished(run, resume_from):
             why = runs.reason_of_end(state, last_step)
             print(f"This run is finished: {why}, and the model lies in {run / 'final'}.")
             return
         print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
+    state.data = digest
     started -= state.seconds
     with ranks.first_alone() as first:
         room = runs.room_for(run, num_parameters, num_trained, config)

@@ -133,6 +133,19 @@ def refuse_another_run(resume_from: Path, config: Config) -> None:
         raise UsageError(*changed, "--resume continues the same run: leave these flags out, or start another run")
 
 
+def refuse_other_data(resume_from: Path, state: State, digest: str) -> None:
+    """Stop a resume whose files hold other rows than those that the run has read so far, though by the same names.
+
+    Raises:
+        FtError: the SHA-256 of the examples is not that of the checkpoint.
+    """
+    if state.data != digest:
+        raise FtError(
+            f"the data are not those of {resume_from}, though the flags are the same: their SHA-256 was "
+            f"{state.data[:12]}... and is {digest[:12]}...: put the files back as they were, or start another run"
+        )
+
+
 def lengthened(resume_from: Path, config: Config, num_examples: int) -> str | None:
     """What a longer --epochs or --max-steps does to the schedule of a resumed run; None if it is as long as before.
 

@@ -19,6 +19,7 @@ class State:
         last_accuracy, last_loss: those of the newest evaluation.
         evaluations_since_best: how many evaluations in a row have not been better than the best.
         general_loss_before, general_loss: the loss on general text before the first step, and the newest.
+        data: the SHA-256 of the examples that are trained on and judged by.
         metrics_bytes: the length of metrics.jsonl at this point; what a broken run wrote after it is cut off.
         seconds: time spent in the run, all its parts together.
     """
@@ -37,6 +38,7 @@ class State:
     evaluations_since_best: int = 0
     general_loss_before: float | None = None
     general_loss: float | None = None
+    data: str = ""
     metrics_bytes: int = 0
     seconds: float = 0.0
 

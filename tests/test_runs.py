@@ -1,15 +1,17 @@
 """A run's folder: what may be written over, what is continued, and what counts as finished."""
 
 import json
+import re
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 from test_config import FIELDS, other_value
 
 from ft import job
 from ft.checkpoint import checkpoints
 from ft.cli import main
-from ft.config import field_types, flag
+from ft.config import NO_FLAGS, field_types, flag
 from ft.report import Report
 from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
 
@@ -108,6 +110,21 @@ def test_the_copy_of_the_data_does_not_stand_in_the_way_of_a_resume(inputs, tmp_
     assert (run / "final").is_dir()
 
 
+def test_a_resume_on_other_rows_under_the_same_name_is_refused(inputs, tmp_path, monkeypatch, capsys):
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(inputs[inputs.index("--dataset") + 1], data)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=7)
+        assert main([*inputs, *SETTINGS, "--dataset", str(data), "--output-dir", str(run)]) == 130
+    rows = pq.read_table(data / "train.parquet")
+    pq.write_table(rows.take([*range(1, len(rows)), 0]), data / "train.parquet")
+    capsys.readouterr()
+    assert main(["--resume", str(run)]) == 1
+    assert re.search("error: the data are not those of .*checkpoint-5, though the flags are", capsys.readouterr().err)
+    pq.write_table(rows, data / "train.parquet")
+    assert main(["--resume", str(run)]) == 0
+
+
 def test_the_demo_does_not_replace_a_real_run(run, capsys):
     before = weights(run / "final")
     assert main(["--demo", "--output-dir", str(run)]) == 2
@@ -147,7 +164,7 @@ def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     recorded = json.loads((run / "config.json").read_text())
     # Every setting but those that are free; the demo brings a model and data of its own along.
-    names = [name for name in FIELDS if name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME, "demo")]
+    names = [name for name in FIELDS if name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME, *NO_FLAGS, "demo")]
     for name in names:
         value = next((choice for choice in field_types()[name][1] if choice != recorded[name]), other_value(name))
         words = {bool: [], tuple: list(value) if isinstance(value, tuple) else []}.get(type(value), [str(value)])
