@@ -244,7 +244,9 @@ class Ranks:
             return "process 0, or the machine that it ran on, does not answer any more."
         if not missing:
             return "the connection between the processes broke, though all of them still run."
-        named = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
+        # Of a process that has died all know only when those that it left waiting have ended too.
+        several = f"at least one of the processes {', '.join(map(str, missing))}"
+        named = f"process {missing[0]}" if len(missing) == 1 else several
         return f"{named} of {self.size} (counted from 0) ended, or did not answer within --process-timeout."
 
     def _without(self, what: str, ranks: Iterable[int], *, at_most: int) -> list[int]:
