@@ -84,29 +84,30 @@ class Ranks:
         return tensor
 
     def parallel(self, model: GPT2, device: torch.device, *, shard: bool, bf16_gradients: bool) -> nn.Module:
-        """The model to train with: `model`, whose gradients the processes exchange in the backward pass.
+        """The model to train with: `model` on its device, whose gradients the processes exchange in the backward pass.
 
         DistributedDataParallel sends the gradients of a layer while those of the layers before it are computed (Li et
         al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020). Sharding is that of Zhao
         et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023), in its second form.
 
         Args:
-            model: with weights; with `shard` its parameters are replaced by ones that hold a part each.
-            device: where it lies.
+            model: with weights, on the CPU; with `shard` its parameters are replaced by ones that hold a part each.
+            device: where it is to lie; a sharded one never lies there as a whole.
             shard: keep only a part of each parameter here.
             bf16_gradients: send gradients as bf16, half the bytes with 8 bits of mantissa.
         """
-        if self.size == 1:
-            return model
-        if shard:
+        if self.size > 1 and shard:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             mesh = init_device_mesh(device.type, (self.size,))
             policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if bf16_gradients else None)
-            for block in model.h:
+            for block in model.h:  # which moves it to the device, and leaves a part of it there
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
+            return model
+        model.to(device)
+        if self.size == 1:
             return model
         parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         if bf16_gradients:
@@ -170,7 +171,7 @@ class Ranks:
     @contextmanager
     def _before_others(self, goes_first: bool) -> Iterator[None]:
         if not goes_first:
-            self._refuse_failure(failed=False)
+            self._refuse_failure()
         try:
             yield
         except BaseException:
@@ -178,10 +179,10 @@ class Ranks:
                 self.highest(1)
             raise
         if goes_first:
-            self._refuse_failure(failed=False)
+            self._refuse_failure()
 
-    def _refuse_failure(self, *, failed: bool) -> None:
-        if self.highest(failed):
+    def _refuse_failure(self) -> None:
+        if self.highest(0):
             raise FtError("another process of this run has failed, for the reason that it tells")
 
     def require_same(self, what: dict[str, str]) -> None:

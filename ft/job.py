@@ -120,7 +120,6 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     else:
         model.init_weights(config.seed)
     model.activation_checkpointing = config.activation_checkpointing
-    model.to(device)
     compile_blocks(model.h, config.compile, device)
     parallel = ranks.parallel(model, device, shard=config.shard, bf16_gradients=config.bf16_gradients)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
