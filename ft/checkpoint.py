@@ -13,7 +13,7 @@ Tensors are in safetensors and the rest in JSON, so that reading a checkpoint ne
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -144,31 +144,30 @@ def take_snapshot(
     Of several processes all must come here, and the first gets the tensors: see `weights_of`.
     """
     give_back(model)
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
-    # In the order of the model; what is frozen never changes, and need not be copied.
-    weights = {**_gathered(trained, ranks, copy=copy), **_gathered(frozen, ranks)}
+    weights, moments = dict(model.named_parameters()), _moments(model, optimizer)
+    trained = [name for name, weight in weights.items() if weight.requires_grad]  # the others never change
     return Snapshot(
         config=model.config,
-        weights={name: weights[name] for name, _ in model.named_parameters() if name in weights},
-        optimizer=_gathered(_moments(model, optimizer), ranks, copy=copy),
+        weights=_gathered(weights, ranks, copied=trained if copy else ()),
+        optimizer=_gathered(moments, ranks, copied=moments if copy else ()),
         random_states=_random_states(ranks),
         state=replace(state),
         grad_scaler=scaler.state_dict(),
     )
 
 
-def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool = False) -> dict[str, Tensor]:
-    """The whole tensors, in the first process, and there on the CPU if they were sharded or are to be copied."""
+def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, copied: Collection[str] = ()) -> dict[str, Tensor]:
+    """The whole tensors, in the first process, and there on the CPU those that were sharded or are to be `copied`."""
 
-    def fetched(tensor: Tensor) -> Tensor | None:
+    def fetched(name: str, tensor: Tensor) -> Tensor | None:
         full = whole(tensor.detach())
         if not ranks.is_first:
             return None
-        is_new = is_sharded(tensor)
-        return full.to("cpu", copy=not is_new) if copy or is_new else full
+        if is_sharded(tensor):
+            return full.cpu()
+        return full.to("cpu", copy=True) if name in copied else full
 
-    kept = ((name, fetched(tensor)) for name, tensor in tensors.items())  # one after the other, freed before the next
+    kept = ((name, fetched(name, tensor)) for name, tensor in tensors.items())  # one by one, freed before the next
     return {name: tensor for name, tensor in kept if tensor is not None}
 
 

@@ -16,7 +16,7 @@ from typing import Any, Never
 from ft.command import CommandParser, unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
 from ft.errors import FtError, Stopped, UsageError
-from ft.settings import field_groups, field_help, parse_value, read_config_file, run_of
+from ft.settings import checked, field_groups, field_help, parse_value, read_config_file, run_of
 
 EXAMPLES = """\
 examples:
@@ -206,13 +206,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         settings = {**_starting_point(settings), **settings}
     except UsageError as error:
         problems += error.problems
-    try:
-        config = Config(**settings)
-    except UsageError as error:
-        problems += error.problems
-    if problems:
-        raise UsageError(*problems)
-    return config
+    return checked(settings, problems)
 
 
 def _with_negative_numbers_joined(arguments: Sequence[str]) -> list[str]:

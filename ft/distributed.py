@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from ft.data import IGNORED, Example
 from ft.errors import FtError, UsageError
 from ft.gpt2 import GPT2
+
+T = TypeVar("T")
 
 ROLL_CALL = 5.0  # seconds for which those that miss somebody wait for each other
 
@@ -58,14 +60,17 @@ class Ranks:
 
     # What is computed.
 
+    def own(self, items: Sequence[T]) -> list[T]:
+        """Every `size`-th of some items, from the place of this process on: shares differ by one item at most."""
+        return list(items[self.rank :: self.size])
+
     def share(self, examples: Sequence[Example]) -> list[Example]:
-        """This process's examples of a batch: every `size`-th one, so that shares differ by one example at most.
+        """This process's own examples of a batch.
 
         Where there are fewer examples than processes, some get one without targets, which adds nothing to loss or
         gradient: they must do the same exchanges as the others.
         """
-        own = list(examples[self.rank :: self.size])
-        return own or [Example(examples[0].input_ids, [IGNORED] * len(examples[0].target_ids))]
+        return self.own(examples) or [Example(examples[0].input_ids, [IGNORED] * len(examples[0].target_ids))]
 
     def exchange(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """A context for a forward and backward pass, after which gradients are exchanged if it is a window's `last`."""
@@ -208,9 +213,11 @@ class Ranks:
 
     # Who speaks, and what is said if somebody is missing.
 
-    def speaking(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
         """A context in which only the first process prints."""
-        return nullcontext() if self.is_first else redirect_stdout(open(os.devnull, "w"))
+        with open(os.devnull, "w") as nowhere, nullcontext() if self.is_first else redirect_stdout(nowhere):
+            yield
 
     def note_beginning(self) -> None:
         """From here on, being started anew means to go on."""

@@ -57,7 +57,7 @@ def evaluate(
             return None
         rows = order[start : start + batch_size * ranks.size]
         batch = collate(ranks.share([examples[row] for row in rows])).to(device)
-        own_rows += rows[ranks.rank :: ranks.size]
+        own_rows += ranks.own(rows)
         with precision.autocast():
             logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
         loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ft.ask import ModelParser, load_named, one_line, problems_of, settings_of_run
 from ft.config import Config, flag
 from ft.confusion import MOST_COLUMNS, most_confused
-from ft.errors import FtError, UsageError
+from ft.errors import FtError
+from ft.settings import checked
 from ft.tables import listed
 
 if TYPE_CHECKING:
@@ -98,13 +99,7 @@ def _config_of(options: argparse.Namespace) -> Config:
         problems.append(
             f"--prompt-column is {options.prompt_column!r} without --completion-column: give both or neither"
         )
-    try:
-        config = Config(**settings)
-    except UsageError as error:
-        problems += error.problems
-    if problems:
-        raise UsageError(*problems)
-    return config
+    return checked(settings, problems)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run reads: the model's configuration, and its data set as examples."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,15 @@ class Data:
     label_ids: list[int]
     tokenizer: Tokenizer
     notes: list[str]
+
+    def sha256(self) -> str:
+        """What tells these examples from others."""
+        digest = hashlib.sha256()
+        for name, examples in self.examples.items():
+            digest.update(name.encode())
+            for example in examples:
+                digest.update(repr(example).encode())
+        return digest.hexdigest()
 
 
 def model_config_of(published: dict[str, Any], path: Path, config: Config) -> GPT2Config:

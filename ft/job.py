@@ -12,7 +12,6 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
     8  training           here: everything put together, and what is left behind
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -104,7 +103,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         if config.forgetting is not None:
             general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
     train_examples = data.examples["train"]
-    digest = hashlib.sha256(repr(data.examples).encode()).hexdigest()
+    digest = data.sha256()
     ranks.require_same({"the SHA-256 of the data": digest})
     last_step = total_steps(len(train_examples), config)
     longer = runs.lengthened(resume_from, config, len(train_examples)) if resume_from is not None else None
@@ -137,14 +136,15 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
     state.data = digest
     started -= state.seconds
+    room = ""
     with ranks.first_alone() as first:
-        room = runs.room_for(run, num_parameters, num_trained, config)
-        if first and resume_from is not None:
-            checkpoint.supersede_later(run, state.step)
-            checkpoint.delete_old(run, state, keep=config.keep_checkpoints, keep_best=config.keep_best)
-        if first and config.resume is None:
-            runs.clear(run)
         if first:
+            room = runs.room_for(run, num_parameters, num_trained, config)
+            if resume_from is not None:
+                checkpoint.supersede_later(run, state.step)
+                checkpoint.delete_old(run, state, keep=config.keep_checkpoints, keep_best=config.keep_best)
+            if config.resume is None:
+                runs.clear(run)
             config.save(run / "config.json")
             ranks.note_beginning()
     notes = (f"Note: {note}." for note in data.notes)

@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,21 @@ def read_config_file(path: Path) -> dict[str, Any]:
     }
 
 
+def checked(settings: Mapping[str, Any], problems: Sequence[str]) -> Config:
+    """The configuration with these settings.
+
+    Raises:
+        UsageError: with the `problems` found before, and a sentence for each that the settings have.
+    """
+    try:
+        config = Config(**settings)
+    except UsageError as error:
+        raise UsageError(*problems, *error.problems) from None
+    if problems:
+        raise UsageError(*problems)
+    return config
+
+
 def run_of(path: Path) -> Path:
     """The folder of the run that a value of --resume means: itself, or the one that a checkpoint lies in."""
     return path.parent if re.fullmatch(r"checkpoint-[0-9]+", path.name) else path
@@ -139,7 +154,7 @@ def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
         for name, value in asdict(new).items()
         if name in old and name not in may_change and old[name] != value
     ]
-    batch = (old.get("batch_size", new.batch_size), old.get("processes", new.processes))
+    batch = (old.get("batch_size", new.batch_size), old.get("processes", Config.processes))
     if math.prod(batch) != new.rows_per_batch:
         changed.append((flag("batch_size"), _shared(*batch), _shared(new.batch_size, new.processes)))
     widths = [max(map(len, column)) for column in zip(*changed, strict=True)]

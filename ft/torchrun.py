@@ -4,6 +4,7 @@ It does so by environment variables, of https://docs.pytorch.org/docs/stable/ela
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,15 +27,13 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
 
     Raises:
         FtError: the others cannot be reached.
-        UsageError: what torchrun tells is incomplete, or the device is none for several processes.
+        UsageError: what torchrun tells is incomplete.
     """
     if number_of_processes() == 1:
         yield ALONE
         return
     import torch.distributed as dist
 
-    if device.type == "mps":
-        raise UsageError("MPS computes in one process only: leave torchrun out, or take --device cpu")
     host, port, rank, size, local_rank = _places()
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -61,12 +60,12 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
 
 def number_of_processes() -> int:
     """How many processes torchrun, if it is torchrun that started this one, has started for the run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", if_absent=1)
 
 
 def local_rank() -> int:
     """The number of this process among those on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", if_absent=0)
 
 
 def _places() -> tuple[str, int, int, int, int]:
@@ -77,5 +76,12 @@ def _places() -> tuple[str, int, int, int, int]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(absent)} are not set: start several processes "
             "by torchrun, or unset WORLD_SIZE"
         )
-    port, rank, size, local = (int(os.environ[name]) for name in names)
+    port, rank, size, local = map(_number, names)
     return os.environ["MASTER_ADDR"], port, rank, size, local
+
+
+def _number(name: str, if_absent: int | None = None) -> int:
+    text = os.environ.get(name) or str(if_absent)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UsageError(f"the environment says {name}={text!r}, it must be a number: start by torchrun, or unset it")
+    return int(text)

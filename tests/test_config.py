@@ -355,6 +355,14 @@ def test_the_same_reviews_may_be_shared_by_more_or_fewer(batch_size, processes):
     assert changed_on_resume(old, Config(batch_size=batch_size, processes=processes)) == []
 
 
+def test_a_run_that_noted_no_processes_had_one():
+    old = {name: value for name, value in dataclasses.asdict(Config(batch_size=8)).items() if name != "processes"}
+    assert changed_on_resume(old, Config(batch_size=4, processes=2)) == []
+    assert changed_on_resume(old, Config(batch_size=8, processes=2)) == [
+        "--batch-size was 8 and would be 8 x 2 processes"
+    ]
+
+
 def test_what_decides_the_weights_is_not_free_on_resume():
     decides = {"model", "model_revision", "init", "dataset", "dataset_revision", "label_names", "demo", "epochs"}
     decides |= {"max_steps", "batch_size", "gradient_accumulation_steps", "max_length", "seed", "learning_rate"}

@@ -403,6 +403,17 @@ def test_more_processes_than_gpus(monkeypatch, present, local_rank):
     assert choose_device("cuda", 0) == torch.device("cuda:0")
 
 
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "-1"), ("RANK", "x")])
+def test_a_place_that_is_no_number(monkeypatch, capsys, command, name, value):
+    from ft.cli import main
+
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for key, text in {**places, name: value}.items():
+        monkeypatch.setenv(key, text)
+    assert main(command("run", 4)) == 2
+    assert f"the environment says {name}={value!r}, it must be a number" in capsys.readouterr().err
+
+
 def test_a_place_among_others_that_nobody_told(monkeypatch, capsys, command):
     from ft.cli import main
 

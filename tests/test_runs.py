@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,9 @@ from ft.checkpoint import checkpoints
 from ft.cli import main
 from ft.config import NO_FLAGS, field_types, flag
 from ft.report import Report
+from ft.runs import refuse_other_data
 from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
+from ft.state import State
 
 SETTINGS = ["--precision", "fp32", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
 
@@ -123,6 +126,10 @@ def test_a_resume_on_other_rows_under_the_same_name_is_refused(inputs, tmp_path,
     assert re.search("error: the data are not those of .*checkpoint-5, though the flags are", capsys.readouterr().err)
     pq.write_table(rows, data / "train.parquet")
     assert main(["--resume", str(run)]) == 0
+
+
+def test_a_checkpoint_that_notes_no_data_is_continued():
+    refuse_other_data(Path("checkpoint-1"), State(), "0" * 64)
 
 
 def test_the_demo_does_not_replace_a_real_run(run, capsys):
