@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.common import RESULTS, markdown_table, write_result
 from benchmarks.step import GIB, build, in_own_process, peak_memory, random_examples, review_like_lengths, timed_steps
-from benchmarks.synthetic import SIZES, model_config, write_model
 from ft.checkpoint.async_writer import Saver
 from ft.checkpoint.snapshot import Snapshot, take_snapshot
 from ft.checkpoint.store import ModelSource, State, write_checkpoint
 from ft.device import disable_malloc_trim
 from ft.io.atomic import Executor
+from tests.reference.synthetic import SIZES, model_config, write_model
 
 BATCH_SIZE = 8
 # How many threads train; 0 stands for as many as PyTorch takes.
@@ -230,7 +230,7 @@ SAVERS = {
 
 def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int) -> dict[str, float]:
     """The Trainer's own save, which its training waits for."""
-    from benchmarks.trainer_reference import build_trainer
+    from tests.reference.trainer import build_trainer
 
     model_dir = write_model(folder / "model", size, tokenizer_from=tokenizer)
     rows = [{"text": "a film", "label": row % 2} for row in range(3 * BATCH_SIZE)]

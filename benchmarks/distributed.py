@@ -50,7 +50,6 @@ from benchmarks.step import (
     review_like_lengths,
     timed_steps,
 )
-from benchmarks.synthetic import SIZES, model_config
 from ft.config import Config
 from ft.data.batches import epoch_order
 from ft.data.examples import Example
@@ -59,6 +58,7 @@ from ft.distributed.launch import process_group
 from ft.distributed.ranks import ALONE, Ranks
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.train.optim import build_optimizer
+from tests.reference.synthetic import SIZES, model_config
 
 PARTS = {"forward": ("data", "forward"), "backward": ("backward",), "update": ("clip", "AdamW", "other")}
 EXCHANGES = 7  # how often the buckets are exchanged by themselves, after once that does not count

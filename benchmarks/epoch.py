@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table, write_result
-from benchmarks.synthetic import write_model
+from tests.reference.synthetic import write_model
 
 
 def main() -> None:

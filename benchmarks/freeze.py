@@ -24,7 +24,6 @@ import torch
 
 from benchmarks.common import markdown_table, write_result
 from benchmarks.step import GIB, PARTS, peak_memory, random_examples, review_like_lengths, timed_steps
-from benchmarks.synthetic import SIZES, model_config
 from ft.checkpoint.snapshot import take_snapshot
 from ft.checkpoint.store import ModelSource, write_checkpoint
 from ft.cli.arguments import read_arguments
@@ -34,6 +33,7 @@ from ft.model.freeze import freeze, num_trainable_parameters
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.train.optim import AdamW, build_optimizer
 from ft.train.state import State
+from tests.reference.synthetic import SIZES, model_config
 
 BATCH_SIZE = 8
 TURN = 4  # steps of a case until the next one's turn; the first of each turn is not counted

@@ -31,10 +31,10 @@ from benchmarks.step import (
     review_like_lengths,
     timed_steps,
 )
-from benchmarks.synthetic import SIZES, write_model
 from ft.data.examples import encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
 from ft.device import disable_malloc_trim
+from tests.reference.synthetic import SIZES, write_model
 
 SHORT = 32  # the job's --max-length
 OURS = ("none", "selective", "full")
@@ -140,7 +140,7 @@ def measure_trainer(
     """
     rehearse()
     # Here, as our own process must not hold what only the Trainer needs.
-    from benchmarks.trainer_reference import build_trainer
+    from tests.reference.trainer import build_trainer
 
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, steps = build_trainer(

@@ -34,12 +34,12 @@ from benchmarks.step import (
     review_like_lengths,
     timed_steps,
 )
-from benchmarks.synthetic import SIZES
 from ft.data.batches import epoch_order
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.device import disable_malloc_trim
 from ft.model import matmul
 from ft.model.gpt2 import GPT2Config
+from tests.reference.synthetic import SIZES
 
 PASSES = ("forward", "input gradient", "weight gradient")
 ADAMW_BYTES = 28  # per parameter: read weight, gradient and two moments, write all but the gradient

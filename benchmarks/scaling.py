@@ -31,10 +31,10 @@ from benchmarks.step import (
     resident_memory,
     timed_steps,
 )
-from benchmarks.synthetic import SIZES
 from ft.data.examples import encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
 from ft.device import disable_malloc_trim
+from tests.reference.synthetic import SIZES
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)

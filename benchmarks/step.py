@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.synthetic import model_config
 from ft.config import Config
 from ft.data import dataset_files
 from ft.data.batches import collate
@@ -30,6 +29,7 @@ from ft.model.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.train.loop import train
 from ft.train.optim import AdamW, build_optimizer
 from ft.train.state import State
+from tests.reference.synthetic import model_config
 
 PARTS = ("data", "forward", "backward", "clip", "AdamW", "other")
 WARM_UP = 1  # the first step is left out: it allocates AdamW's moments

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 # Imported here is only what both sides import anyway: start-up is measured too.
 from benchmarks.common import RESULTS, markdown_table, write_result
-from benchmarks.synthetic import SIZES, write_model
+from tests.reference.synthetic import SIZES, write_model
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -149,7 +149,7 @@ def run_trainer(turns: Turns, row: Row, inputs: Inputs) -> None:
     """The tutorial's script on the Trainer, with a callback that takes turns."""
     from transformers import TrainerCallback
 
-    from benchmarks.trainer_reference import build_trainer
+    from tests.reference.trainer import build_trainer
 
     class TakeTurns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

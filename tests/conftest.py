@@ -56,7 +56,7 @@ def write_parquet(path, texts, labels, names=("neg", "pos")):
 @pytest.fixture(scope="session")
 def inputs(demo_inputs, tmp_path_factory):
     """A two-layer GPT-2 and the first reviews of the demo, 77 of them to train on, as arguments of the command line."""
-    from benchmarks.synthetic import write_model
+    from tests.reference.synthetic import write_model
 
     model, dataset = demo_inputs
     config = json.loads((model / "config.json").read_text())

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot
 from ft.data.examples import END_OF_TEXT
-from ft.io.atomic import Executor, StagedDirectory, atomic_directory, run_now
-from ft.io.lock import UNFINISHED
+from ft.io.atomic import UNFINISHED, Executor, StagedDirectory, atomic_directory, run_now
 from ft.io.manifest import verify_manifest
+from ft.io.safetensors_file import safetensors_chunks
 from ft.model.gpt2 import GPT2Config
 from ft.train.state import State
 
@@ -74,7 +74,7 @@ def save_model(folder: StagedDirectory, config: GPT2Config, weights: dict[str, T
     folder.write_json("generation_config.json", generation)
     folder.write_json("tokenizer_config.json", tokenizer)
     folder.write("tokenizer.json", [source.tokenizer])
-    folder.write_tensors(WEIGHTS, weights, metadata={"format": "pt"})
+    folder.write(WEIGHTS, safetensors_chunks(weights, metadata={"format": "pt"}))
 
 
 def write_checkpoint(
@@ -90,8 +90,8 @@ def write_checkpoint(
     state = snapshot.state
     with atomic_directory(checkpoint_path(run, state.step), do) as new:
         save_model(new, snapshot.config, snapshot.weights, source)
-        new.write_tensors(OPTIMIZER, snapshot.optimizer)
-        new.write_tensors(RANDOM, snapshot.random_states)
+        new.write(OPTIMIZER, safetensors_chunks(snapshot.optimizer))
+        new.write(RANDOM, safetensors_chunks(snapshot.random_states))
         new.write_json(STATE, {**asdict(state), "grad_scaler": snapshot.grad_scaler})
         new.write_manifest()
     delete_old(run, state, keep=keep, keep_best=keep_best)

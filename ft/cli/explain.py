@@ -89,7 +89,7 @@ def _walk(config: Config, row: int | None) -> None:
     target = target_ids[-1]  # the label, or end-of-text behind a completion
     print(f"Row {row:,} of the {len(examples):,} reviews to train on, and one step of the training with it.")
 
-    _stage(1, "Data", "ft/data/dataset_files.py dataset_files, ft/data/tables.py read_split")
+    _stage(1, "Data", "ft/data: dataset_files.py, tables.py read_split")
     _tell("text", repr(split.texts[row]))
     if split.completions is None:
         _tell("label", f"{split.labels[row]}, which is called {data.label_names[split.labels[row]]!r}")
@@ -114,12 +114,12 @@ def _walk(config: Config, row: int | None) -> None:
     following = tokenizer.encode(completion, add_special_tokens=False).ids or target_ids
     _show_example(examples[row], [*ids, *following], config, tokenizer)
 
-    _stage(5, "Collate", "ft/data/batches.py collate, ft/model/packing.py Packing and Selection")
+    _stage(5, "Collate", "ft/data/batches.py collate, ft/model/packing.py")
     rows = next(rows for rows in window if row in rows)
     batch = collate([examples[number] for number in rows])
     _tell(
         "order",
-        f"that of torch.randperm with the seed {config.seed} (ft/data/batches.py epoch_order); step {step + 1:,} of "
+        f"that of torch.randperm with the seed {config.seed} (epoch_order); step {step + 1:,} of "
         f"{total_steps(len(examples), config):,} reads this row",
     )
     _tell("batch", shorten(f"the rows {' '.join(map(str, rows))}", 3 * WIDTH, placeholder=" ..."))
@@ -128,7 +128,7 @@ def _walk(config: Config, row: int | None) -> None:
     _stage(6, "Hyper-parameters", "ft/config.py Config")
     _tell("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPER_PARAMETERS))
 
-    _stage(7, "Loop", "ft/train/loop.py train; forward: ft/model/gpt2.py GPT2.forward; clip, AdamW: ft/train/optim.py")
+    _stage(7, "Loop", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py")
     read = [number for numbers in window for number in numbers]
     first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
     own = slice(first, first + len(target_ids))  # this review's among the targets of the step

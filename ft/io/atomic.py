@@ -3,7 +3,6 @@
 Nothing here knows what is in the files.
 """
 
-import ctypes
 import json
 import os
 import shutil
@@ -13,26 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ft.io.direct_io import BufferPair, write_verified
-
-if sys.platform != "win32":
-    pass
-
-from ft.io.lock import REPLACED, UNFINISHED
 from ft.io.manifest import MANIFEST
 
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-}
-
+UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
 
 Executor = Callable[[Callable[[], None]], None]  # does a piece of work, and returns or raises when it is done
 
@@ -63,37 +46,9 @@ class StagedDirectory:
         """Write a JSON object."""
         self.write(name, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Write tensors as safetensors."""
-        self.write(name, _safetensors(tensors, metadata))
-
     def write_manifest(self) -> None:
         """Write what each file must be, for `verify_manifest`."""
         self.write_json(MANIFEST, {"files": dict(self._files)})
-
-
-def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
-    """The format of https://huggingface.co/docs/safetensors: the header's length, the header as JSON, the numbers.
-
-    Written here, and read by the library: this way each byte is hashed as it is written, and the numbers are never
-    copied but a piece at a time.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the numbers begin at a multiple of their size
-    yield len(encoded).to_bytes(8, "little")
-    yield encoded
-    for tensor in tensors.values():
-        numbers = tensor.detach().cpu().contiguous()
-        size = numbers.numel() * numbers.element_size()
-        array: Any = (ctypes.c_char * size).from_address(numbers.data_ptr())
-        array.owner = numbers  # which must live as long as a view of it does
-        yield memoryview(array).cast("B")
 
 
 @contextmanager

@@ -1,14 +1,10 @@
 """Reading JSON objects from files."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from ft.errors import FtError
-
-if sys.platform != "win32":
-    pass
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ if sys.platform != "win32":
     import fcntl
 
 
-UNFINISHED, REPLACED, LOCK = ".unfinished-", ".replaced-", ".lock"
+LOCK = ".lock"
 
 
 @contextmanager

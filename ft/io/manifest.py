@@ -1,15 +1,10 @@
 """The manifest of a checkpoint: the size and SHA-256 of each file."""
 
 import hashlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from ft.errors import FtError
-
-if sys.platform != "win32":
-    pass
-
 from ft.io.json_file import read_json
 
 MANIFEST = "manifest.json"

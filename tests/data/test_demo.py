@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_same_seed_makes_the_same_bytes_in_another_process(folder, tmp_path):
-    code = "import sys; from pathlib import Path; from ft.demo import write_demo; write_demo(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from ft.data.demo import write_demo; write_demo(Path(sys.argv[1]))"
     hashing = {"PYTHONHASHSEED": "7"}  # sets and dictionaries of strings come in another order
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

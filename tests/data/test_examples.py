@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.trainer_reference import IGNORED, load_tokenizer, preprocess
 from ft.data.batches import by_length, collate, epoch_order, in_batches
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
 from ft.data.tables import read_split
 from ft.errors import FtError
 from tests.conftest import write_parquet
+from tests.reference.trainer import IGNORED, load_tokenizer, preprocess
 
 SPLITS = ["train", "validation", "test"]
 NAMES = ("neg", "pos")

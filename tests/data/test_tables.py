@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks.synthetic import write_model
 from ft.cli.main import main
 from ft.config import Config
 from ft.data.batches import collate
@@ -28,6 +27,7 @@ from ft.io.formats import SUFFIXES
 from ft.io.json_file import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
 from tests.conftest import write_parquet
+from tests.reference.synthetic import write_model
 
 # What breaks readers: separators, quotes, line ends, texts that look like numbers, times or nulls, other alphabets.
 TEXTS = [

@@ -10,7 +10,6 @@ import transformers
 from transformers.generation import logits_process
 
 import ft
-from benchmarks.synthetic import write_model
 from ft.cli.main import main
 from ft.data.examples import END_OF_TEXT
 from ft.errors import FtError, UsageError
@@ -22,6 +21,7 @@ from ft.model import matmul
 from ft.model.gpt2 import Linear
 from ft.model.packing import Packing
 from tests.model.test_gpt2 import TINY, make_batch, make_model
+from tests.reference.synthetic import write_model
 
 N_POSITIONS = 64
 PROMPTS = ["the film", "", "the plot is dull , but the acting", "the acting is superb . " * 8]

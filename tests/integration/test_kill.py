@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.synthetic import write_model
 from ft.checkpoint.store import checkpoints, verify_checkpoint
+from tests.reference.synthetic import write_model
 
 ROOT = Path(__file__).parents[2]
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")

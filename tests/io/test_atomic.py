@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ft.errors import FtError
-from ft.io import atomic, direct_io
+from ft.io import direct_io, lock
 from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
 from ft.io.json_file import read_json
 from ft.io.lock import locked
 from ft.io.manifest import MANIFEST, verify_manifest
+from ft.io.safetensors_file import safetensors_chunks
 from tests.faults import Fault, Faults
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def test_tensors_are_read_back_by_the_library(tmp_path):
         "whole": torch.arange(3),
         "ünï": torch.zeros(1),
     }
-    StagedDirectory(tmp_path).write_tensors("x.safetensors", tensors, {"format": "pt"})
+    StagedDirectory(tmp_path).write("x.safetensors", safetensors_chunks(tensors, {"format": "pt"}))
     back = load_file(tmp_path / "x.safetensors")
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -50,7 +51,7 @@ def test_tensors_are_read_back_by_the_library(tmp_path):
 def test_tensors_of_many_chunks_are_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(direct_io, "CHUNK", 16)
     tensors = {"a": torch.arange(101.0), "b": torch.arange(5.0)}
-    StagedDirectory(tmp_path).write_tensors("x.safetensors", tensors)
+    StagedDirectory(tmp_path).write("x.safetensors", safetensors_chunks(tensors))
     assert all(torch.equal(value, tensors[name]) for name, value in load_file(tmp_path / "x.safetensors").items())
 
 
@@ -335,7 +336,7 @@ def no_locks(monkeypatch):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(atomic.fcntl, "flock", refuse)
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
 
 
 def test_without_locks_a_process_that_lives_is_taken_for_a_run(tmp_path, no_locks):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.synthetic import write_model
 from ft.checkpoint.store import verify_checkpoint
 from ft.cli.main import main
 from ft.errors import UsageError
@@ -25,6 +24,7 @@ from ft.model.packing import Packing, Selection
 from ft.report.console import count_parameters
 from ft.train.optim import build_optimizer, clip_in_optimizer
 from tests.model.test_gpt2 import LENGTHS, TINY, SavedBytes, make_batch, make_model, make_reference
+from tests.reference.synthetic import write_model
 
 # In a model of three layers; flags, and names by which a trained parameter is known.
 CHOICES = {

@@ -9,12 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks.synthetic import write_model
-from benchmarks.trainer_reference import build_trainer
 from ft.config import Config
 from ft.errors import FtError
 from ft.finetune import fine_tune
 from ft.train.schedule import steps_per_epoch, total_steps, windows
+from tests.reference.synthetic import write_model
+from tests.reference.trainer import build_trainer
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The same fine-tuning on the Hugging Face Trainer: what `ft` must agree with, and the time it must beat.
 
-    python -m benchmarks.trainer_reference --model DIR --dataset DIR --steps 10
+    python -m tests.reference.trainer --model DIR --dataset DIR --steps 10
 
 This is a user's script, neither slowed down nor tuned: the recipe says what differs from the Trainer's defaults, and
 everything else, among it the attention kernel (`sdpa`) and the optimizer (`adamw_torch_fused`), is left to the library.
