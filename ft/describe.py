@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ft import hub
 from ft.config import Config
-from ft.data import Split, read_tokenizer
-from ft.files import read_json
+from ft.data import Split
 from ft.inputs import model_config_of, read_data, with_demo_inputs
+from ft.model_folder import read_description
 
 BARS = 12  # lines of a histogram at most
 WIDTH = 40  # characters of its longest bar
@@ -31,9 +31,10 @@ def describe(config: Config) -> None:
         if config.demo:
             config = with_demo_inputs(config, Path(folder))
         files = hub.model_files(config.model, config.model_revision, with_weights=False)
-        tokenizer = read_tokenizer(files.tokenizer)
-        model_config = model_config_of(read_json(files.config), files.config, config)
-        data = read_data(replace(config, max_length=UNCUT), tokenizer, model_config)
+        described = read_description(files)
+        model_config_of(described.config, config)  # refuses a --max-length that is beyond the model's positions
+        tokenizer = described.tokenizer.tokenizer
+        data = read_data(replace(config, max_length=UNCUT), tokenizer)
     splits = data.splits
     lengths = {
         name: [len(example.input_ids) + len(example.target_ids) for example in examples]

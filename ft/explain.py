@@ -18,13 +18,13 @@ from torch import Tensor
 from ft import hub
 from ft.checkpoint import load_weights
 from ft.config import Config, flag
-from ft.data import IGNORED, Batch, Example, collate, read_tokenizer
+from ft.data import IGNORED, Batch, Example, collate
 from ft.errors import FtError, UsageError
-from ft.files import read_json
 from ft.freeze import freeze
 from ft.gpt2 import GPT2
 from ft.inputs import Data, model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision
+from ft.model_folder import read_description
 from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
 from ft.report import Report
@@ -70,9 +70,9 @@ def _walk(config: Config, row: int | None) -> None:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     files = hub.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
-    tokenizer = read_tokenizer(files.tokenizer)
-    model_config = model_config_of(read_json(files.config), files.config, config)
-    data = read_data(config, tokenizer, model_config)
+    described = read_description(files)
+    tokenizer, model_config = described.tokenizer.tokenizer, model_config_of(described.config, config)
+    data = read_data(config, tokenizer)
     examples = data.examples["train"]
     step, window, row = _place(examples, config, row)
     model = GPT2(model_config)
@@ -102,7 +102,7 @@ def _walk(config: Config, row: int | None) -> None:
         f"{parameters:,} parameters in {model_config.n_layer} blocks; each token is {model_config.n_embd} numbers wide",
     )
 
-    _stage(3, "Tokenizer", "ft/data.py read_tokenizer")
+    _stage(3, "Tokenizer", "ft/tokenizer_files.py open_tokenizer")
     ids = tokenizer.encode(split.texts[row], add_special_tokens=False).ids
     _tell("tokens", f"{len(ids)}: {_tokens(ids, tokenizer)}")
     _tell("ids", " ".join(map(str, ids)))

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Literal
 
 from ft.errors import FtError
 from ft.layout import SUFFIXES, NoSplitError, sort_into_splits, suffix_of
+from ft.model_layout import CONFIG, INDEX, WEIGHTS, all_of, files_of_a_model, shard_names
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # How files begin. What comes in their place is nothing at all, a Git LFS pointer, or a web page.
 BEGINNING = {".json": rb"\s*\{", ".parquet": rb"PAR1", ".safetensors": rb"(?s:.{8})\{", ".gz": rb"\x1f\x8b"}
 CONVERTED_REVISION = "refs/convert/parquet"
@@ -36,7 +35,8 @@ class ModelFiles:
 
     source: str
     config: Path
-    tokenizer: Path
+    tokenizer: dict[str, Path]
+    """By name: tokenizer.json, else vocab.json and merges.txt, and what else is said of the tokenizer."""
     weights: tuple[Path, ...]
     """The safetensors file, or its shards in the order of their names; empty where not asked for."""
 
@@ -65,15 +65,15 @@ def model_files(model: str, revision: str | None = None, *, with_weights: bool =
     source = _Source("model", model, revision)
 
     def needed(names: Collection[str]) -> list[str]:
-        weights = INDEX if INDEX in names and WEIGHTS not in names else WEIGHTS
-        return _all_of([CONFIG, TOKENIZER] + [weights] * with_weights, names, model)
+        return files_of_a_model(names, model, with_weights=with_weights)
 
     files = _files(source, needed)
     weights = [files[WEIGHTS]] if WEIGHTS in files else []
     if INDEX in files:
-        shards = _shard_names(files[INDEX])
-        weights = list(_files(source, lambda names: _all_of(shards, names, model)).values())
-    return ModelFiles(model, files[CONFIG], files[TOKENIZER], tuple(weights))
+        shards = shard_names(files[INDEX])
+        weights = list(_files(source, lambda names: all_of(shards, names, model)).values())
+    tokenizer = {name: path for name, path in files.items() if name not in (CONFIG, WEIGHTS, INDEX)}
+    return ModelFiles(model, files[CONFIG], tokenizer, tuple(weights))
 
 
 def dataset_files(
@@ -168,26 +168,6 @@ def save_dataset(files: dict[str, list[Path]], directory: Path) -> None:
             copy.rename(directory)
     except OSError as error:
         raise FtError(f"cannot save the data set in {directory}: {error.strerror or error}.") from error
-
-
-def _all_of(needed: list[str], names: Collection[str], model: str) -> list[str]:
-    if missing := [name for name in needed if name not in names]:
-        pickled = " Pickled weights (pytorch_model.bin) are not read, for they may run any program: convert them."
-        hint = pickled if missing[-1].endswith(".safetensors") else ""
-        raise FtError(f"{model} has no {', '.join(missing)}: name another --model or --model-revision.{hint}")
-    return needed
-
-
-def _shard_names(index: Path) -> list[str]:
-    """Read which files hold the weights. Only plain names will do: an index must not reach for files elsewhere."""
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise FtError(f"{index} is no index of weights: it has no `weight_map` from tensors to files.") from error
-    for name in names or [""]:
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(name), re.ASCII):
-            raise FtError(f"{index} names {name!r} as a file of weights: that is no .safetensors file beside it.")
-    return names
 
 
 def _files(source: _Source, choose: _Choice) -> dict[str, Path]:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -49,16 +48,12 @@ class Data:
         return digest.hexdigest()
 
 
-def model_config_of(published: dict[str, Any], path: Path, config: Config) -> GPT2Config:
+def model_config_of(model_config: GPT2Config, config: Config) -> GPT2Config:
     """The model's configuration with the run's dropout.
 
     Raises:
-        FtError: it is no GPT-2, or has fewer positions than --max-length asks for.
+        FtError: it has fewer positions than --max-length asks for.
     """
-    try:
-        model_config = GPT2Config.from_dict(published)
-    except FtError as error:
-        raise FtError(f"{path}: {error}") from error
     if config.max_length > model_config.n_positions:
         raise FtError(
             f"--max-length is {config.max_length}, but {config.model} has {model_config.n_positions} positions; "
@@ -191,17 +186,12 @@ def _first_label(split: Split) -> str | int:
     return split.label_names[label] if split.in_words and split.label_names else label
 
 
-def read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -> Data:
+def read_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Fetch and read the data set, and make the examples.
 
     Raises:
-        FtError: the data cannot be read or do not fit the labels or the model.
+        FtError: the data cannot be read or do not fit the labels.
     """
-    if tokenizer.get_vocab_size() > model_config.vocab_size:
-        raise FtError(
-            f"the tokenizer of {config.model} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
-            f"{model_config.vocab_size}: they do not belong together"
-        )
     splits, notes = read_splits(config)
     names: tuple[str, ...] = ()
     label_ids: list[int] = []

@@ -4,7 +4,7 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
 
     1  data               ft/hub.py fetches it, ft/tables.py `read_split` reads it
     2  model              ft/gpt2.py
-    3  tokenizer          the `tokenizers` library, from the model's tokenizer.json
+    3  tokenizer          ft/tokenizer_files.py, by the `tokenizers` library
     4  examples           ft/data.py `encode`
     5  collate function   ft/data.py `collate`
     6  hyper-parameters   ft/config.py
@@ -23,19 +23,20 @@ import torch
 
 from ft import checkpoint, hub, runs
 from ft.advice import memory_advice, nonfinite_advice
-from ft.checkpoint import ModelSource, Snapshot
+from ft.checkpoint import Snapshot
 from ft.config import NEWEST, Config, flag
-from ft.data import Batch, Example, collate, collate_padded, read_tokenizer
+from ft.data import Batch, Example, collate, collate_padded
 from ft.distributed import Ranks
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
-from ft.files import Do, complete_or_absent, read_json
+from ft.files import Do, complete_or_absent
 from ft.forgetting import WINDOWS_AT_ONCE, perplexity, read_general_text
 from ft.freeze import freeze, number_of_trained
 from ft.gpt2 import GPT2
 from ft.inputs import model_config_of, read_data, with_demo_inputs
 from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
 from ft.model_card import Outcome, model_card
+from ft.model_folder import read_description
 from ft.optim import build_optimizer
 from ft.report import Report
 from ft.saver import Saver
@@ -96,9 +97,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     needs_weights = config.init == "pretrained" and resume_from is None
     with ranks.one_per_machine_first():
         files = hub.model_files(config.model, config.model_revision, with_weights=needs_weights)
-        published = read_json(files.config)
-        model_config = model_config_of(published, files.config, config)
-        data = read_data(config, read_tokenizer(files.tokenizer), model_config)
+        described = read_description(files)
+        model_config = model_config_of(described.config, config)
+        data = read_data(config, described.tokenizer.tokenizer)
         general_text = None
         if config.forgetting is not None:
             general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
@@ -147,11 +148,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                 runs.clear(run)
             config.save(run / "config.json")
             ranks.note_beginning()
-    notes = (f"Note: {note}." for note in data.notes)
+    notes = (f"Note: {note}." for note in (*described.tokenizer.notes, *data.notes))
     print(opening(config, model, precision, data, general_text, last_step), room, *notes, sep="\n")
 
     # The loop.
-    source = ModelSource(published, files.tokenizer.read_bytes(), data.label_names)
+    source = described.source(data.label_names)
     with (
         StopRequest(agree=ranks.highest) as stopping,
         Report(

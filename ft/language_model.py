@@ -8,12 +8,11 @@ from tokenizers import Tokenizer
 
 from ft import hub
 from ft.checkpoint import checkpoints, damage_of_checkpoint, is_checkpoint, load_weights
-from ft.data import read_tokenizer
 from ft.errors import FtError
-from ft.files import read_json
 from ft.generate import Generation
-from ft.gpt2 import GPT2, GPT2Config
+from ft.gpt2 import GPT2
 from ft.machine import choose_device
+from ft.model_folder import read_description
 from ft.sampling import Sampling
 from ft.tables import listed
 
@@ -66,24 +65,14 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
     chosen_device = choose_device(device)
     folder = _model_folder(Path(source))
     files = hub.model_files(str(folder or source), revision)
-    published = read_json(files.config)
+    described = read_description(files)
     try:
-        config = GPT2Config.from_dict(published)
-    except FtError as error:
-        raise FtError(f"{files.config}: {error}") from error
-    tokenizer = read_tokenizer(files.tokenizer)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise FtError(
-            f"the tokenizer of {source} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
-            f"{config.vocab_size}: they do not belong together"
-        )
-    try:
-        model = GPT2(config)
+        model = GPT2(described.config)
     except RuntimeError as error:
         raise FtError(f"{files.config}: so large a model does not fit into memory: {error}") from error
     load_weights(model, files.weights)
     model.to(chosen_device).eval()
-    return LanguageModel(str(folder or source), published, model, tokenizer)
+    return LanguageModel(str(folder or source), described.published, model, described.tokenizer.tokenizer)
 
 
 def _model_folder(source: Path) -> Path | None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ft.checkpoint import (
-    ModelSource,
     checkpoints,
     damage_of_checkpoint,
     load_training_state,
@@ -27,6 +26,8 @@ from ft.checkpoint import save_model as write_model
 from ft.errors import FtError
 from ft.files import NewFolder, complete_or_absent, read_json, tidy
 from ft.gpt2 import GPT2, GPT2Config
+from ft.hub import model_files
+from ft.model_folder import read_description
 from ft.optim import build_optimizer
 from ft.packing import Packing
 from ft.state import State
@@ -35,7 +36,7 @@ from ft.state import State
 @pytest.fixture
 def source(demo_inputs):
     folder, _ = demo_inputs
-    return ModelSource(read_json(folder / "config.json"), (folder / "tokenizer.json").read_bytes(), ("neg", "pos"))
+    return read_description(model_files(str(folder))).source(("neg", "pos"))
 
 
 @pytest.fixture
