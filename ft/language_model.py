@@ -13,6 +13,7 @@ from ft.generate import Generation
 from ft.gpt2 import GPT2
 from ft.machine import choose_device
 from ft.model_folder import read_description
+from ft.paths import expand_home
 from ft.sampling import Sampling
 from ft.tables import listed
 
@@ -63,6 +64,7 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
         FtError: there is no such model, it is damaged, or its tokenizer is that of another.
     """
     chosen_device = choose_device(device)
+    source = expand_home(str(source))
     folder = _model_folder(Path(source))
     files = hub.model_files(str(folder or source), revision)
     described = read_description(files)

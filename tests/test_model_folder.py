@@ -133,9 +133,7 @@ def test_every_name_of_the_same_activation_is_accepted_and_no_other(model, name)
             read_description(model_files(str(model)))
 
 
-@pytest.mark.parametrize(
-    "place", ['{"x\\ud800": 1, ', '{"task": ["\\udfff"], ', '{"x": {"y": [{"\\ud912": 0}]}, ']
-)
+@pytest.mark.parametrize("place", ['{"x\\ud800": 1, ', '{"task": ["\\udfff"], ', '{"x": {"y": [{"\\ud912": 0}]}, '])
 def test_a_lone_surrogate_is_refused_before_training(model, inputs, tmp_path, place, capsys):
     path = model / "config.json"
     path.write_text(path.read_text().replace("{", place, 1))
