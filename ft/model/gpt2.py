@@ -28,9 +28,8 @@ from ft.model.packing import Packing, Selection
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
-# What stands before a tensor's name in files of `transformers`, of compiled models, and of DistributedDataParallel's.
+# What DistributedDataParallel, `torch.compile` and `transformers` put before the names of tensors.
 _PREFIXES = re.compile(r"^((module|_orig_mod|transformer)\.)+")
-
 # The heads that `transformers` puts on a GPT-2 in place of the language model's.
 _OTHER_HEADS = {
     "score": "GPT2ForSequenceClassification",
@@ -280,9 +279,8 @@ class GPT2(nn.Module):
     def load_published(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies published weights into the parameters, one tensor at a time, converted to the parameters' dtype.
 
-        Published files differ: some prefix every name with `transformer.`, or with what `torch.compile` and
-        `DistributedDataParallel` put before it; some carry the causal masks that the first code kept as buffers
-        (`h.0.attn.bias`, `h.0.attn.masked_bias`); some the head, which must be the embedding, or in place of it.
+        Published files differ: some prefix every name (`_PREFIXES`), some carry the causal masks that the first code
+        kept as buffers (`h.0.attn.bias`, `h.0.attn.masked_bias`), some the head, which must be the embedding.
 
         Raises:
             FtError: a tensor is missing, superfluous or of another shape than the configuration says.
