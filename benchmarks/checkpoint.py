@@ -173,7 +173,7 @@ Way = tuple[Callable[[int], None], Callable[[], bool], Gate | None]
 
 def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
     """The program's own way."""
-    source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"))
+    source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"), {})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     gate = Gate()
 

@@ -118,7 +118,7 @@ def footprint(size: str, patterns: tuple[str, ...]) -> dict[str, int]:
     peak = peak_memory()
     snapshot = take_snapshot(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), State(), copy=False)
     with tempfile.TemporaryDirectory() as folder:
-        source = ModelSource(model_config(size), tokenizer=b"", label_names=("neg", "pos"))
+        source = ModelSource(model_config(size), tokenizer=b"", label_names=("neg", "pos"), about_tokenizer={})
         write_checkpoint(Path(folder), snapshot, source, keep=1, keep_best=False)
         written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     return {"trained_parameters": num_trainable_parameters(model), "peak_bytes": peak, "checkpoint_bytes": written}

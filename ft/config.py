@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ft.errors import UsageError
+from ft.io import paths
 from ft.io.atomic import atomic_write_text
 
 
@@ -213,13 +214,14 @@ class Config:
     """with --on-nonfinite skip: stop after leaving out more updates than this"""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work.
+        """Expand `~` in paths, and refuse settings that cannot work.
 
         Raises:
             UsageError: with one sentence for each that is wrong.
         """
-        problems = _problems(self)
-        if problems:
+        for name in paths.SETTINGS:
+            object.__setattr__(self, name, paths.expand_home(getattr(self, name)))
+        if problems := _problems(self):
             raise UsageError(*problems)
 
     @property

@@ -4,7 +4,7 @@ The eight steps of the tutorial that this program rebuilds, and where each happe
 
     1  data               ft/io/hub.py fetches it, ft/data/tables.py `read_split` reads it
     2  model              ft/model/gpt2.py
-    3  tokenizer          the `tokenizers` library, from the model's tokenizer.json
+    3  tokenizer          ft/checkpoint/tokenizer_files.py, by the `tokenizers` library
     4  examples           ft/data/examples.py `encode`
     5  collate function   ft/data/examples.py `collate`
     6  hyper-parameters   ft/config.py
@@ -25,11 +25,11 @@ from ft.checkpoint import resume, run_dir, store
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint.async_writer import Saver
 from ft.checkpoint.error_hints import memory_advice, nonfinite_advice
+from ft.checkpoint.model_folder import read_description
 from ft.checkpoint.snapshot import Snapshot
-from ft.checkpoint.store import ModelSource
 from ft.config import NEWEST, Config, flag
 from ft.data.batches import Batch, collate, collate_padded
-from ft.data.examples import Example, read_tokenizer
+from ft.data.examples import Example
 from ft.data.load import read_data, with_demo_inputs
 from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim
 from ft.distributed.launch import local_rank, process_group, world_size
@@ -39,7 +39,6 @@ from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity, read_general_text
 from ft.io.atomic import Executor, atomic_directory
-from ft.io.json_file import read_json
 from ft.model import pretrained
 from ft.model.compile import compile_blocks, eager_mode
 from ft.model.freeze import freeze, num_trainable_parameters
@@ -104,9 +103,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     needs_weights = config.init == "pretrained" and resume_from is None
     with ranks.local_rank_zero_first():
         files = pretrained.model_files(config.model, config.model_revision, with_weights=needs_weights)
-        published = read_json(files.config)
-        model_config = model_config_of(published, files.config, config)
-        data = read_data(config, read_tokenizer(files.tokenizer), model_config)
+        described = read_description(files)
+        model_config = model_config_of(described.config, config)
+        data = read_data(config, described.tokenizer.tokenizer)
         general_text = None
         if config.forgetting is not None:
             general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
@@ -157,11 +156,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                 run_dir.clear(run)
             config.save(run / "config.json")
             ranks.note_beginning()
-    notes = (f"Note: {note}." for note in data.notes)
+    notes = (f"Note: {note}." for note in (*described.tokenizer.notes, *data.notes))
     print(opening(config, model, precision, data, general_text, last_step), room, *notes, sep="\n")
 
     # The loop.
-    source = ModelSource(published, files.tokenizer.read_bytes(), data.label_names)
+    source = described.source(data.label_names)
     with (
         StopRequest(agree=ranks.all_reduce_max) as stopping,
         Report(

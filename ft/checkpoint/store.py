@@ -2,7 +2,7 @@
 
 Every folder written here is a complete model folder; a checkpoint adds what training needs besides the weights:
 
-    config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json
+    config.json  model.safetensors  tokenizer.json  generation_config.json  and what is said of the tokenizer
     optimizer.safetensors    AdamW's moments and step counts, by the names of the parameters that are trained
     rng.safetensors          the random states that dropout draws from; those of process n under names that end in .n
     state.json               step, sums, best figures, loss scale: see `State`
@@ -13,16 +13,15 @@ Tensors are in safetensors and the rest in JSON, so that reading a checkpoint ne
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot
-from ft.data.examples import END_OF_TEXT
 from ft.io.atomic import UNFINISHED, Executor, StagedDirectory, atomic_directory, run_now
 from ft.io.manifest import verify_manifest
 from ft.io.safetensors_file import safetensors_chunks
@@ -30,6 +29,11 @@ from ft.model.gpt2 import GPT2Config
 from ft.train.state import State
 
 SUPERSEDED = ".superseded-"
+
+# What is carried over from the source's config.json: what describes GPT-2's weights and tokens, and nothing else, such
+# as code to run or how the source was quantized.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+CARRIED = (*GPT2Config.FIXED, "n_ctx", *TOKEN_IDS)
 
 
 @dataclass(frozen=True)
@@ -40,39 +44,30 @@ class ModelSource:
         config: the published config.json.
         tokenizer: the content of tokenizer.json, as its file may be gone when the run is saved.
         label_names: the words of the labels, kept in config.json as `id2label`.
+        about_tokenizer: the content of tokenizer_config.json and of what else is said of the tokenizer, by file name.
     """
 
     config: dict[str, Any]
     tokenizer: bytes
     label_names: Sequence[str]
+    about_tokenizer: Mapping[str, bytes]
 
 
 def save_model(folder: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
     """Write what `transformers` loads as it is: AutoModelForCausalLM and AutoTokenizer."""
-    own = {field.name: getattr(config, field.name) for field in fields(GPT2Config)}
     labels = {
         "id2label": {str(label): name for label, name in enumerate(source.label_names)},
         "label2id": {name: label for label, name in enumerate(source.label_names)},
     }
-    # `transformers` notes under `_name_or_path` where a model was loaded from, a path that is nobody else's business.
-    dropped = {*labels, "_name_or_path"}
-    published = {key: value for key, value in source.config.items() if key not in dropped}
-    published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own}
+    published = {key: source.config[key] for key in CARRIED if key in source.config} | asdict(config)
+    # The weights are written as fp32, whatever type the source's had; `transformers` loads them as the file says.
+    published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     if source.label_names:  # and none where completions were learnt
         published |= labels
-    end_of_text_id = source.config.get("eos_token_id", config.vocab_size - 1)
-    generation = {"bos_token_id": source.config.get("bos_token_id", end_of_text_id), "eos_token_id": end_of_text_id}
-    tokenizer = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": config.n_positions,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
-        "add_prefix_space": False,
-    }
     folder.write_json("config.json", published)
-    folder.write_json("generation_config.json", generation)
-    folder.write_json("tokenizer_config.json", tokenizer)
+    folder.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})
+    for name, content in source.about_tokenizer.items():
+        folder.write(name, [content])
     folder.write("tokenizer.json", [source.tokenizer])
     folder.write(WEIGHTS, safetensors_chunks(weights, metadata={"format": "pt"}))
 

@@ -11,6 +11,7 @@ from typing import Any, Never
 from ft.cli.parsers import unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
 from ft.errors import UsageError
+from ft.io.paths import expand_home
 from ft.settings import checked, field_groups, field_help, parse_value, read_config_file, run_of
 
 EXAMPLES = """\
@@ -115,7 +116,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         if config_file == _NO_VALUE:
             problems.append("--config needs a value")
         elif config_file is not None:
-            settings = {**read_config_file(Path(config_file)), **settings}
+            settings = {**read_config_file(Path(expand_home(config_file))), **settings}
         settings = {**_starting_point(settings), **settings}
     except UsageError as error:
         problems += error.problems
@@ -135,6 +136,7 @@ def _with_negative_numbers_joined(arguments: Sequence[str]) -> list[str]:
 
 def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
     """What --resume and --demo put in place of the defaults: the settings of the run that goes on, or the demo's."""
+    settings = {name: expand_home(value) for name, value in settings.items()}
     resume = settings.get("resume")
     if not isinstance(settings.get("output_dir", ""), str):
         return {}  # which `Config` refuses

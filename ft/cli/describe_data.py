@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ft.checkpoint.model_folder import read_description
 from ft.config import Config
-from ft.data.examples import read_tokenizer
 from ft.data.load import read_data, with_demo_inputs
 from ft.data.splits import Split
-from ft.io.json_file import read_json
 from ft.model import pretrained
 from ft.model.pretrained import model_config_of
 
@@ -33,9 +32,10 @@ def describe(config: Config) -> None:
         if config.demo:
             config = with_demo_inputs(config, Path(folder))
         files = pretrained.model_files(config.model, config.model_revision, with_weights=False)
-        tokenizer = read_tokenizer(files.tokenizer)
-        model_config = model_config_of(read_json(files.config), files.config, config)
-        data = read_data(replace(config, max_length=UNCUT), tokenizer, model_config)
+        described = read_description(files)
+        model_config_of(described.config, config)  # refuses a --max-length that is beyond the model's positions
+        tokenizer = described.tokenizer.tokenizer
+        data = read_data(replace(config, max_length=UNCUT), tokenizer)
     splits = data.splits
     lengths = {
         name: [len(example.input_ids) + len(example.target_ids) for example in examples]

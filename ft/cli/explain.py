@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ft.checkpoint.model_folder import read_description
 from ft.config import Config, flag
 from ft.data.batches import IGNORED, Batch, collate
-from ft.data.examples import Example, read_tokenizer
+from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_device, choose_precision
 from ft.errors import FtError, UsageError
-from ft.io.json_file import read_json
 from ft.model import pretrained
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
@@ -72,9 +72,9 @@ def _walk(config: Config, row: int | None) -> None:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     files = pretrained.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
-    tokenizer = read_tokenizer(files.tokenizer)
-    model_config = model_config_of(read_json(files.config), files.config, config)
-    data = read_data(config, tokenizer, model_config)
+    described = read_description(files)
+    tokenizer, model_config = described.tokenizer.tokenizer, model_config_of(described.config, config)
+    data = read_data(config, tokenizer)
     examples = data.examples["train"]
     step, window, row = _place(examples, config, row)
     model = GPT2(model_config)
@@ -104,7 +104,7 @@ def _walk(config: Config, row: int | None) -> None:
         f"{parameters:,} parameters in {model_config.n_layer} blocks; each token is {model_config.n_embd} numbers wide",
     )
 
-    _stage(3, "Tokenizer", "ft/data/examples.py read_tokenizer")
+    _stage(3, "Tokenizer", "ft/checkpoint/tokenizer_files.py open_tokenizer")
     ids = tokenizer.encode(split.texts[row], add_special_tokens=False).ids
     _tell("tokens", f"{len(ids)}: {_tokens(ids, tokenizer)}")
     _tell("ids", " ".join(map(str, ids)))

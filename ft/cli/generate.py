@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ft.cli.parsers import CommandParser
 from ft.errors import FtError, UsageError
 from ft.inference.sampling import Sampling
+from ft.io.paths import expand_home
 
 EXAMPLES = """\
 examples:
@@ -24,7 +25,9 @@ def generate(arguments: Sequence[str]) -> None:
         FtError: the model cannot be read, or the prompt is too long for it.
     """
     parser = CommandParser("generate", "What a model writes after a prompt.", EXAMPLES)
-    parser.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+    parser.add_argument(
+        "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a folder or Hub id of a GPT-2"
+    )
     parser.add_argument(
         "prompt", metavar="PROMPT", nargs="?", help="left out: the input, without the newline at its end"
     )

@@ -13,8 +13,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from ft.cli.parsers import CommandParser
+from ft.cli.parsers import CommandParser, a_path
 from ft.errors import FtError, UsageError
+from ft.io.paths import expand_home
 from ft.settings import OF_THE_DATA, read_config_file
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class ModelParser(CommandParser):
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(command, description, examples)
-        self.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+        self.add_argument(
+            "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a folder or Hub id of a GPT-2"
+        )
         self.add_argument("--label-names", metavar="TEXT", help="words for the labels, where the model does not tell")
         self.add_argument("--max-length", metavar="N", type=int, help="tokens per text (default: those of the run)")
         self.add_argument("--batch-size", metavar="N", type=int, default=64, help="texts at once (default 64)")
@@ -55,7 +58,7 @@ def predict(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "texts", metavar="TEXT", nargs="*", default=[], help="left out: the lines of --file, or of the input"
     )
-    parser.add_argument("--file", metavar="FILE", type=Path, help="a text per line, in UTF-8")
+    parser.add_argument("--file", metavar="FILE", type=a_path, help="a text per line, in UTF-8")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
     options = parser.parse_args(arguments)
     problems = problems_of(options)

@@ -4,9 +4,8 @@ python run.py report RUN ...
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from ft.cli.parsers import CommandParser
+from ft.cli.parsers import CommandParser, a_path
 from ft.errors import FtError, UsageError
 from ft.io.atomic import atomic_write_text
 from ft.report.run_record import Recorded, read_run
@@ -27,9 +26,9 @@ def report(arguments: Sequence[str]) -> None:
         FtError: matplotlib is not there.
     """
     parser = CommandParser("report", "Runs as one HTML file: curves, mistakes, settings.", EXAMPLES)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run, finished or going on")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=a_path, help="the folder of a run, finished or going on")
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="left out: report.html in the run's folder, of several beside it"
+        "--output", metavar="FILE", type=a_path, help="left out: report.html in the run's folder, of several beside it"
     )
     options = parser.parse_args(arguments)
     runs: list[Recorded] = []

@@ -13,7 +13,6 @@ from ft.data.examples import Example, encode, label_tokens
 from ft.data.splits import Split, stratified
 from ft.data.tables import WHOLE_NUMBER, Columns, listed, read_split
 from ft.errors import FtError, UsageError
-from ft.model.gpt2 import GPT2Config
 
 VALIDATION_FRACTION = 0.1  # of the training rows, to validate on where there is no split for it
 MOST_NOTES = 4  # on labels of several tokens; of more there is one for all
@@ -170,17 +169,12 @@ def _first_label(split: Split) -> str | int:
     return split.label_names[label] if split.in_words and split.label_names else label
 
 
-def read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -> Data:
+def read_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Fetch and read the data set, and make the examples.
 
     Raises:
-        FtError: the data cannot be read or do not fit the labels or the model.
+        FtError: the data cannot be read or do not fit the labels.
     """
-    if tokenizer.get_vocab_size() > model_config.vocab_size:
-        raise FtError(
-            f"the tokenizer of {config.model} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
-            f"{model_config.vocab_size}: they do not belong together"
-        )
     splits, notes = read_splits(config)
     names: tuple[str, ...] = ()
     label_ids: list[int] = []

@@ -6,16 +6,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from ft.checkpoint.model_folder import read_description
 from ft.checkpoint.store import checkpoints, is_checkpoint, verify_checkpoint
-from ft.data.examples import read_tokenizer
 from ft.data.tables import listed
 from ft.device import choose_device
 from ft.errors import FtError
 from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
-from ft.io.json_file import read_json
+from ft.io.paths import expand_home
 from ft.model import pretrained
-from ft.model.gpt2 import GPT2, GPT2Config
+from ft.model.gpt2 import GPT2
 from ft.model.pretrained import load_weights
 
 
@@ -65,26 +65,17 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
         FtError: there is no such model, it is damaged, or its tokenizer is that of another.
     """
     chosen_device = choose_device(device)
+    source = expand_home(str(source))
     folder = _model_folder(Path(source))
     files = pretrained.model_files(str(folder or source), revision)
-    published = read_json(files.config)
+    described = read_description(files)
     try:
-        config = GPT2Config.from_dict(published)
-    except FtError as error:
-        raise FtError(f"{files.config}: {error}") from error
-    tokenizer = read_tokenizer(files.tokenizer)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise FtError(
-            f"the tokenizer of {source} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
-            f"{config.vocab_size}: they do not belong together"
-        )
-    try:
-        model = GPT2(config)
+        model = GPT2(described.config)
     except RuntimeError as error:
         raise FtError(f"{files.config}: so large a model does not fit into memory: {error}") from error
     load_weights(model, files.weights)
     model.to(chosen_device).eval()
-    return LanguageModel(str(folder or source), published, model, tokenizer)
+    return LanguageModel(str(folder or source), described.published, model, described.tokenizer.tokenizer)
 
 
 def _model_folder(source: Path) -> Path | None:

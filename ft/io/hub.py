@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 from ft.io.formats import check_first_bytes
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 CONVERTED_REVISION = "refs/convert/parquet"
 
 

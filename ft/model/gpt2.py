@@ -9,6 +9,7 @@ C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -27,6 +28,16 @@ from ft.model.packing import Packing, Selection
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
+# What DistributedDataParallel, `torch.compile` and `transformers` put before the names of tensors.
+_PREFIXES = re.compile(r"^((module|_orig_mod|transformer)\.)+")
+# The heads that `transformers` puts on a GPT-2 in place of the language model's.
+_OTHER_HEADS = {
+    "score": "GPT2ForSequenceClassification",
+    "classifier": "GPT2ForTokenClassification",
+    "qa_outputs": "GPT2ForQuestionAnswering",
+    "multiple_choice_head": "GPT2DoubleHeadsModel",
+}
+
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -44,16 +55,16 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
 
-    # What the published configuration may say of variants that this module does not compute, and the one value it may
-    # have: a model trained another way would load without complaint and predict nonsense.
+    # What the published configuration may say of variants, and the values that this module computes: a model trained
+    # another way would load without complaint and predict nonsense. GELU's tanh approximation has several names.
     FIXED = {  # noqa: RUF012
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
     }
 
     # Far above any GPT-2: what lies beyond is a mistake, and is to be told before memory is asked for.
@@ -74,9 +85,9 @@ class GPT2Config:
             FtError: it is not a GPT-2 that this module computes, or a size is impossible.
         """
         problems = [
-            f"{key} is {published[key]!r}, this program computes {value!r}"
-            for key, value in cls.FIXED.items()
-            if key in published and published[key] != value
+            f"{key} is {published[key]!r}, this program computes {values[0]!r}"
+            for key, values in cls.FIXED.items()
+            if key in published and published[key] not in values
         ]
         config = cls(**{field.name: published[field.name] for field in fields(cls) if field.name in published})
         for name, most in cls.LARGEST.items():
@@ -268,8 +279,8 @@ class GPT2(nn.Module):
     def load_published(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies published weights into the parameters, one tensor at a time, converted to the parameters' dtype.
 
-        Published files differ: some prefix every name with `transformer.`, some carry the causal masks that the first
-        code kept as buffers (`h.0.attn.bias`, `h.0.attn.masked_bias`), some the head, which must be the embedding.
+        Published files differ: some prefix every name (`_PREFIXES`), some carry the causal masks that the first code
+        kept as buffers (`h.0.attn.bias`, `h.0.attn.masked_bias`), some the head, which must be the embedding.
 
         Raises:
             FtError: a tensor is missing, superfluous or of another shape than the configuration says.
@@ -277,30 +288,40 @@ class GPT2(nn.Module):
         missing, problems = dict(self.named_parameters()), []
         head: Tensor | None = None
         for published_name, tensor in tensors:
-            name = published_name.removeprefix("transformer.")
+            name = _PREFIXES.sub("", published_name)
+            other = _OTHER_HEADS.get(name.partition(".")[0])
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue
             if name == "lm_head.weight":
                 head = tensor
+            elif other is not None:
+                problems.append(
+                    f"{published_name} is the head of a {other}, where this program needs the language model's: load "
+                    "the folder by AutoModelForCausalLM in transformers, which leaves it out, and save_pretrained"
+                )
             elif name not in missing:
                 problems.append(f"{published_name} is no tensor of a GPT-2 with {self.config.n_layer} layers")
-            elif tensor.shape != missing[name].shape:
-                shape = tuple(missing.pop(name).shape)
-                problems.append(f"{published_name} has shape {tuple(tensor.shape)}, the configuration says {shape}")
-            elif not tensor.is_floating_point():
-                problems.append(f"{published_name} holds {tensor.dtype}, not floating-point numbers")
-                missing.pop(name)
-            elif not torch.isfinite(missing[name].copy_(tensor).sum()):  # a sum is finite only if all its terms are
-                problems.append(f"{published_name} holds infinities or values that are no numbers")
-                missing.pop(name)
             else:
-                missing.pop(name)
+                problems += self._fill(missing.pop(name), tensor, published_name)
+        if head is not None and "wte.weight" in missing:  # safetensors' save_model keeps one name of a shared tensor
+            problems += self._fill(missing.pop("wte.weight"), head, "lm_head.weight")
         problems += [f"{name} is missing" for name in missing]
         if head is not None and not problems and not torch.equal(head.to(self.wte.weight), self.wte.weight):
             problems.append("lm_head.weight differs from wte.weight: the head is not tied to the embeddings")
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise FtError("the weights do not fit the configuration: " + "; ".join(problems[:5]) + more)
+
+    def _fill(self, parameter: Tensor, tensor: Tensor, published_name: str) -> list[str]:
+        """Copy a published tensor into a parameter; returns what is wrong with it, if anything is."""
+        if tensor.shape != parameter.shape:
+            shapes = tuple(tensor.shape), tuple(parameter.shape)
+            return [f"{published_name} has shape {shapes[0]}, the configuration says {shapes[1]}"]
+        if not tensor.is_floating_point():
+            return [f"{published_name} holds {tensor.dtype}, not floating-point numbers"]
+        if not torch.isfinite(parameter.copy_(tensor).sum()):  # a sum is finite only if all its terms are
+            return [f"{published_name} holds infinities or values that are no numbers"]
+        return []
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

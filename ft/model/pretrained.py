@@ -1,23 +1,22 @@
 """Pretrained weights: which files a model has, its configuration, and loading the tensors."""
 
-import json
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ft.errors import FtError
+from ft.io.model_layout import CONFIG, INDEX, WEIGHTS, all_of, files_of_a_model, shard_names
 from ft.model.gpt2 import GPT2, GPT2Config
 
 if TYPE_CHECKING:
     pass
 
 from ft.config import Config
-from ft.io.hub import CONFIG, TOKENIZER, Source, find_files
+from ft.io.hub import Source, find_files
 
 
 def read_tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -48,16 +47,14 @@ def load_weights(model: GPT2, paths: Sequence[Path]) -> None:
         raise FtError(f"{', '.join(map(str, paths))}: {error}") from error
 
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 @dataclass(frozen=True)
 class ModelFiles:
     """Where a model's files are. `source` is what the user named, for messages."""
 
     source: str
     config: Path
-    tokenizer: Path
+    tokenizer: dict[str, Path]
+    """By name: tokenizer.json, else vocab.json and merges.txt, and what else is said of the tokenizer."""
     weights: tuple[Path, ...]
     """The safetensors file, or its shards in the order of their names; empty where not asked for."""
 
@@ -73,47 +70,23 @@ def model_files(model: str, revision: str | None = None, *, with_weights: bool =
     source = Source("model", model, revision)
 
     def needed(names: Collection[str]) -> list[str]:
-        weights = INDEX if INDEX in names and WEIGHTS not in names else WEIGHTS
-        return _all_of([CONFIG, TOKENIZER] + [weights] * with_weights, names, model)
+        return files_of_a_model(names, model, with_weights=with_weights)
 
     files = find_files(source, needed)
     weights = [files[WEIGHTS]] if WEIGHTS in files else []
     if INDEX in files:
-        shards = _shard_names(files[INDEX])
-        weights = list(find_files(source, lambda names: _all_of(shards, names, model)).values())
-    return ModelFiles(model, files[CONFIG], files[TOKENIZER], tuple(weights))
+        shards = shard_names(files[INDEX])
+        weights = list(find_files(source, lambda names: all_of(shards, names, model)).values())
+    tokenizer = {name: path for name, path in files.items() if name not in (CONFIG, WEIGHTS, INDEX)}
+    return ModelFiles(model, files[CONFIG], tokenizer, tuple(weights))
 
 
-def _all_of(needed: list[str], names: Collection[str], model: str) -> list[str]:
-    if missing := [name for name in needed if name not in names]:
-        pickled = " Pickled weights (pytorch_model.bin) are not read, for they may run any program: convert them."
-        hint = pickled if missing[-1].endswith(".safetensors") else ""
-        raise FtError(f"{model} has no {', '.join(missing)}: name another --model or --model-revision.{hint}")
-    return needed
-
-
-def _shard_names(index: Path) -> list[str]:
-    """Read which files hold the weights. Only plain names will do: an index must not reach for files elsewhere."""
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise FtError(f"{index} is no index of weights: it has no `weight_map` from tensors to files.") from error
-    for name in names or [""]:
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(name), re.ASCII):
-            raise FtError(f"{index} names {name!r} as a file of weights: that is no .safetensors file beside it.")
-    return names
-
-
-def model_config_of(published: dict[str, Any], path: Path, config: Config) -> GPT2Config:
+def model_config_of(model_config: GPT2Config, config: Config) -> GPT2Config:
     """The model's configuration with the run's dropout.
 
     Raises:
-        FtError: it is no GPT-2, or has fewer positions than --max-length asks for.
+        FtError: it has fewer positions than --max-length asks for.
     """
-    try:
-        model_config = GPT2Config.from_dict(published)
-    except FtError as error:
-        raise FtError(f"{path}: {error}") from error
     if config.max_length > model_config.n_positions:
         raise FtError(
             f"--max-length is {config.max_length}, but {config.model} has {model_config.n_positions} positions; "

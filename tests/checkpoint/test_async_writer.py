@@ -106,7 +106,7 @@ def test_a_snapshot_does_not_follow_the_training(demo_inputs, tmp_path):
         for parameter in model.parameters():
             parameter.add_(1.0)
             optimizer.state[parameter]["exp_avg"].add_(1.0)
-    source = store.ModelSource(published, (folder / "tokenizer.json").read_bytes(), ("neg", "pos"))
+    source = store.ModelSource(published, (folder / "tokenizer.json").read_bytes(), ("neg", "pos"), {})
     write_checkpoint(tmp_path, snapshot, source, keep=1, keep_best=False)
     pretrained.load_weights(model, [tmp_path / "checkpoint-3" / snapshots.WEIGHTS])
     assert load_training_state(tmp_path / "checkpoint-3", model, optimizer, scaler) == State(step=3)

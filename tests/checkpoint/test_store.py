@@ -11,15 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ft.checkpoint.model_folder import read_description
 from ft.checkpoint.snapshot import gather_weights, load_training_state, take_snapshot
-from ft.checkpoint.store import ModelSource, checkpoints, step_of, verify_checkpoint, write_checkpoint
+from ft.checkpoint.store import checkpoints, step_of, verify_checkpoint, write_checkpoint
 from ft.checkpoint.store import save_model as write_model
 from ft.errors import FtError
 from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
 from ft.io.json_file import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.packing import Packing
-from ft.model.pretrained import load_weights
+from ft.model.pretrained import load_weights, model_files
 from ft.train.optim import build_optimizer
 from ft.train.state import State
 from tests.faults import Fault, Faults
@@ -28,7 +29,7 @@ from tests.faults import Fault, Faults
 @pytest.fixture
 def source(demo_inputs):
     folder, _ = demo_inputs
-    return ModelSource(read_json(folder / "config.json"), (folder / "tokenizer.json").read_bytes(), ("neg", "pos"))
+    return read_description(model_files(str(folder))).source(("neg", "pos"))
 
 
 @pytest.fixture

@@ -302,7 +302,7 @@ def test_it_is_printed_as_it_comes(folder, monkeypatch):
         (
             ["{mismatched}", "a", "--device", "cpu"],
             1,
-            ["tokens, the model embeds only 300: they do not belong together"],
+            ["the model embeds the ids below 300: they do not belong together"],
         ),
     ],
 )

@@ -114,7 +114,7 @@ def contents(files):
     return [contents(file) for file in files] if isinstance(files, list | tuple) else Path(files).read_bytes()
 
 
-IN_FULL = {"config": CONFIG, "tokenizer": TOKENIZER, "weights": [WEIGHTS]}
+IN_FULL = {"config": CONFIG, "tokenizer": {"tokenizer.json": TOKENIZER}, "weights": [WEIGHTS]}
 
 
 # --- a local folder ---------------------------------------------------------------------------------------------------
@@ -123,7 +123,10 @@ IN_FULL = {"config": CONFIG, "tokenizer": TOKENIZER, "weights": [WEIGHTS]}
 def test_a_folder_is_read_where_it_is(tmp_path):
     folder = put(tmp_path / "m", MODEL)
     expected = ModelFiles(
-        str(folder), folder / "config.json", folder / "tokenizer.json", (folder / "model.safetensors",)
+        str(folder),
+        folder / "config.json",
+        {"tokenizer.json": folder / "tokenizer.json"},
+        (folder / "model.safetensors",),
     )
     assert model_files(str(folder)) == expected
 

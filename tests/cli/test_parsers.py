@@ -1,0 +1,187 @@
+"""What all command lines have in common: positionals anywhere, `~` for the home directory, and flags of other tools."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ft
+from ft.cli.arguments import read_arguments
+from ft.cli.main import main
+from ft.cli.parsers import DESTRUCTIVE, HABITS, unknown_flag
+from ft.config import NO_FLAGS, Config, flag
+from ft.errors import UsageError
+from ft.io.paths import SETTINGS
+from ft.settings import NOT_OF_THE_RUN
+from tests.test_config import FIELDS
+
+FLAGS = ["--config", *(flag(name) for name in FIELDS if name not in NO_FLAGS)]
+
+
+@pytest.fixture(scope="module")
+def home(inputs, tmp_path_factory):
+    """A home directory with a run in it, which is asked for by its path from there."""
+    folder = tmp_path_factory.mktemp("home")
+    arguments = [*inputs, "--max-steps", "2", "--save-steps", "1", "--output-dir", str(folder / "run")]
+    assert main([*arguments, "--precision", "fp32"]) == 0
+    (folder / "texts.txt").write_text("a dull film\n")
+    (folder / "long.txt").write_text("a dull film\n" * 20)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not [path for path in tmp_path.rglob("*") if "~" in path.name]
+
+
+# --- positionals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "{run}", "--json", "--device", "cpu", "a dull film", "a witty film"],
+        ["predict", "--json", "{run}", "a dull film", "--device", "cpu", "a witty film"],
+        ["predict", "--device=cpu", "--json", "{run}", "a dull film", "a witty film"],
+    ],
+)
+def test_texts_may_follow_flags(home, words, capsys):
+    assert main([word.format(run=home / "run") for word in words]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["text"] for answer in answers] == ["a dull film", "a witty film"]
+
+
+def test_a_prompt_may_follow_flags(home, capsys):
+    printed = []
+    for words in (["the film", "--max-new-tokens", "3"], ["--max-new-tokens", "3", "the film"]):
+        assert main(["generate", str(home / "run"), "--device", "cpu", *words]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert main(["generate", "--device", "cpu", "--max-new-tokens", "3", str(home / "run"), "the film"]) == 0
+    assert capsys.readouterr().out == printed[0]
+
+
+def test_runs_may_follow_flags(home, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(home / "run"), "--output", str(tmp_path / "both.html"), str(home / "run" / ".")]) == 0
+    assert (tmp_path / "both.html").exists()
+
+
+def test_the_run_may_follow_flags(home, inputs, capsys):
+    assert main(["evaluate", "--json", "--split", "test", "--device", "cpu", str(home / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["split"] == "test"
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "generate", "report"])
+def test_what_is_missing_or_too_much_is_still_told(command, home, capsys):
+    assert main([command, "--xyzzy"]) == 2
+    assert main([command]) == 2
+    assert "RUN" in capsys.readouterr().err
+    if command in ("evaluate", "generate"):
+        assert main([command, "--device", "cpu", str(home / "run"), "one", "--device", "cpu", "two"]) == 2
+        assert "'two' belongs to no flag" in capsys.readouterr().err
+
+
+# --- the home directory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_home_directory_is_expanded_in_every_setting_that_is_a_path(name, home, tmp_path):
+    expected = str(home / "x")
+    assert getattr(Config(**{name: "~/x"}), name) == expected
+    (tmp_path / "mine.json").write_text(json.dumps({name: "~/x"}))
+    (home / "there.json").write_text(json.dumps({name: "~/x"}))
+    if name not in NOT_OF_THE_RUN:  # which a file does not set
+        assert getattr(read_arguments(["--config", "mine.json"]), name) == expected
+        assert getattr(read_arguments(["--config=~/there.json"]), name) == expected
+    assert getattr(read_arguments([f"{flag(name)}=~/x"]), name) == expected
+
+
+def test_a_run_in_the_home_directory_is_resumed(home):
+    config = read_arguments(["--resume=~/run"])
+    assert (config.output_dir, config.resume, config.max_steps) == (str(home / "run"), str(home / "run"), 2)
+    assert main(["--resume=~/run/checkpoint-2"]) == 0
+
+
+def test_a_run_with_all_its_paths_in_the_home_directory(home, inputs):
+    arguments = [*inputs, "--max-steps=1", "--output-dir=~/new", "--save-dataset=~/data", "--forgetting=~/long.txt"]
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (home / "new/final").is_dir()
+    assert list((home / "data").glob("train*"))
+
+
+def test_models_in_the_home_directory_are_asked(home, capsys):
+    assert ft.load("~/run", device="cpu").label_names == ("neg", "pos")
+    assert main(["predict", "~/run", "--file=~/texts.txt", "--device=cpu"]) == 0
+    assert main(["generate", "~/run", "a", "--max-new-tokens=1", "--device=cpu"]) == 0
+    assert main(["evaluate", "~/run", "--device=cpu"]) == 0
+    assert "a dull film" in capsys.readouterr().out
+
+
+def test_a_report_in_the_home_directory(home):
+    pytest.importorskip("matplotlib")
+    assert main(["report", "~/run", "--output=~/report.html"]) == 0
+    assert (home / "report.html").exists()
+
+
+# --- flags of other tools ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--lr", "--learning-rate"),
+        ("-lr", "--learning-rate"),
+        ("--bs=8", "--batch-size"),
+        ("--output", "--output-dir"),
+        ("--num_train_epochs", "--epochs"),
+        ("--per_device_train_batch_size", "--batch-size"),
+        ("--fp16", "--precision fp16"),
+        ("--bf16", "--precision bf16"),
+        ("--max_seq_length", "--max-length"),
+        ("--gradient_checkpointing", "--activation-checkpointing full"),
+        ("--Learning_Rate", "--learning-rate"),
+        ("--text_colum", "--text-column"),
+        ("--verbose", None),
+        ("--overwrite_output_dir", None),
+        ("--overwrit", None),
+        ("--val_split", None),
+    ],
+)
+def test_flags_of_other_tools_are_answered_with_ours(word, meant):
+    name = word.partition("=")[0]
+    ending = f", is it {meant}?" if meant else "; --help lists all flags"
+    with pytest.raises(UsageError) as raised:
+        read_arguments([word])
+    assert raised.value.problems == (f"there is no flag {name}{ending}",)
+
+
+def test_a_command_answers_with_its_own_flags(capsys):
+    assert main(["generate", "run", "a", "--temp", "1", "--max_length", "5", "--lr", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "--temp, is it --temperature?" in error
+    assert "--max_length, is it --max-new-tokens?" in error
+    assert "--lr; --help lists all flags" in error
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_what_is_proposed_for_a_habit_is_taken(habit):
+    proposed = unknown_flag(f"--{habit}", [name for name in FLAGS if name != f"--{habit}"])
+    if ", is it " in proposed:
+        words = proposed.partition(", is it ")[2].rstrip("?").split()
+        assert words[0] in FLAGS
+        if len(words) > 1:
+            read_arguments(words)
+
+
+@given(st.text("-abcdefghijklmnopqrstuvwxyz_=", max_size=12) | st.sampled_from(DESTRUCTIVE).flatmap(
+    lambda name: st.sampled_from([name[:-1], name[:-3], name + "s", name.replace("w", ""), "--no-" + name[2:]])
+))  # fmt: skip
+@settings(derandomize=True, deadline=None, max_examples=300)
+def test_nothing_that_deletes_is_ever_proposed(word):
+    assert not any(f"is it {name}" in unknown_flag(word, FLAGS) for name in DESTRUCTIVE)
