@@ -10,11 +10,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ft.command import CommandParser
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, one_line, printable
 from ft.settings import OF_THE_DATA, read_config_file
 
 if TYPE_CHECKING:
@@ -81,32 +80,28 @@ def predict(arguments: Sequence[str]) -> None:
             print(json.dumps(line, ensure_ascii=False))
     else:
         print(_table(texts, predictions, classifier.label_names))
-    print(f"{len(texts):,} texts, {len(texts) / seconds:,.1f} texts/s, by {classifier.source}", file=sys.stderr)
+    print(
+        f"{len(texts):,} texts, {len(texts) / seconds:,.1f} texts/s, by {printable(classifier.source)}", file=sys.stderr
+    )
 
 
 def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
     """A line for each text: its label, and the probability of each label, of very many that of the likeliest."""
     few = len(names) <= MOST_COLUMNS
-    rows = [["label", *(names if few else ["the likeliest"])]]
+    rows = [["label", *([one_line(name) for name in names] if few else ["the likeliest"])]]
     for label, probabilities in predictions:
         if few:
             cells = [f"{value:.2%}" for value in probabilities.values()]
         else:
             ranked = sorted(probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
-            cells = [", ".join(f"{name} {value:.2%}" for name, value in ranked)]
-        rows.append([label, *cells])
+            cells = [", ".join(f"{one_line(name)} {value:.2%}" for name, value in ranked)]
+        rows.append([one_line(label), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for (label, *cells), text in zip(rows, ["text", *texts], strict=True):
         aligned = [f"{cell:{'>' if few else '<'}{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([label.ljust(widths[0]), *aligned, one_line(text, 80)]))
     return "\n".join(lines)
-
-
-def one_line(text: str, width: int) -> str:
-    """A text on one line of a terminal, of a long one the beginning; what cannot be printed is shown in codes."""
-    shown = shorten(text, width, placeholder=" ...")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def problems_of(options: argparse.Namespace) -> list[str]:

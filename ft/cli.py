@@ -15,7 +15,7 @@ from typing import Any, Never
 
 from ft.command import CommandParser, unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
-from ft.errors import FtError, Stopped, UsageError
+from ft.errors import FtError, Stopped, UsageError, sentence, shown
 from ft.settings import checked, field_groups, field_help, parse_value, read_config_file, run_of
 
 EXAMPLES = """\
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at its end
         return 128 + 13  # as if SIGPIPE had ended the process
     except OSError as error:  # what the disk or its permissions refuse; files that are read have messages of their own
-        print(f"error: {error.strerror or error}: {error.filename or place}", file=sys.stderr)
+        print(sentence(f"error: {error.strerror or error}: {error.filename or place}"), file=sys.stderr)
         return 1
     except Stopped as stopped:
         with suppress(OSError):  # as in ft/stop.py
@@ -155,7 +155,7 @@ def explain(arguments: Sequence[str]) -> None:
     problems: list[str] = []
     row = options.row
     if row is not None and not re.fullmatch("[0-9]{1,18}", row):
-        problems.append(f"--row is {row!r}, it must be a whole number from 0" if row else "--row needs a value")
+        problems.append(f"--row is {shown(row)}, it must be a whole number from 0" if row else "--row needs a value")
     try:
         config = read_arguments(rest)
         if config.resume is not None:
@@ -180,7 +180,9 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     words = _with_negative_numbers_joined(arguments)
     switches = {flag(name) for name, (kind, _) in field_types().items() if kind is bool}
     valued = [word for word in words if word.partition("=")[0] in switches and "=" in word]
-    problems = [f"{word.partition('=')[0]} takes no value, leave {word.partition('=')[2]!r} out" for word in valued]
+    problems = [
+        f"{word.partition('=')[0]} takes no value, leave {shown(word.partition('=')[2])} out" for word in valued
+    ]
     parsed, rest = _parser().parse_known_args([word for word in words if word not in valued])
     # What follows an unknown flag is taken for its value, which is no problem of its own.
     problems += [
@@ -284,6 +286,6 @@ def _unknown(argument: str) -> str:
     """What to say of an argument that nobody knows, with the nearest flag or command if one is near."""
     if not argument.startswith("-"):
         near = difflib.get_close_matches(argument, [*COMMANDS, *WITH_THE_JOBS_FLAGS], n=1)
-        return f"{argument!r} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
+        return f"{shown(argument)} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
     flags = [flag(field.name) for field in fields(Config) if field.name not in NO_FLAGS]
     return unknown_flag(argument, ["--config", *flags])

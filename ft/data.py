@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ft.errors import FtError
+from ft.errors import FtError, shown
 from ft.packing import Packing, Selection, send
 
 END_OF_TEXT = "<|endoftext|>"
@@ -158,8 +158,8 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
                 return label_tokens(numbers, tokenizer)
             other = names[tokens.index(ids[0])]
             raise FtError(
-                f"the labels {other!r} and {name!r} begin with the same token {tokenizer.id_to_token(ids[0])!r}; "
-                "give them names that differ from the start by --label-names"
+                f"the labels {shown(other)} and {shown(name)} begin with the same token "
+                f"{shown(tokenizer.id_to_token(ids[0]))}; give them names that differ from the start by --label-names"
             )
         tokens.append(ids[0])
     return tokens

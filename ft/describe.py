@@ -12,6 +12,7 @@ from pathlib import Path
 from ft import hub
 from ft.config import Config
 from ft.data import Split, read_tokenizer
+from ft.errors import one_line, printable
 from ft.files import read_json
 from ft.inputs import model_config_of, read_data, with_demo_inputs
 
@@ -40,9 +41,9 @@ def describe(config: Config) -> None:
         for name, examples in data.examples.items()
     }
 
-    print(f"{source}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
+    print(f"{printable(source)}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
     for note in data.notes:
-        print(f"Note: {note}.")
+        print(f"Note: {printable(note)}.")
     if data.label_names:
         words = [tokenizer.decode([token]) for token in data.label_ids]
         print("\n" + _class_table(splits, data.label_names, words))
@@ -59,6 +60,7 @@ def describe(config: Config) -> None:
 def _class_table(splits: dict[str, Split], names: Sequence[str], words: Sequence[str]) -> str:
     """Rows per class and split, and the token that stands for each class."""
     counts = {name: Counter(split.labels) for name, split in splits.items()}
+    names = [one_line(name) for name in names]
     width = max(5, *map(len, names))
     lines = ["  ".join(["label".ljust(width), "token".ljust(10), *(name.rjust(16) for name in splits)])]
     for label, (name, word) in enumerate(zip(names, words, strict=True)):

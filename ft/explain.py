@@ -19,7 +19,7 @@ from ft import hub
 from ft.checkpoint import load_weights
 from ft.config import Config, flag
 from ft.data import IGNORED, Batch, Example, collate, read_tokenizer
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, printable, shown
 from ft.files import read_json
 from ft.freeze import freeze
 from ft.gpt2 import GPT2
@@ -90,7 +90,7 @@ def _walk(config: Config, row: int | None) -> None:
     _stage(1, "Data", "ft/hub.py dataset_files, ft/tables.py read_split")
     _tell("text", repr(split.texts[row]))
     if split.completions is None:
-        _tell("label", f"{split.labels[row]}, which is called {data.label_names[split.labels[row]]!r}")
+        _tell("label", f"{split.labels[row]}, which is called {shown(data.label_names[split.labels[row]])}")
     else:
         _tell("follows", repr(split.completions[row]))
 
@@ -239,7 +239,9 @@ def _stage(number: int, name: str, where: str) -> None:
 def _tell(name: str, what: str) -> None:
     """A line with a name before it, or several lines of at most `WIDTH` columns."""
     indent = f"   {name:<10}"
-    print(fill(what, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False))
+    print(
+        fill(printable(what), WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False)
+    )
 
 
 def _tokens(ids: Sequence[int], tokenizer: Tokenizer) -> str:

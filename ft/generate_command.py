@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from ft.command import CommandParser
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, printable
 from ft.sampling import Sampling
 
 EXAMPLES = """\
@@ -65,15 +65,16 @@ def generate(arguments: Sequence[str]) -> None:
     model = load_language_model(options.model, device=options.device)
     generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
     started = time.perf_counter()
+    on_terminal = sys.stdout.isatty()  # elsewhere the text is wanted as it is
     for piece in generation:
-        print(piece, end="", flush=True)
+        print(printable(piece, keep="\n\t") if on_terminal else piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print()
     count = len(generation.token_ids)
     drawn = f", drawn with --seed {sampling.seed}" if sampling.temperature else ""
     print(
         f"{count:,} tokens{drawn}, stopped by {generation.stopped_by}; {count / seconds:,.1f} tokens/s, by "
-        f"{model.source}",
+        f"{printable(model.source)}",
         file=sys.stderr,
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ft.errors import FtError
+from ft.errors import FtError, shown
 from ft.layout import SUFFIXES, NoSplitError, sort_into_splits, suffix_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def dataset_files(
     if path.is_file():
         return {"train": [_single_file(path)]}
     if not path.exists() and suffix_of(dataset):
-        raise FtError(f"there is no file {dataset!r}: check --dataset.")
+        raise FtError(f"there is no file {shown(dataset)}: check --dataset.")
     try:
         return _dataset_files(_Source("dataset", dataset, revision), part, first_of)
     except NoSplitError as error:
@@ -186,7 +186,7 @@ def _shard_names(index: Path) -> list[str]:
         raise FtError(f"{index} is no index of weights: it has no `weight_map` from tensors to files.") from error
     for name in names or [""]:
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(name), re.ASCII):
-            raise FtError(f"{index} names {name!r} as a file of weights: that is no .safetensors file beside it.")
+            raise FtError(f"{index} names {shown(name)} as a file of weights: that is no .safetensors file beside it.")
     return names
 
 
@@ -318,7 +318,8 @@ def _failure(error: BaseException, source: _Source) -> FtError:
     instead = f"a local folder works too ({flag} DIR); `python run.py --demo` needs no network."
     match error:
         case errors.HFValidationError():
-            text = f"there is no folder {source.name!r}, and that is no Hub id (`name` or `owner/name`): check {flag}."
+            name = shown(source.name)
+            text = f"there is no folder {name}, and that is no Hub id (`name` or `owner/name`): check {flag}."
         case errors.GatedRepoError():
             page = f"{hub}/datasets/{source.name}" if source.kind == "dataset" else f"{hub}/{source.name}"
             text = f"{what} is gated: accept its conditions at {page}, then set HF_TOKEN to a token of that account."

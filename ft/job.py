@@ -27,7 +27,7 @@ from ft.checkpoint import ModelSource, Snapshot
 from ft.config import NEWEST, Config, flag
 from ft.data import Batch, Example, collate, collate_padded, read_tokenizer
 from ft.distributed import Ranks
-from ft.errors import FtError
+from ft.errors import FtError, printable
 from ft.evaluate import Evaluation, evaluate
 from ft.files import Do, complete_or_absent, read_json
 from ft.forgetting import WINDOWS_AT_ONCE, perplexity, read_general_text
@@ -131,9 +131,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         over = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
         if over and not state.evaluation_due and runs.is_finished(run, resume_from):
             why = runs.reason_of_end(state, last_step)
-            print(f"This run is finished: {why}, and the model lies in {run / 'final'}.")
+            print(printable(f"This run is finished: {why}, and the model lies in {run / 'final'}."))
             return
-        print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
+        print(
+            printable(f"Continuing after step {state.step:,}, from {resume_from}.") + (f" {longer}" if longer else "")
+        )
     state.data = digest
     started -= state.seconds
     room = ""
@@ -147,7 +149,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                 runs.clear(run)
             config.save(run / "config.json")
             ranks.note_beginning()
-    notes = (f"Note: {note}." for note in data.notes)
+    notes = (f"Note: {printable(note)}." for note in data.notes)
     print(opening(config, model, precision, data, general_text, last_step), room, *notes, sep="\n")
 
     # The loop.
@@ -268,7 +270,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         if stopping():
             if saver.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {saver.failure}")
-            told = f"Stopped after step {state.step:,}. To continue: python run.py --resume {run}"
+            told = f"Stopped after step {state.step:,}. To continue: python run.py --resume {printable(str(run))}"
             raise stopping.stopped(told if ranks.is_first else "")
         seconds = time.perf_counter() - started
         test = evaluations.get("test")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ft import checkpoint
 from ft.config import NEWEST, Config, flag
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, printable, sentence, shown
 from ft.files import LOCK, MANIFEST, locked, read_json, tidy
 from ft.settings import changed_on_resume, read_config_file, run_of
 from ft.state import State
@@ -42,12 +42,12 @@ def own_folder(config: Config) -> Iterator[Path]:
         resumed = run_of(Path(str(config.resume)))
         if not resumed.is_dir():
             raise UsageError(
-                f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint"
+                f"--resume is {shown(config.resume)}, there is no such folder; it must be a run or a checkpoint"
             )
         if resumed.resolve() != run.resolve():
             raise UsageError(
-                f"--resume is {config.resume!r} and --output-dir {str(run)!r}: a run is continued in its own folder, "
-                "leave --output-dir out"
+                f"--resume is {shown(config.resume)} and --output-dir {shown(str(run))}: a run is continued in its own "
+                "folder, leave --output-dir out"
             )
     with locked(run):
         if (
@@ -57,7 +57,7 @@ def own_folder(config: Config) -> Iterator[Path]:
             and _has_files(run)
         ):
             raise UsageError(
-                f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, "
+                f"--output-dir is {shown(str(run))}, which holds files already: --resume continues the run in it, "
                 "--overwrite replaces that run, another --output-dir keeps it"
             )
         tidy(run)
@@ -98,7 +98,9 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
         return None
     given = run if config.resume == NEWEST else Path(config.resume)
     if not given.is_dir():
-        raise UsageError(f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint")
+        raise UsageError(
+            f"--resume is {shown(config.resume)}, there is no such folder; it must be a run or a checkpoint"
+        )
     if checkpoint.is_checkpoint(given):
         if damage := checkpoint.damage_of_checkpoint(given):
             raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest whole one")
@@ -108,10 +110,10 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
         damage = checkpoint.damage_of_checkpoint(folder)
         if damage is None:
             return folder
-        print(f"WARNING: {folder} is damaged and left out: {damage}.")
+        print(sentence(f"WARNING: {folder} is damaged and left out: {damage}."))
     if found:
         raise FtError(f"no checkpoint in {given} is whole, so that nothing can be continued; --overwrite starts anew")
-    print(f"No checkpoint in {given} yet: starting from the beginning.")
+    print(f"No checkpoint in {printable(str(given))} yet: starting from the beginning.")
     return None
 
 

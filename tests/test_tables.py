@@ -340,7 +340,7 @@ def test_a_run_of_77_classes_from_the_table_to_the_report(real_gpt2, tmp_path, c
     recipe = ["--epochs", "2", "--learning-rate", "3e-3", "--eval-steps", "1000", "--save-steps", "1000"]
     assert main([*flags, *recipe, "--output-dir", str(tmp_path / "run")]) == 0
     told = capsys.readouterr().out
-    assert "several labels begin alike, so that numbers stand for them: 0 for card_abroad" in told
+    assert "several labels begin alike, so that numbers stand for them: 0 for 'card_abroad'" in told
     assert "and 65 more." in told
     asked = ["evaluate", str(tmp_path / "run"), "--split", "validation", "--device", "cpu", "--json"]
     assert main(asked) == 0
