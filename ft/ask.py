@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +69,11 @@ def predict(arguments: Sequence[str]) -> None:
     if problems:
         raise UsageError(*problems)
 
-    texts = options.texts or _lines(options.file)
-    classifier = load_named(options)
-    started = time.perf_counter()
-    predictions = classifier.predict(texts, options.batch_size)
+    with asking_memory_advice(options):
+        texts = options.texts or _lines(options.file)
+        classifier = load_named(options)
+        started = time.perf_counter()
+        predictions = classifier.predict(texts, options.batch_size)
     seconds = time.perf_counter() - started
     if options.json:
         for text, prediction in zip(texts, predictions, strict=True):
@@ -120,6 +121,14 @@ def load_named(options: argparse.Namespace) -> "Classifier":
     named = options.label_names
     names = None if named is None else [name.strip() for name in named.split(",")]
     return load(options.model, device=options.device, label_names=names, max_length=options.max_length)
+
+
+def asking_memory_advice(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """`ft.advice.memory_advice` for a model that is asked with the flags of `ModelParser`."""
+    from ft.advice import memory_advice  # here for the same reason
+
+    remedy = "a smaller --batch-size or --max-length, a smaller model or another --device"
+    return memory_advice(f"--batch-size {options.batch_size}", remedy)
 
 
 def settings_of_run(source: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From rows of a table to batches: make an example of each review, collate examples into a packed batch."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -146,7 +147,9 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
             answer would not tell them apart.
     """
     if len(names) < 2:
-        raise FtError(f"there must be at least two labels, not {list(names)}; name them by --label-names neg,pos")
+        raise FtError(
+            f"there must be at least two labels, not {shown(list(names))}; name them by --label-names neg,pos"
+        )
     tokens: list[int] = []
     for label, name in enumerate(names):
         ids = tokenizer.encode(name, add_special_tokens=False).ids
@@ -155,7 +158,8 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
         if ids[0] in tokens:
             numbers = [str(number) for number in range(len(names))]
             if or_numbers and len(set(names)) == len(names) and list(names) != numbers:
-                return label_tokens(numbers, tokenizer)
+                with suppress(FtError):  # of the numbers, which the user has not written
+                    return label_tokens(numbers, tokenizer)
             other = names[tokens.index(ids[0])]
             raise FtError(
                 f"the labels {shown(other)} and {shown(name)} begin with the same token "

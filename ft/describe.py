@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ft import hub
+from ft.advice import memory_advice
 from ft.config import Config
 from ft.data import Split, read_tokenizer
-from ft.errors import one_line, printable
+from ft.errors import one_line, printable, shown
 from ft.files import read_json
 from ft.inputs import model_config_of, read_data, with_demo_inputs
 
@@ -27,7 +28,10 @@ def describe(config: Config) -> None:
     Raises:
         FtError: the data or the tokenizer cannot be read, or do not fit each other.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        memory_advice(f"--dataset {shown(config.dataset)}", "fewer or shorter rows in its files"),
+    ):
         source = "the demo" if config.demo else config.dataset
         if config.demo:
             config = with_demo_inputs(config, Path(folder))

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft.ask import ModelParser, load_named, problems_of, settings_of_run
+from ft.ask import ModelParser, asking_memory_advice, load_named, problems_of, settings_of_run
 from ft.config import Config, flag
 from ft.confusion import MOST_COLUMNS, most_confused
 from ft.errors import FtError, one_line, printable, shown
@@ -57,6 +57,12 @@ def evaluate(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     config = _config_of(options)
 
+    with asking_memory_advice(options):
+        _evaluate(config, options)
+
+
+def _evaluate(config: Config, options: argparse.Namespace) -> None:
+    """Load the model, read the data, and print how good the answers are."""
     from ft.inputs import read_splits  # here, since --help and a mistake need not wait for PyTorch
 
     classifier = load_named(options)

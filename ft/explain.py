@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ft import hub
+from ft.advice import training_memory_advice
 from ft.checkpoint import load_weights
 from ft.config import Config, flag
 from ft.data import IGNORED, Batch, Example, collate, read_tokenizer
@@ -60,7 +61,7 @@ def explain(config: Config, row: int | None) -> None:
         UsageError: there is no such row, or no such device.
         FtError: the inputs cannot be read, or the run would end before it reads that row.
     """
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, training_memory_advice(config):
         if config.demo:
             config = with_demo_inputs(config, Path(folder))
         _walk(replace(config, save_dataset=None, logging_steps=1), row)
@@ -81,6 +82,7 @@ def _walk(config: Config, row: int | None) -> None:
     else:
         model.init_weights(config.seed)
     freeze(model, config.train_only, config.freeze)
+    model.activation_checkpointing = config.activation_checkpointing
     model.to(device)
 
     split, target_ids = data.splits["train"], examples[row].target_ids

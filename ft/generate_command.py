@@ -60,14 +60,17 @@ def generate(arguments: Sequence[str]) -> None:
         raise UsageError(*problems)
     prompt = _piped_prompt() if options.prompt is None else options.prompt
 
-    from ft.language_model import load_language_model  # here, since --help and a mistake need not wait for PyTorch
+    from ft.advice import memory_advice  # here, since --help and a mistake need not wait for PyTorch
+    from ft.language_model import load_language_model
 
-    model = load_language_model(options.model, device=options.device)
-    generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
-    started = time.perf_counter()
     on_terminal = sys.stdout.isatty()  # elsewhere the text is wanted as it is
-    for piece in generation:
-        print(printable(piece, keep="\n\t") if on_terminal else piece, end="", flush=True)
+    remedy = "a shorter prompt, a smaller --max-new-tokens, a smaller model or another --device"
+    with memory_advice(f"--max-new-tokens {options.max_new_tokens}", remedy):
+        model = load_language_model(options.model, device=options.device)
+        generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+        started = time.perf_counter()
+        for piece in generation:
+            print(printable(piece, keep="\n\t") if on_terminal else piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print()
     count = len(generation.token_ids)

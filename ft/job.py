@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from ft import checkpoint, hub, runs
-from ft.advice import memory_advice, nonfinite_advice
+from ft.advice import nonfinite_advice, training_memory_advice
 from ft.checkpoint import ModelSource, Snapshot
 from ft.config import NEWEST, Config, flag
 from ft.data import Batch, Example, collate, collate_padded, read_tokenizer
@@ -65,7 +65,7 @@ def run_job(config: Config) -> None:
         joined(device, config.process_timeout) as ranks,
         ranks.speaking(),
         ExitStack() as stack,
-        memory_advice(config),
+        training_memory_advice(config),
     ):
         ranks.require_same({flag(name): repr(value) for name, value in asdict(config).items() if name != "device"})
         if ranks.has_begun and config.resume is None:

@@ -248,6 +248,13 @@ def test_labels_that_begin_alike_are_told_apart_by_numbers(demo_inputs):
         label_tokens(["pos", "pos"], tokenizer, or_numbers=True)
 
 
+def test_labels_that_begin_alike_are_explained_by_themselves(demo_inputs):
+    """Of more than ten labels, the demo's tokenizer has no token of their own for the numbers, 1 and 10 among them."""
+    tokenizer = read_tokenizer(demo_inputs[0] / "tokenizer.json")
+    with pytest.raises(FtError, match="the labels 'posh' and 'posy' begin with the same token"):
+        label_tokens(["posh", "posy", *map(str, range(100, 120))], tokenizer, or_numbers=True)
+
+
 @pytest.mark.parametrize("classes", [2, 4, 6, 77])
 def test_labels_of_the_real_tokenizer_are_distinct(real_gpt2, classes):
     tokenizer = read_tokenizer(real_gpt2 / "tokenizer.json")
