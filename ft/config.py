@@ -16,7 +16,7 @@ from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 from ft.io import paths
 from ft.io.atomic import atomic_write_text
 
@@ -287,12 +287,6 @@ def field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
     return found
 
 
-def _shortened(value: float) -> str:
-    """A number in a message: of hundreds of digits the first ones."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
-
-
 def _values(config: Config) -> Iterator[tuple[Field[Any], type, Any]]:
     """Each field with its type and value; of several texts each one by itself, as a text."""
     for field in fields(config):
@@ -315,27 +309,27 @@ def _problems(config: Config) -> list[str]:
         if not fits:
             numbers = {int: "a whole number", float: "a number"}
             wanted = {**numbers, str: "a text", bool: "true or false", tuple: "a list of texts"}[kind]
-            problems.append(f"{flag(name)} is {value!r}, it must be {wanted}")
+            problems.append(f"{flag(name)} is {shown(value)}, it must be {wanted}")
         elif choices and value not in choices:
-            problems.append(f"{flag(name)} is {value!r}, it must be one of {', '.join(choices)}")
+            problems.append(f"{flag(name)} is {shown(value)}, it must be one of {', '.join(choices)}")
         elif kind is float and not abs(value) <= sys.float_info.max:
-            problems.append(f"{flag(name)} is {_shortened(value)}, it must be finite")
+            problems.append(f"{flag(name)} is {shown(value)}, it must be finite")
         elif kind is int and value >= 2**63:
-            problems.append(f"{flag(name)} is {_shortened(value)}, it must be below 2**63")
+            problems.append(f"{flag(name)} is {shown(value)}, it must be below 2**63")
         elif name in _MINIMUM and value < _MINIMUM[name]:
-            problems.append(f"{flag(name)} is {value}, it must be at least {_MINIMUM[name]}")
+            problems.append(f"{flag(name)} is {shown(value)}, it must be at least {_MINIMUM[name]}")
         elif name == "dropout" and value >= 1:
-            problems.append(f"--dropout is {value}, it must be below 1")
+            problems.append(f"--dropout is {shown(value)}, it must be below 1")
         elif name in ("epochs", "process_timeout") and value <= 0:
-            problems.append(f"{flag(name)} is {value}, it must be above 0")
+            problems.append(f"{flag(name)} is {shown(value)}, it must be above 0")
         elif name in ("epochs", "process_timeout") and value > 1e6:
-            problems.append(f"{flag(name)} is {_shortened(value)}, it must be at most 1000000")
+            problems.append(f"{flag(name)} is {shown(value)}, it must be at most 1000000")
         elif name == "train_fraction" and not 0 < value <= 1:
-            problems.append(f"--train-fraction is {value}, it must be above 0 and at most 1")
+            problems.append(f"--train-fraction is {shown(value)}, it must be above 0 and at most 1")
         elif kind is str and not value:
             problems.append(f"{flag(name)} is empty")
         elif kind is str and "\0" in value:
-            problems.append(f"{flag(name)} is {value!r}, it must not hold a NUL character")
+            problems.append(f"{flag(name)} is {shown(value)}, it must not hold a NUL character")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
     if config.shard and (config.compile != "none" or config.precision == "fp16"):

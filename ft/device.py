@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 
 
 def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
@@ -26,7 +26,7 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if local_rank is not None:
         if name.startswith(("cuda:", "mps")):
-            raise UsageError(f"--device is {name!r}, which several processes cannot share: it must be cuda or cpu")
+            raise UsageError(f"--device is {shown(name)}, which several processes cannot share: it must be cuda or cpu")
         present = torch.cuda.device_count() if name == "cuda" else 0
         if local_rank >= present > 0:
             raise UsageError(
@@ -37,13 +37,15 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
     # By pattern, as torch.device() takes names of other accelerators too and lets an index beyond 127 wrap around.
     kind = re.fullmatch(r"cpu|mps|cuda(:(?P<index>0|[1-9][0-9]{0,8}))?", name)
     if kind is None:
-        raise UsageError(f"--device is {name!r}, it must be cpu, cuda, cuda:N or mps")
+        raise UsageError(f"--device is {shown(name)}, it must be cpu, cuda, cuda:N or mps")
     if name.startswith("cuda"):
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(kind["index"] or 0) >= present:
-            raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds {present} CUDA devices here")
+            raise UsageError(
+                f"--device is {shown(name)}, PyTorch {torch.__version__} finds {present} CUDA devices here"
+            )
     if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds no MPS device here")
+        raise UsageError(f"--device is {shown(name)}, PyTorch {torch.__version__} finds no MPS device here")
     return torch.device(name)
 
 

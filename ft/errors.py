@@ -1,12 +1,61 @@
-"""The ways a run ends before its end: two that the user can mend, and one that was asked for."""
+"""The ways a run ends before its end: two that the user can mend, and one that was asked for.
+
+And how text that this program did not write is put into its messages: escaped, and shortened.
+"""
+
+import reprlib
+
+LONGEST_MESSAGE = 1500  # characters of one sentence to the user
+MOST_PROBLEMS = 20  # of a command line that are reported; more come of a file in the wrong place
+
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = 200  # a path mostly fits
+_VALUES.maxlong = 40
+_VALUES.maxlevel = 2
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Text from a file, a flag or a model, safe to print: what moves a cursor or hides its neighbors is escaped.
+
+    Args:
+        text: the text.
+        keep: characters that are left as they are, such as a line break where there may be several lines.
+
+    Returns:
+        The text with Python's escapes (`\x1b`, `\u202e`, `\n`) for all characters that are not printable.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """A value from a file, a flag or a name as a message quotes it: its `repr`, of a long one beginning and end."""
+    return _VALUES.repr(value)
+
+
+def one_line(text: str, width: int = 60) -> str:
+    """A text or a label for a table or a list: on one line, of a long one the beginning, printable."""
+    words = " ".join(text.split())
+    return printable(words if len(words) <= width else words[: width - 4] + " ...")
+
+
+def sentence(message: str) -> str:
+    """A message on one line, printable; of a long one beginning and end, which say what is wrong and what helps."""
+    half = LONGEST_MESSAGE // 2
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:half]} ... {message[-half:]}"
+    message = printable(message)  # which makes it longer, up to ten times
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
 class FtError(Exception):
     """A failure with a message meant for the user: what happened, the value, the limit and the remedy.
 
     The command line prints the message without a traceback and exits with 1. Every other exception is a defect of
-    this program and keeps its traceback.
+    this program and keeps its traceback. Whatever is quoted in the message, it is one line of printable characters.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(sentence(message))
 
 
 class UsageError(FtError):
@@ -16,8 +65,10 @@ class UsageError(FtError):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(map(sentence, problems[:MOST_PROBLEMS]))
+        if len(problems) > MOST_PROBLEMS:
+            self.problems += (f"and {len(problems) - MOST_PROBLEMS:,} more problems",)
+        Exception.__init__(self, "\n".join(self.problems))
 
 
 class Stopped(Exception):  # noqa: N818, as nothing is wrong

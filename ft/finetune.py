@@ -24,7 +24,7 @@ import torch
 from ft.checkpoint import resume, run_dir, store
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint.async_writer import Saver
-from ft.checkpoint.error_hints import memory_advice, nonfinite_advice
+from ft.checkpoint.error_hints import nonfinite_advice, training_memory_advice
 from ft.checkpoint.model_folder import read_description
 from ft.checkpoint.snapshot import Snapshot
 from ft.config import NEWEST, Config, flag
@@ -34,7 +34,7 @@ from ft.data.load import read_data, with_demo_inputs
 from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim
 from ft.distributed.launch import local_rank, process_group, world_size
 from ft.distributed.ranks import Ranks
-from ft.errors import FtError
+from ft.errors import FtError, printable
 from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity, read_general_text
@@ -72,7 +72,7 @@ def fine_tune(config: Config) -> None:
         process_group(device, config.process_timeout) as ranks,
         ranks.rank_zero_prints(),
         ExitStack() as stack,
-        memory_advice(config),
+        training_memory_advice(config),
     ):
         ranks.require_same({flag(name): repr(value) for name, value in asdict(config).items() if name != "device"})
         if ranks.has_begun and config.resume is None:
@@ -140,9 +140,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         over = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
         if over and not state.evaluation_due and resume.is_finished(run, resume_from):
             why = resume.reason_of_end(state, last_step)
-            print(f"This run is finished: {why}, and the model lies in {run / 'final'}.")
+            print(printable(f"This run is finished: {why}, and the model lies in {run / 'final'}."))
             return
-        print(f"Continuing after step {state.step:,}, from {resume_from}." + (f" {longer}" if longer else ""))
+        print(
+            printable(f"Continuing after step {state.step:,}, from {resume_from}.") + (f" {longer}" if longer else "")
+        )
     state.data = digest
     started -= state.seconds
     room = ""
@@ -156,7 +158,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                 run_dir.clear(run)
             config.save(run / "config.json")
             ranks.note_beginning()
-    notes = (f"Note: {note}." for note in (*described.tokenizer.notes, *data.notes))
+    notes = (f"Note: {printable(note)}." for note in (*described.tokenizer.notes, *data.notes))
     print(opening(config, model, precision, data, general_text, last_step), room, *notes, sep="\n")
 
     # The loop.
@@ -277,7 +279,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         if stopping():
             if saver.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {saver.failure}")
-            told = f"Stopped after step {state.step:,}. To continue: python run.py --resume {run}"
+            told = f"Stopped after step {state.step:,}. To continue: python run.py --resume {printable(str(run))}"
             raise stopping.stopped(told if ranks.is_rank_zero else "")
         seconds = time.perf_counter() - started
         test = evaluations.get("test")

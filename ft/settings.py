@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ft.config import Config, field_types, flag
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 
 # What one run of a folder may have and another not, without being another run.
 NOT_OF_THE_RUN = ("resume", "overwrite", "save_dataset")
@@ -99,7 +99,7 @@ def parse_value(name: str, text: str | list[str]) -> Any:  # noqa: ANN401
         return kind(text)
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UsageError(f"{flag(name)} is {text!r}, it must be {wanted}") from None
+        raise UsageError(f"{flag(name)} is {shown(text)}, it must be {wanted}") from None
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
     """One line for each setting that would make a resumed run another run than the one it continues: a table."""
     may_change = (*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME)
     changed = [
-        (flag(name), repr(old[name]), repr(value))
+        (flag(name), shown(old[name]), shown(value))
         for name, value in asdict(new).items()
         if name in old and name not in may_change and old[name] != value
     ]

@@ -178,7 +178,7 @@ WRONG = [
     ({"epochs": 0.0}, "--epochs is 0.0, it must be above 0"),
     ({"epochs": -1.0}, "--epochs is -1.0, it must be above 0"),
     ({"epochs": float("nan")}, "--epochs is nan, it must be finite"),
-    ({"epochs": 10**400}, f"--epochs is 1{'0' * 19}... (401 digits), it must be finite"),
+    ({"epochs": 10**400}, f"--epochs is 1{'0' * 17}...{'0' * 19}, it must be finite"),
     ({"epochs": 1e7}, "--epochs is 10000000.0, it must be at most 1000000"),
     ({"max_steps": 2**63}, "--max-steps is 9223372036854775808, it must be below 2**63"),
     ({"model": "a\0b"}, "--model is 'a\\x00b', it must not hold a NUL character"),

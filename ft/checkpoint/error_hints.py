@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -38,8 +38,12 @@ def nonfinite_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
 
 
 @contextmanager
-def memory_advice(config: Config) -> Iterator[None]:
+def memory_advice(given: str, remedy: str) -> Iterator[None]:
     """Turn memory that runs out into an error that says what helps.
+
+    Args:
+        given: what was asked for, and took too much.
+        remedy: with what less is needed.
 
     Raises:
         FtError: it ran out inside.
@@ -47,13 +51,18 @@ def memory_advice(config: Config) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = re.search("out of memory|allocate memory", str(error))
+        told = re.search("out of memory|allocate memory|not enough memory", str(error))
         if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
         detail = str(error).partition("\n")[0]
-        raise FtError(
-            f"out of memory with --batch-size {config.batch_size}, --max-length {config.max_length} and "
-            f"--activation-checkpointing {config.activation_checkpointing}: less is needed with "
-            "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
-            f"--gradient-accumulation-steps), or with --precision bf16. {detail}"
-        ) from error
+        raise FtError(f"out of memory with {given}: less is needed with {remedy}. {detail}".rstrip()) from error
+
+
+def training_memory_advice(config: Config) -> AbstractContextManager[None]:
+    """`memory_advice` for what trains with these settings."""
+    return memory_advice(
+        f"--batch-size {config.batch_size}, --max-length {config.max_length} and --activation-checkpointing "
+        f"{config.activation_checkpointing}",
+        "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
+        "--gradient-accumulation-steps), or with --precision bf16",
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint import store
 from ft.config import NEWEST, Config, flag
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, printable, sentence, shown
 from ft.io.json_file import read_json
 from ft.io.manifest import MANIFEST
 from ft.settings import changed_on_resume, read_config_file
@@ -49,7 +49,9 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
         return None
     given = run if config.resume == NEWEST else Path(config.resume)
     if not given.is_dir():
-        raise UsageError(f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint")
+        raise UsageError(
+            f"--resume is {shown(config.resume)}, there is no such folder; it must be a run or a checkpoint"
+        )
     if store.is_checkpoint(given):
         if damage := store.verify_checkpoint(given):
             raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest whole one")
@@ -59,10 +61,10 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
         damage = store.verify_checkpoint(folder)
         if damage is None:
             return folder
-        print(f"WARNING: {folder} is damaged and left out: {damage}.")
+        print(sentence(f"WARNING: {folder} is damaged and left out: {damage}."))
     if found:
         raise FtError(f"no checkpoint in {given} is whole, so that nothing can be continued; --overwrite starts anew")
-    print(f"No checkpoint in {given} yet: starting from the beginning.")
+    print(f"No checkpoint in {printable(str(given))} yet: starting from the beginning.")
     return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ft.checkpoint import store
 from ft.config import NEWEST, Config
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, shown
 from ft.io.atomic import remove_stale_staging
 from ft.io.lock import LOCK, locked
 from ft.settings import read_config_file, run_of
@@ -39,12 +39,12 @@ def own_folder(config: Config) -> Iterator[Path]:
         resumed = run_of(Path(str(config.resume)))
         if not resumed.is_dir():
             raise UsageError(
-                f"--resume is {config.resume!r}, there is no such folder; it must be a run or a checkpoint"
+                f"--resume is {shown(config.resume)}, there is no such folder; it must be a run or a checkpoint"
             )
         if resumed.resolve() != run.resolve():
             raise UsageError(
-                f"--resume is {config.resume!r} and --output-dir {str(run)!r}: a run is continued in its own folder, "
-                "leave --output-dir out"
+                f"--resume is {shown(config.resume)} and --output-dir {shown(str(run))}: a run is continued in its own "
+                "folder, leave --output-dir out"
             )
     with locked(run):
         if (
@@ -54,7 +54,7 @@ def own_folder(config: Config) -> Iterator[Path]:
             and _has_files(run)
         ):
             raise UsageError(
-                f"--output-dir is {str(run)!r}, which holds files already: --resume continues the run in it, "
+                f"--output-dir is {shown(str(run))}, which holds files already: --resume continues the run in it, "
                 "--overwrite replaces that run, another --output-dir keeps it"
             )
         remove_stale_staging(run)

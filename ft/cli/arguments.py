@@ -10,7 +10,7 @@ from typing import Any, Never
 
 from ft.cli.parsers import unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
 from ft.settings import checked, field_groups, field_help, parse_value, read_config_file, run_of
 
@@ -94,7 +94,9 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     words = _with_negative_numbers_joined(arguments)
     switches = {flag(name) for name, (kind, _) in field_types().items() if kind is bool}
     valued = [word for word in words if word.partition("=")[0] in switches and "=" in word]
-    problems = [f"{word.partition('=')[0]} takes no value, leave {word.partition('=')[2]!r} out" for word in valued]
+    problems = [
+        f"{word.partition('=')[0]} takes no value, leave {shown(word.partition('=')[2])} out" for word in valued
+    ]
     parsed, rest = _parser().parse_known_args([word for word in words if word not in valued])
     # What follows an unknown flag is taken for its value, which is no problem of its own.
     problems += [
@@ -199,6 +201,6 @@ def _unknown(argument: str) -> str:
     """What to say of an argument that nobody knows, with the nearest flag or command if one is near."""
     if not argument.startswith("-"):
         near = difflib.get_close_matches(argument, [*COMMANDS, *WITH_THE_JOBS_FLAGS], n=1)
-        return f"{argument!r} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
+        return f"{shown(argument)} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
     flags = [flag(field.name) for field in fields(Config) if field.name not in NO_FLAGS]
     return unknown_flag(argument, ["--config", *flags])

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ft.checkpoint.error_hints import memory_advice
 from ft.checkpoint.model_folder import read_description
 from ft.config import Config
 from ft.data.load import read_data, with_demo_inputs
 from ft.data.splits import Split
+from ft.errors import one_line, printable, shown
 from ft.model import pretrained
 from ft.model.pretrained import model_config_of
 
@@ -27,7 +29,10 @@ def describe(config: Config) -> None:
     Raises:
         FtError: the data or the tokenizer cannot be read, or do not fit each other.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        memory_advice(f"--dataset {shown(config.dataset)}", "fewer or shorter rows in its files"),
+    ):
         source = "the demo" if config.demo else config.dataset
         if config.demo:
             config = with_demo_inputs(config, Path(folder))
@@ -42,9 +47,9 @@ def describe(config: Config) -> None:
         for name, examples in data.examples.items()
     }
 
-    print(f"{source}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
+    print(f"{printable(source)}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
     for note in data.notes:
-        print(f"Note: {note}.")
+        print(f"Note: {printable(note)}.")
     if data.label_names:
         words = [tokenizer.decode([token]) for token in data.label_ids]
         print("\n" + _class_table(splits, data.label_names, words))
@@ -61,6 +66,7 @@ def describe(config: Config) -> None:
 def _class_table(splits: dict[str, Split], names: Sequence[str], words: Sequence[str]) -> str:
     """Rows per class and split, and the token that stands for each class."""
     counts = {name: Counter(split.labels) for name, split in splits.items()}
+    names = [one_line(name) for name in names]
     width = max(5, *map(len, names))
     lines = ["  ".join(["label".ljust(width), "token".ljust(10), *(name.rjust(16) for name in splits)])]
     for label, (name, word) in enumerate(zip(names, words, strict=True)):

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft.cli.predict import ModelParser, load_named, one_line, problems_of, settings_of_run
+from ft.cli.predict import ModelParser, asking_memory_advice, load_named, problems_of, settings_of_run
 from ft.config import Config, flag
 from ft.data.tables import listed
-from ft.errors import FtError
+from ft.errors import FtError, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.settings import checked
 
@@ -58,12 +58,18 @@ def evaluate(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     config = _config_of(options)
 
+    with asking_memory_advice(options):
+        _evaluate(config, options)
+
+
+def _evaluate(config: Config, options: argparse.Namespace) -> None:
+    """Load the model, read the data, and print how good the answers are."""
     from ft.data.load import read_splits  # here, since --help and a mistake need not wait for PyTorch
 
     classifier = load_named(options)
     splits, notes = read_splits(config, None if config.completion_column else classifier.label_names)
     for note in notes:
-        print(f"Note: {note}.", file=sys.stderr)
+        print(f"Note: {printable(note)}.", file=sys.stderr)
     if options.split not in splits:
         raise FtError(f"{config.dataset} has no {options.split} split; it has {', '.join(splits)}: name one by --split")
     if config.completion_column is None:
@@ -91,14 +97,14 @@ def _config_of(options: argparse.Namespace) -> Config:
         problems.append(f"{options.model}{here} does not say what it was trained on: name a --dataset")
     if settings.get("completion_column") is not None:
         problems += [
-            f"{flag(name)} is of labels, and completions are judged here ({settings['completion_column']!r}): leave it "
-            "out"
+            f"{flag(name)} is of labels, and completions are judged here ({shown(settings['completion_column'])}): "
+            "leave it out"
             for name in OF_LABELS
             if getattr(options, name) is not None
         ]
     elif options.prompt_column is not None:
         problems.append(
-            f"--prompt-column is {options.prompt_column!r} without --completion-column: give both or neither"
+            f"--prompt-column is {shown(options.prompt_column)} without --completion-column: give both or neither"
         )
     return checked(settings, problems)
 
@@ -126,14 +132,14 @@ def _judge_labels(classifier: "Classifier", split: "Split", options: argparse.Na
     print(
         f"{split.name}: {len(predictions):,} texts, accuracy {result.accuracy:.2%}, macro F1 {result.macro_f1:.4f}, "
         f"calibration error {result.calibration_error:.2%} ({len(predictions) / seconds:,.1f} texts/s, by "
-        f"{classifier.source})\n"
+        f"{printable(classifier.source)})\n"
     )
     print(_tables(result, names))
     if mistakes:
         print("\nthe surest mistakes:")
     for each in mistakes:
-        text = one_line(str(each["text"]), 90)
-        print(f"  {each['label']} ({each['probability']:.1%}, it is {each['true']}): {text}")
+        said, true = (one_line(str(each[name])) for name in ("label", "true"))
+        print(f"  {said} ({each['probability']:.1%}, it is {true}): {one_line(str(each['text']), 90)}")
 
 
 def _refuse_other_labels(split: "Split", names: Sequence[str], *, given: bool) -> None:
@@ -158,6 +164,7 @@ def _refuse_other_labels(split: "Split", names: Sequence[str], *, given: bool) -
 
 def _tables(result: "Scores", names: Sequence[str]) -> str:
     """The scores of each label, which label was taken for which, and whether probabilities mean what they say."""
+    names = [one_line(name) for name in names]
     width = max(9, *map(len, names))
     lines = ["  ".join(["label".ljust(width), "precision", "   recall", "       F1", "    texts"])]
     for i, name in enumerate(names):
@@ -204,11 +211,13 @@ def _judge_completions(classifier: "Classifier", split: "Split", options: argpar
     if options.json:
         print(json.dumps({"split": split.name, **asdict(result), "mistakes": failures}, indent=2))
         return
-    print(f"{_in_words(split.name, result)} ({len(examples) / seconds:,.1f} texts/s, by {classifier.source})")
+    print(
+        f"{_in_words(split.name, result)} ({len(examples) / seconds:,.1f} texts/s, by {printable(classifier.source)})"
+    )
     if failures:
         print("\nthe worst, by loss per token:")
     for each in failures:
-        prompt, right, written = (one_line(str(each[name]), 60) for name in ("prompt", "completion", "written"))
+        prompt, right, written = (one_line(str(each[name])) for name in ("prompt", "completion", "written"))
         print(f"  {each['loss']:.2f} ({each['right_tokens']} of {each['tokens']} tokens right): {prompt}")
         print(f"       right:   {right}\n       written: {written}")
 

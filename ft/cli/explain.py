@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ft.checkpoint.error_hints import training_memory_advice
 from ft.checkpoint.model_folder import read_description
 from ft.config import Config, flag
 from ft.data.batches import IGNORED, Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_device, choose_precision
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, printable, shown
 from ft.model import pretrained
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
@@ -62,7 +63,7 @@ def explain(config: Config, row: int | None) -> None:
         UsageError: there is no such row, or no such device.
         FtError: the inputs cannot be read, or the run would end before it reads that row.
     """
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, training_memory_advice(config):
         if config.demo:
             config = with_demo_inputs(config, Path(folder))
         _walk(replace(config, save_dataset=None, logging_steps=1), row)
@@ -83,6 +84,7 @@ def _walk(config: Config, row: int | None) -> None:
     else:
         model.init_weights(config.seed)
     freeze(model, config.train_only, config.freeze)
+    model.activation_checkpointing = config.activation_checkpointing
     model.to(device)
 
     split, target_ids = data.splits["train"], examples[row].target_ids
@@ -92,7 +94,7 @@ def _walk(config: Config, row: int | None) -> None:
     _stage(1, "Data", "ft/data: dataset_files.py, tables.py read_split")
     _tell("text", repr(split.texts[row]))
     if split.completions is None:
-        _tell("label", f"{split.labels[row]}, which is called {data.label_names[split.labels[row]]!r}")
+        _tell("label", f"{split.labels[row]}, which is called {shown(data.label_names[split.labels[row]])}")
     else:
         _tell("follows", repr(split.completions[row]))
 
@@ -241,7 +243,9 @@ def _stage(number: int, name: str, where: str) -> None:
 def _tell(name: str, what: str) -> None:
     """A line with a name before it, or several lines of at most `WIDTH` columns."""
     indent = f"   {name:<10}"
-    print(fill(what, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False))
+    print(
+        fill(printable(what), WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False)
+    )
 
 
 def _tokens(ids: Sequence[int], tokenizer: Tokenizer) -> str:

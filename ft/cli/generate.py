@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from ft.cli.parsers import CommandParser
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, printable
 from ft.inference.sampling import Sampling
 from ft.io.paths import expand_home
 
@@ -63,22 +63,24 @@ def generate(arguments: Sequence[str]) -> None:
         raise UsageError(*problems)
     prompt = _piped_prompt() if options.prompt is None else options.prompt
 
-    from ft.inference.language_model import (
-        load_language_model,  # here, since --help and a mistake need not wait for PyTorch
-    )
+    from ft.checkpoint.error_hints import memory_advice  # here, since --help and a mistake need not wait for PyTorch
+    from ft.inference.language_model import load_language_model
 
-    model = load_language_model(options.model, device=options.device)
-    generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
-    started = time.perf_counter()
-    for piece in generation:
-        print(piece, end="", flush=True)
+    on_terminal = sys.stdout.isatty()  # elsewhere the text is wanted as it is
+    remedy = "a shorter prompt, a smaller --max-new-tokens, a smaller model or another --device"
+    with memory_advice(f"--max-new-tokens {options.max_new_tokens}", remedy):
+        model = load_language_model(options.model, device=options.device)
+        generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+        started = time.perf_counter()
+        for piece in generation:
+            print(printable(piece, keep="\n\t") if on_terminal else piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print()
     count = len(generation.token_ids)
     drawn = f", drawn with --seed {sampling.seed}" if sampling.temperature else ""
     print(
         f"{count:,} tokens{drawn}, stopped by {generation.stopped_by}; {count / seconds:,.1f} tokens/s, by "
-        f"{model.source}",
+        f"{printable(model.source)}",
         file=sys.stderr,
     )
 

@@ -10,7 +10,7 @@ from io import TextIOWrapper
 
 from ft.cli.arguments import COMMANDS, WITH_THE_JOBS_FLAGS, read_arguments
 from ft.cli.parsers import CommandParser
-from ft.errors import FtError, Stopped, UsageError
+from ft.errors import FtError, Stopped, UsageError, sentence, shown
 
 EXPLAIN_EXAMPLES = """\
 examples:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at its end
         return 128 + 13  # as if SIGPIPE had ended the process
     except OSError as error:  # what the disk or its permissions refuse; files that are read have messages of their own
-        print(f"error: {error.strerror or error}: {error.filename or place}", file=sys.stderr)
+        print(sentence(f"error: {error.strerror or error}: {error.filename or place}"), file=sys.stderr)
         return 1
     except Stopped as stopped:
         with suppress(OSError):  # as in ft/train/signals.py
@@ -81,7 +81,7 @@ def explain(arguments: Sequence[str]) -> None:
     problems: list[str] = []
     row = options.row
     if row is not None and not re.fullmatch("[0-9]{1,18}", row):
-        problems.append(f"--row is {row!r}, it must be a whole number from 0" if row else "--row needs a value")
+        problems.append(f"--row is {shown(row)}, it must be a whole number from 0" if row else "--row needs a value")
     try:
         config = read_arguments(rest)
         if config.resume is not None:

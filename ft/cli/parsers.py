@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Never
 
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
 
 DESTRUCTIVE = ("--overwrite",)
@@ -124,7 +124,7 @@ class CommandParser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             raise UsageError(
                 *[
-                    unknown_flag(word, known) if word.startswith("-") else f"{word!r} belongs to no flag"
+                    unknown_flag(word, known) if word.startswith("-") else f"{shown(word)} belongs to no flag"
                     for word in rest
                 ]
             )

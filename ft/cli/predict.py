@@ -8,13 +8,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ft.cli.parsers import CommandParser, a_path
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, one_line, printable
 from ft.io.paths import expand_home
 from ft.settings import OF_THE_DATA, read_config_file
 
@@ -74,10 +73,11 @@ def predict(arguments: Sequence[str]) -> None:
     if problems:
         raise UsageError(*problems)
 
-    texts = options.texts or _lines(options.file)
-    classifier = load_named(options)
-    started = time.perf_counter()
-    predictions = classifier.predict(texts, options.batch_size)
+    with asking_memory_advice(options):
+        texts = options.texts or _lines(options.file)
+        classifier = load_named(options)
+        started = time.perf_counter()
+        predictions = classifier.predict(texts, options.batch_size)
     seconds = time.perf_counter() - started
     if options.json:
         for text, prediction in zip(texts, predictions, strict=True):
@@ -85,32 +85,28 @@ def predict(arguments: Sequence[str]) -> None:
             print(json.dumps(line, ensure_ascii=False))
     else:
         print(_table(texts, predictions, classifier.label_names))
-    print(f"{len(texts):,} texts, {len(texts) / seconds:,.1f} texts/s, by {classifier.source}", file=sys.stderr)
+    print(
+        f"{len(texts):,} texts, {len(texts) / seconds:,.1f} texts/s, by {printable(classifier.source)}", file=sys.stderr
+    )
 
 
 def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
     """A line for each text: its label, and the probability of each label, of very many that of the likeliest."""
     few = len(names) <= MOST_COLUMNS
-    rows = [["label", *(names if few else ["the likeliest"])]]
+    rows = [["label", *([one_line(name) for name in names] if few else ["the likeliest"])]]
     for label, probabilities in predictions:
         if few:
             cells = [f"{value:.2%}" for value in probabilities.values()]
         else:
             ranked = sorted(probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
-            cells = [", ".join(f"{name} {value:.2%}" for name, value in ranked)]
-        rows.append([label, *cells])
+            cells = [", ".join(f"{one_line(name)} {value:.2%}" for name, value in ranked)]
+        rows.append([one_line(label), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for (label, *cells), text in zip(rows, ["text", *texts], strict=True):
         aligned = [f"{cell:{'>' if few else '<'}{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([label.ljust(widths[0]), *aligned, one_line(text, 80)]))
     return "\n".join(lines)
-
-
-def one_line(text: str, width: int) -> str:
-    """A text on one line of a terminal, of a long one the beginning; what cannot be printed is shown in codes."""
-    shown = shorten(text, width, placeholder=" ...")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def problems_of(options: argparse.Namespace) -> list[str]:
@@ -129,6 +125,14 @@ def load_named(options: argparse.Namespace) -> "Classifier":
     named = options.label_names
     names = None if named is None else [name.strip() for name in named.split(",")]
     return load(options.model, device=options.device, label_names=names, max_length=options.max_length)
+
+
+def asking_memory_advice(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """`ft.advice.memory_advice` for a model that is asked with the flags of `ModelParser`."""
+    from ft.checkpoint.error_hints import memory_advice  # here for the same reason
+
+    remedy = "a smaller --batch-size or --max-length, a smaller model or another --device"
+    return memory_advice(f"--batch-size {options.batch_size}", remedy)
 
 
 def settings_of_run(source: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ python run.py report RUN ...
 from collections.abc import Sequence
 
 from ft.cli.parsers import CommandParser, a_path
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, printable, shown
 from ft.io.atomic import atomic_write_text
 from ft.report.run_record import Recorded, read_run
 
@@ -40,9 +40,9 @@ def report(arguments: Sequence[str]) -> None:
             problems += error.problems
     output = options.output or (options.runs[0] if len(runs) == 1 else options.runs[0].parent) / "report.html"
     if options.output and not output.parent.is_dir():
-        problems.append(f"--output is {str(output)!r}, there is no folder {str(output.parent)!r}")
+        problems.append(f"--output is {shown(str(output))}, there is no folder {shown(str(output.parent))}")
     if output.exists() and not output.is_file():
-        problems.append(f"--output is {str(output)!r}, it must be the name of a file")
+        problems.append(f"--output is {shown(str(output))}, it must be the name of a file")
     if problems:
         raise UsageError(*problems)
     try:
@@ -50,4 +50,4 @@ def report(arguments: Sequence[str]) -> None:
     except ImportError as error:
         raise FtError(f"the report's curves need matplotlib ({error}): pip install -e '.[plot]'") from error
     atomic_write_text(output.resolve(), page(runs))
-    print(f"{output}: {len(runs)} run{'s' * (len(runs) > 1)}, {output.stat().st_size / 1000:.0f} kB")
+    print(f"{printable(str(output))}: {len(runs)} run{'s' * (len(runs) > 1)}, {output.stat().st_size / 1000:.0f} kB")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ft.data.split_files import NoSplitError, sort_into_splits
-from ft.errors import FtError
+from ft.errors import FtError, shown
 from ft.io.formats import SUFFIXES, suffix_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def dataset_files(
     if path.is_file():
         return {"train": [_single_file(path)]}
     if not path.exists() and suffix_of(dataset):
-        raise FtError(f"there is no file {dataset!r}: check --dataset.")
+        raise FtError(f"there is no file {shown(dataset)}: check --dataset.")
     try:
         return _dataset_files(Source("dataset", dataset, revision), part, first_of)
     except NoSplitError as error:

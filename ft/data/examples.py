@@ -1,13 +1,14 @@
 """From rows of a table to batches: make an example of each review, collate examples into a packed batch."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 from ft.data.splits import Split
-from ft.errors import FtError
+from ft.errors import FtError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -59,7 +60,9 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
             answer would not tell them apart.
     """
     if len(names) < 2:
-        raise FtError(f"there must be at least two labels, not {list(names)}; name them by --label-names neg,pos")
+        raise FtError(
+            f"there must be at least two labels, not {shown(list(names))}; name them by --label-names neg,pos"
+        )
     tokens: list[int] = []
     for label, name in enumerate(names):
         ids = tokenizer.encode(name, add_special_tokens=False).ids
@@ -68,11 +71,12 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
         if ids[0] in tokens:
             numbers = [str(number) for number in range(len(names))]
             if or_numbers and len(set(names)) == len(names) and list(names) != numbers:
-                return label_tokens(numbers, tokenizer)
+                with suppress(FtError):  # of the numbers, which the user has not written
+                    return label_tokens(numbers, tokenizer)
             other = names[tokens.index(ids[0])]
             raise FtError(
-                f"the labels {other!r} and {name!r} begin with the same token {tokenizer.id_to_token(ids[0])!r}; "
-                "give them names that differ from the start by --label-names"
+                f"the labels {shown(other)} and {shown(name)} begin with the same token "
+                f"{shown(tokenizer.id_to_token(ids[0]))}; give them names that differ from the start by --label-names"
             )
         tokens.append(ids[0])
     return tokens

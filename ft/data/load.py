@@ -12,7 +12,7 @@ from ft.data import dataset_files
 from ft.data.examples import Example, encode, label_tokens
 from ft.data.splits import Split, stratified
 from ft.data.tables import WHOLE_NUMBER, Columns, listed, read_split
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, shown
 
 VALIDATION_FRACTION = 0.1  # of the training rows, to validate on where there is no split for it
 MOST_NOTES = 4  # on labels of several tokens; of more there is one for all
@@ -65,7 +65,7 @@ def columns_of(config: Config) -> Columns:
     """
     if config.completion_column is None and config.prompt_column != Config.prompt_column:
         raise UsageError(
-            f"--prompt-column is {config.prompt_column!r} without --completion-column: give both or neither"
+            f"--prompt-column is {shown(config.prompt_column)} without --completion-column: give both or neither"
         )
     if config.completion_column is not None:
         return Columns(text=config.prompt_column, completion=config.completion_column)
@@ -143,7 +143,8 @@ def _refuse_labels_of_two_kinds(
         here, there = files["train"][0], files[name][0]
         if split.in_words != train.in_words and not known:
             kinds = [
-                f"{'the word' if each.in_words else 'the number'} {_first_label(each)!r}" for each in (train, split)
+                f"{'the word' if each.in_words else 'the number'} {shown(_first_label(each))}"
+                for each in (train, split)
             ]
             raise FtError(
                 f"the label in row 0 of {here} is {kinds[0]}, that in row 0 of {there} {kinds[1]}: write the labels of "
@@ -154,8 +155,8 @@ def _refuse_labels_of_two_kinds(
             for word in sorted(first.keys() & second.keys()):
                 if first[word] != second[word]:
                     raise FtError(
-                        f"{word!r} is the label {first[word]} in {here}, and {second[word]} in {there}: give each name "
-                        "the same number in both"
+                        f"{shown(word)} is the label {first[word]} in {here}, and {second[word]} in {there}: give each "
+                        "name the same number in both"
                     )
 
 
@@ -207,13 +208,15 @@ def _notes_on_tokens(names: Sequence[str], label_ids: Sequence[int], tokenizer: 
     """Which labels are not their own word's single token."""
     words = [tokenizer.decode([token]) for token in label_ids]
     if words == [str(number) for number in range(len(names))] != list(names):
-        return [
-            f"several labels begin alike, so that numbers stand for them: 0 for {names[0]}, 1 for {names[1]} and so on"
-        ]
+        first = f"0 for {shown(names[0])}, 1 for {shown(names[1])}"
+        return [f"several labels begin alike, so that numbers stand for them: {first} and so on"]
     longer = [(name, word) for name, word in zip(names, words, strict=True) if word != name]
     if len(longer) > MOST_NOTES:
         (name, word), count = longer[0], len(longer)
         return [
-            f"{count} labels are several tokens, of which the first stands for each: {word!r} for {name!r}, and so on"
+            f"{count} labels are several tokens, of which the first stands for each: {shown(word)} for {shown(name)}, "
+            "and so on"
         ]
-    return [f"the label {name!r} is several tokens; its first, {word!r}, stands for it" for name, word in longer]
+    return [
+        f"the label {shown(name)} is several tokens; its first, {shown(word)}, stands for it" for name, word in longer
+    ]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 
-from ft.errors import FtError
+from ft.errors import FtError, shown
 from ft.io.formats import SUFFIXES, suffix_of
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -71,7 +71,7 @@ def sort_into_splits(
         if part not in folders:
             there = ", ".join("one at its top" if folder == "." else folder for folder in folders)
             raise LayoutError(
-                f"{dataset} has no data set in a folder {part!r}, it has {there}: correct --dataset-config."
+                f"{dataset} has no data set in a folder {shown(part)}, it has {there}: correct --dataset-config."
             )
     elif len(folders) > 1:
         raise SeveralDataSetsError(dataset, folders)

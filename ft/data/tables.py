@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ft.data.splits import Split
-from ft.errors import FtError
+from ft.errors import FtError, printable
 from ft.io.formats import suffix_of
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _shown(text: str) -> str:
 def listed(names: Sequence[str], most: int = 12) -> str:
     """Names for a message: of very many the first."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name[:60] for name in names[:most]) + more
+    return ", ".join(printable(name[:60]) for name in names[:most]) + more
 
 
 def _read(path: Path, wanted: Sequence[str]) -> "pa.Table":

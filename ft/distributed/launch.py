@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 
 from ft.distributed.ranks import ALONE, Ranks
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, shown
 
 PATIENCE = 2.0  # times --process-timeout until an exchange of gradients gives up, so that the other group does so first
 
@@ -83,5 +83,7 @@ def _places() -> tuple[str, int, int, int, int]:
 def _number(name: str, if_absent: int | None = None) -> int:
     text = os.environ.get(name) or str(if_absent)
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise UsageError(f"the environment says {name}={text!r}, it must be a number: start by torchrun, or unset it")
+        raise UsageError(
+            f"the environment says {name}={shown(text)}, it must be a number: start by torchrun, or unset it"
+        )
     return int(text)

@@ -17,7 +17,7 @@ from ft.data.dataset_files import dataset_files
 from ft.data.examples import Example
 from ft.data.split_files import SeveralDataSetsError
 from ft.data.tables import read_texts
-from ft.errors import FtError
+from ft.errors import FtError, shown
 from ft.io.formats import suffix_of
 
 BUILTIN = "builtin"
@@ -66,7 +66,7 @@ def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> Ge
     ids = tokenizer.encode(text[:MOST_CHARACTERS], add_special_tokens=False).ids
     if len(ids) < 2:
         raise FtError(
-            f"--forgetting is {source!r}, which holds {len(ids)} tokens: name a text of at least 2, better 1,000"
+            f"--forgetting is {shown(source)}, which holds {len(ids)} tokens: name a text of at least 2, better 1,000"
         )
     complete = len(text) <= MOST_CHARACTERS and len(ids) <= MOST_TOKENS
     ids = ids[:MOST_TOKENS]
@@ -82,10 +82,10 @@ def _read_file(path: Path) -> str:
         with path.open(encoding="utf-8-sig") as file:
             return file.read(MOST_CHARACTERS + 1)
     except OSError as error:
-        raise FtError(f"--forgetting is {str(path)!r}, which cannot be read: {error.strerror}") from error
+        raise FtError(f"--forgetting is {shown(str(path))}, which cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise FtError(
-            f"--forgetting is {str(path)!r}, which is not UTF-8 ({error.reason}): convert it, or name another text"
+            f"--forgetting is {shown(str(path))}, which is not UTF-8 ({error.reason}): convert it, or name another text"
         ) from error
 
 
@@ -109,11 +109,11 @@ def _read_dataset(name: str) -> str:
     except SeveralDataSetsError as error:
         there = ", ".join(error.folders)
         raise FtError(
-            f"--forgetting is {name!r}, which holds several data sets, {there}: name one of them, as "
+            f"--forgetting is {shown(name)}, which holds several data sets, {there}: name one of them, as "
             f"{name}/{error.folders[0]}"
         ) from error
     except FtError as error:
-        raise FtError(f"--forgetting is {name!r}, which is no text file, and as a data set: {error}") from error
+        raise FtError(f"--forgetting is {shown(name)}, which is no text file, and as a data set: {error}") from error
 
 
 def perplexity(loss: float) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ft.errors import FtError
+from ft.errors import FtError, shown
 from ft.io.formats import suffix_of
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ def _failure(error: BaseException, source: Source) -> FtError:
     instead = f"a local folder works too ({flag} DIR); `python run.py --demo` needs no network."
     match error:
         case errors.HFValidationError():
-            text = f"there is no folder {source.name!r}, and that is no Hub id (`name` or `owner/name`): check {flag}."
+            name = shown(source.name)
+            text = f"there is no folder {name}, and that is no Hub id (`name` or `owner/name`): check {flag}."
         case errors.GatedRepoError():
             page = f"{hub}/datasets/{source.name}" if source.kind == "dataset" else f"{hub}/{source.name}"
             text = f"{what} is gated: accept its conditions at {page}, then set HF_TOKEN to a token of that account."

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from ft.errors import FtError
+from ft.errors import FtError, shown
 
 CONFIG, TOKENIZER, VOCABULARY, MERGES = "config.json", "tokenizer.json", "vocab.json", "merges.txt"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,5 +52,5 @@ def shard_names(index: Path) -> list[str]:
         raise FtError(f"{index} is no index of weights: it has no `weight_map` from tensors to files.") from error
     for name in names or [""]:
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(name), re.ASCII):
-            raise FtError(f"{index} names {name!r} as a file of weights: that is no .safetensors file beside it.")
+            raise FtError(f"{index} names {shown(name)} as a file of weights: that is no .safetensors file beside it.")
     return names

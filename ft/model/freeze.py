@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 from ft.model.gpt2 import GPT2
 
 LAST = "last:"
@@ -35,7 +35,7 @@ def freeze(model: GPT2, train_only: Sequence[str], frozen: Sequence[str]) -> Non
     for flag, patterns in (("--train-only", train_only), ("--freeze", frozen)):
         matched = [_matching(pattern, names, model.config.n_layer) for pattern in patterns]
         problems += [
-            f"{flag} is {pattern!r}, {_nothing(pattern, names, model.config.n_layer)}"
+            f"{flag} is {shown(pattern)}, {_nothing(pattern, names, model.config.n_layer)}"
             for pattern, found in zip(patterns, matched, strict=True)
             if not found
         ]

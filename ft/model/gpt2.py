@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ft.errors import FtError
+from ft.errors import FtError, shown
 from ft.model.dropout import Dropout
 from ft.model.matmul import affine, matrix_products
 from ft.model.packing import Packing, Selection
@@ -93,11 +93,11 @@ class GPT2Config:
         for name, most in cls.LARGEST.items():
             value = getattr(config, name)
             if not (name == "n_inner" and value is None) and (type(value) is not int or not 1 <= value <= most):
-                problems.append(f"{name} is {value!r}, it must be a whole number from 1 to {most}")
+                problems.append(f"{name} is {shown(value)}, it must be a whole number from 1 to {most}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"):
             value = getattr(config, name)
             if type(value) not in (int, float) or not 0 <= value < 1:
-                problems.append(f"{name} is {value!r}, it must be a number from 0 to below 1")
+                problems.append(f"{name} is {shown(value)}, it must be a number from 0 to below 1")
         if not problems and config.n_embd % config.n_head:
             problems.append(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
         if problems:

@@ -2,13 +2,13 @@
 
 from datetime import timedelta
 from pathlib import Path
-from textwrap import shorten
 
 from ft.checkpoint import resume
 from ft.config import Config
 from ft.data.load import Data
 from ft.data.tables import listed
 from ft.device import Precision
+from ft.errors import one_line, printable
 from ft.evaluation.evaluate import Evaluation
 from ft.evaluation.perplexity import GeneralText, perplexity
 from ft.inference.classifier import predict
@@ -35,22 +35,21 @@ def opening(
     start = "" if config.init == "pretrained" else ", from random weights"
     trained, parameters = num_trainable_parameters(model), count_parameters(model)
     share = "" if trained == parameters else f"{trained:,} of "
-    return (
+    lines = (
         f"Fine-tuning {config.model}{start}: {share}{parameters:,} parameters, on {precision.device} in "
-        f"{precision.name} ({precision.reason}).\n"
+        f"{precision.name} ({precision.reason}).",
         f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
-        f"{_answers(config, data)}.\n"
-        + (f"General text, to see what is forgotten: {general_text}.\n" if general_text else "")
-        + f"Plan: {last_step:,} steps of {_global_batch(config)}; every "
+        f"{_answers(config, data)}.",
+        f"General text, to see what is forgotten: {general_text}." if general_text else "",
+        f"Plan: {last_step:,} steps of {_global_batch(config)}; every "
         f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
-        f"checkpoint, in {config.output_dir}."
-        + (
-            f"\nWARNING: --warmup-steps {config.warmup_steps:,} is no less than the {last_step:,} steps of the run: "
-            "the learning rate rises to the end, and is never as high as --learning-rate says."
-            if config.warmup_steps >= last_step
-            else ""
-        )
+        f"checkpoint, in {config.output_dir}.",
+        f"WARNING: --warmup-steps {config.warmup_steps:,} is no less than the {last_step:,} steps of the run: the "
+        "learning rate rises to the end, and is never as high as --learning-rate says."
+        if config.warmup_steps >= last_step
+        else "",
     )
+    return "\n".join(printable(line) for line in lines if line)
 
 
 def _global_batch(config: Config) -> str:
@@ -71,6 +70,7 @@ def _answers(config: Config, data: Data) -> str:
 def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
     """The summary at the end of a run."""
     reviews = state.step * config.rows_per_step
+    run = Path(printable(str(run)))
     return (
         ("" if state.step >= last_step else f"\nStopped early: {resume.reason_of_end(state, last_step)}.")
         + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
@@ -104,9 +104,9 @@ def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
     )
     lines = ["\nThree validation examples:"]
     for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
-        said, true = data.label_names[int(label)], data.label_names[split.labels[row]]
-        verdict = "right" if said == true else f"wrong, it is {true}"
-        lines.append(f"  {said} ({probability:.1%}, {verdict}): {shorten(split.texts[row], 90, placeholder=' ...')}")
+        said, true = (one_line(data.label_names[i]) for i in (int(label), split.labels[row]))
+        verdict = "right" if int(label) == split.labels[row] else f"wrong, it is {true}"
+        lines.append(f"  {said} ({probability:.1%}, {verdict}): {one_line(split.texts[row], 90)}")
     return "\n".join(lines)
 
 
@@ -122,6 +122,5 @@ def three_completions(model: GPT2, data: Data) -> str:
             ids[-max(1, model.config.n_positions - SHOWN_TOKENS) :], skip_special_tokens=False
         )
         answer = Generation(model, data.tokenizer, prompt, max_new_tokens=SHOWN_TOKENS, sampling=Sampling(seed=0))
-        shown = shorten(prompt, 60, placeholder=" ...")
-        lines.append(f"  {shown} -> {shorten(''.join(answer), 60, placeholder=' ...')}")
+        lines.append(f"  {one_line(prompt)} -> {one_line(''.join(answer))}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ft.config import Config, field_types, flag
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 from ft.settings import NOT_OF_THE_RUN
 
 Events = list[dict[str, Any]]
@@ -74,12 +74,12 @@ def read_run(folder: Path) -> Recorded:
     metrics = folder / "metrics.jsonl"
     if folder.is_file():
         raise UsageError(
-            f"RUN is {str(folder)!r}, which is a file: it must be the folder of a run (runs/*/ are folders only)"
+            f"RUN is {shown(str(folder))}, which is a file: it must be the folder of a run (runs/*/ are folders only)"
         )
     if not folder.is_dir():
-        raise UsageError(f"RUN is {str(folder)!r}, there is no such folder")
+        raise UsageError(f"RUN is {shown(str(folder))}, there is no such folder")
     if not metrics.is_file():
-        raise UsageError(f"RUN is {str(folder)!r}, which has no metrics.jsonl: it must be the folder of a run")
+        raise UsageError(f"RUN is {shown(str(folder))}, which has no metrics.jsonl: it must be the folder of a run")
     events: Events = []
     for line in metrics.read_bytes().splitlines():
         try:

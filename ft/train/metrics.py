@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from ft.errors import FtError
+from ft.errors import FtError, printable
 from ft.train.tensorboard import EventFiles
 from ft.train.timing import StepTimes
 
@@ -44,7 +44,7 @@ class Report:
         self._tensorboard = tensorboard
         if metrics_path is not None:
             if metrics_path.stat().st_size < metrics_bytes:
-                print(f"WARNING: {metrics_path} has lost its end: lines of earlier steps are missing.")
+                print(f"WARNING: {printable(str(metrics_path))} has lost its end: lines of earlier steps are missing.")
             else:
                 self._file.truncate(metrics_bytes)
             self._file.seek(0, 2)  # truncating leaves the position, which `metrics_bytes` tells, behind the new end
@@ -82,7 +82,7 @@ class Report:
     def line(self, text: str) -> None:
         """Print a line for people, above the bar. Nobody may be reading any more: that is no reason to end a run."""
         with suppress(OSError):
-            self._bar.write(text, file=sys.stdout)
+            self._bar.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
     def step(self, reviews: int, tokens: int) -> None:

@@ -251,6 +251,13 @@ def test_labels_that_begin_alike_are_told_apart_by_numbers(demo_inputs):
         label_tokens(["pos", "pos"], tokenizer, or_numbers=True)
 
 
+def test_labels_that_begin_alike_are_explained_by_themselves(demo_inputs):
+    """Of more than ten labels, the demo's tokenizer has no token of their own for the numbers, 1 and 10 among them."""
+    tokenizer = read_tokenizer(demo_inputs[0] / "tokenizer.json")
+    with pytest.raises(FtError, match="the labels 'posh' and 'posy' begin with the same token"):
+        label_tokens(["posh", "posy", *map(str, range(100, 120))], tokenizer, or_numbers=True)
+
+
 @pytest.mark.parametrize("classes", [2, 4, 6, 77])
 def test_labels_of_the_real_tokenizer_are_distinct(real_gpt2, classes):
     tokenizer = read_tokenizer(real_gpt2 / "tokenizer.json")
@@ -343,7 +350,7 @@ def test_a_run_of_77_classes_from_the_table_to_the_report(real_gpt2, tmp_path, c
     recipe = ["--epochs", "2", "--learning-rate", "3e-3", "--eval-steps", "1000", "--save-steps", "1000"]
     assert main([*flags, *recipe, "--output-dir", str(tmp_path / "run")]) == 0
     told = capsys.readouterr().out
-    assert "several labels begin alike, so that numbers stand for them: 0 for card_abroad" in told
+    assert "several labels begin alike, so that numbers stand for them: 0 for 'card_abroad'" in told
     assert "and 65 more." in told
     asked = ["evaluate", str(tmp_path / "run"), "--split", "validation", "--device", "cpu", "--json"]
     assert main(asked) == 0
