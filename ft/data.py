@@ -1,7 +1,7 @@
 """From rows of a table to batches: make an example of each review, collate examples into a packed batch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Split:
         completions: what should follow each text, where that is no class.
         rows: the number that each row has in the files, from 0; left out where all of them are here.
         in_words: whether the files tell the labels as words, which `labels` has numbered.
+        notes: what the user should know of how the files were read, a sentence each.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Split:
     completions: list[str] | None = None
     rows: tuple[int, ...] | None = None
     in_words: bool = False
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def only(self, rows: Sequence[int], name: str | None = None) -> "Split":
         """Some of the rows, as a split of this or another name."""
@@ -149,6 +151,7 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
         raise FtError(f"there must be at least two labels, not {list(names)}; name them by --label-names neg,pos")
     tokens: list[int] = []
     for label, name in enumerate(names):
+        require_utf8(name, f"the name of label {label}")
         ids = tokenizer.encode(name, add_special_tokens=False).ids
         if not ids:
             raise FtError(f"the name of label {label} is empty; name all labels by --label-names")

@@ -6,18 +6,21 @@ from pathlib import PurePosixPath
 
 from ft.errors import FtError
 
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES))
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-_WORD = "|".join(SPLITS)
+_WORD = f"(?i:{'|'.join(SPLITS)})"
 # `train.parquet` or `train-00000-of-00002.parquet`; older uploads put a hash before the suffix.
 SHARD = re.compile(rf"(?P<word>{_WORD})(?:-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:-[0-9a-f]+)?)?")
+# `train/data-00000-of-00002.arrow`, as `datasets.save_to_disk` writes a split; `dataset.arrow` in its first versions.
+SAVED = re.compile(rf"(?P<word>{_WORD})/(?:data-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})|dataset)")
 # `train/0000.parquet`, as the Hub converts data sets to parquet; `partial-train` where it stopped at five gigabytes.
 CONVERTED = re.compile(rf"(?:partial-)?(?P<word>{_WORD})/(?P<number>\d{{4}})")
 
 
 def suffix_of(name: str) -> str | None:
     """The suffix by which a file's format is known; None for a format that is not read."""
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
 
 
 class LayoutError(FtError):
@@ -66,10 +69,10 @@ def sort_into_splits(
         suffix = suffix_of(name)
         if suffix is None or suffix not in suffixes:
             continue
-        path = PurePosixPath(name.removesuffix(suffix))
+        path = PurePosixPath(name[: -len(suffix)])
         if match := SHARD.fullmatch(path.name):
             found[name], homes[name] = match, str(path.parent)
-        elif match := CONVERTED.fullmatch("/".join(path.parts[-2:])):
+        elif match := (SAVED if suffix == ".arrow" else CONVERTED).fullmatch("/".join(path.parts[-2:])):
             found[name], homes[name] = match, str(path.parent.parent)
     folders = sorted(set(homes.values()))
     if part is not None and folders:
@@ -83,7 +86,7 @@ def sort_into_splits(
     splits: dict[str, list[str]] = {}
     for name, match in found.items():
         if part in (None, homes[name]):
-            splits.setdefault(SPLITS[match["word"]], []).append(name)
+            splits.setdefault(SPLITS[match["word"].lower()], []).append(name)
     wanted = first_of or ("train",)
     present = [split for split in wanted if split in splits]
     if not present:
@@ -113,7 +116,8 @@ def _see_that_all_are_there(split: str, shards: dict[str, re.Match[str]], datase
         wanted = max(there) + 1
     else:
         wanted = int(count or 1)
-        missing = [f"{word}-{i:05}-of-{count}{suffix}" for i in range(wanted) if i not in there]
+        name = f"{word}/data" if form is SAVED else word
+        missing = [f"{name}-{i:05}-of-{count}{suffix}" for i in range(wanted) if i not in there]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise LayoutError(f"{dataset} lacks {len(missing)} of the {wanted} shards of {split}: {shown}.")
