@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # How files begin. What comes in their place is nothing at all, a Git LFS pointer, or a web page.
-BEGINNING = {".json": rb"\s*\{", ".parquet": rb"PAR1", ".safetensors": rb"(?s:.{8})\{", ".gz": rb"\x1f\x8b"}
+BEGINNING = {
+    ".json": rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff\0)?\s*[\[{]",
+    ".parquet": rb"PAR1",
+    ".safetensors": rb"(?s:.{8})\{",
+    ".gz": rb"\x1f\x8b",
+}
 CONVERTED_REVISION = "refs/convert/parquet"
 
 
@@ -225,7 +230,7 @@ def _check_beginning(path: Path) -> None:
         beginning = file.read(100)
     if beginning.startswith(b"version https://git-lfs"):
         raise FtError(f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder.")
-    if not re.match(BEGINNING.get(path.suffix, rb"(?!\s*(?i:<!doctype|<html))"), beginning):
+    if not re.match(BEGINNING.get(path.suffix.lower(), rb"(?!\s*(?i:<!doctype|<html))"), beginning):
         kind = path.suffix.lstrip(".")
         raise FtError(f"{path} is no {kind} file, it begins with {beginning[:20]!r}: put the real one there.")
 
