@@ -7,7 +7,6 @@ from pathlib import PurePosixPath
 from ft.errors import FtError
 from ft.io.formats import SUFFIXES, suffix_of
 
-TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _WORD = f"(?i:{'|'.join(SPLITS)})"
 # `train.parquet` or `train-00000-of-00002.parquet`; older uploads put a hash before the suffix.

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     pass
 
 
-from ft.data.split_files import TEXT_SUFFIXES
-
 # How files begin. What comes in their place is nothing at all, a Git LFS pointer, or a web page.
 FIRST_BYTES = {
     ".json": rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff\0)?\s*[\[{]",
@@ -34,6 +32,7 @@ def check_first_bytes(path: Path) -> None:
         raise FtError(f"{path} is no {kind} file, it begins with {beginning[:20]!r}: put the real one there.")
 
 
+TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES))
 
 
