@@ -103,8 +103,8 @@ def read_split(
     return Split(name, texts, numbers, names or told_names, in_words=names is not None, notes=notes)
 
 
-def read_texts(path: Path, column: str, form: TextFormat | None = None) -> list[str]:
-    """One column of texts from a file of any of these formats.
+def read_texts(path: Path, column: str, form: TextFormat | None = None) -> tuple[list[str], tuple[str, ...]]:
+    """One column of texts from a file of any of these formats, and notes on how the file is read.
 
     Raises:
         FtError: the file cannot be read, has no such column, or there is something else in it.
@@ -112,7 +112,7 @@ def read_texts(path: Path, column: str, form: TextFormat | None = None) -> list[
     """
     table = _read(path, [column], form or TextFormat())
     (place,) = _places(table, {column: "--text-column"})
-    return _texts(table, place, column)
+    return _texts(table, place, column), table.notes
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
