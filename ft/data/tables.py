@@ -18,6 +18,7 @@ from ft.io.formats import suffix_of
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 WHOLE_FLOAT = re.compile(r"([+-]?[0-9]{1,18})\.0*")  # as pandas writes whole numbers of a column with gaps
+FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
 NO_LABEL = -1  # what data sets put in the place of labels that are kept secret
 SAMPLE = 1000  # rows by which columns are told to be text or labels
 MOST_LABELS = 100  # different values up to which a column is taken for one of labels
@@ -229,7 +230,7 @@ def _advice_on_columns(table: Table, absent: dict[str, str], found: set[int]) ->
             continue
         if sum(len(word.split()) for word in words) >= 3 * len(words):
             texts.append(table.names[place])
-        elif len(set(words)) <= min(MOST_LABELS, max(1, len(words) - 1)):
+        elif 2 <= len(set(words)) <= min(MOST_LABELS, len(words) - 1) and not any(map(FRACTION.fullmatch, words)):
             labels.append(table.names[place])
     meant = {flag: labels if flag == "--label-column" else texts for flag in absent.values()}
     if all(len(names) == 1 for names in meant.values()):

@@ -114,7 +114,7 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
     if said := re.match(r"sep=(.)\r?\n", text):  # with which Excel is told the delimiter
         text, usual = "\n" + text[said.end() :], said[1]
     delimiter = _delimiter(text, wanted, usual, form.delimiter)
-    notes = [] if delimiter in (usual, form.delimiter) else [f"the columns of {path.name} are split at {delimiter!r}"]
+    notes = [] if form.delimiter or delimiter == usual else [f"the columns of {path.name} are split at {delimiter!r}"]
     found = _best_reading(path, text, delimiter, wanted, notes)
     rows, lines = found.rows, found.lines
     filled = [row for row, values in enumerate(rows) if any(values)]

@@ -146,7 +146,11 @@ def test_words_are_numbered_by_the_names_given(tmp_path):
         ("x.csv", b"text,label\n", "the train split has no rows"),
         ("x.csv", b"text,label\na,1,2\n", "cannot read .*x.csv: line 2 has 3 values and the first line 2; put quotes"),
         ("x.csv", b"text,label\na\n", "cannot read .*x.csv: line 2 has 1 values and the first line 2"),
-        ("x.csv", b"text,mark\na,1\n", "has no column 'label'; its columns are text, mark: try --label-column mark$"),
+        (
+            "x.csv",
+            b"text,mark\na,1\nb,0\nc,1\n",
+            "has no column 'label'; its columns are text, mark: try --label-column mark$",
+        ),
         ("x.csv", b"text,label,text\na,1,b\n", "has several columns 'text': rename all but one"),
         ("x.csv", b"text,label\na,\nb,pos\n", r"the label in row 0 of .*x.csv \(line 2\) is empty; fill it or leave"),
         ("x.csv", b"text,label\n\xff,1\n", "x.csv is not UTF-8: invalid start byte in line 2, byte 11; name its enc"),
