@@ -34,7 +34,7 @@ class Config:
     init: Literal["pretrained", "random"] = "pretrained"
     """start from the published weights, or train from scratch with GPT-2's initialisation"""
     dataset: str = "cornell-movie-review-data/rotten_tomatoes"
-    """Hub id, folder with train, validation and test as .parquet, .csv, .tsv or .jsonl (also .gz), or one such file"""
+    """Hub id, folder with train, validation and test as .parquet, .csv, .tsv, .json or .jsonl, or one such file"""
     dataset_config: str | None = None
     """the folder of one of several data sets that lie side by side in --dataset"""
     dataset_revision: str | None = None
@@ -46,7 +46,11 @@ class Config:
     label_column: str = "label"
     """column of the label: numbers from 0, or words"""
     label_names: str | None = None
-    """words for the labels 0, 1, ..., separated by commas; left out: those that the data set tells"""
+    """words for the labels 0, 1, ..., separated by commas; left out: those of the data set, or the numbers"""
+    delimiter: str | None = None
+    """what separates the columns of .csv and .tsv files: a character, or tab; left out: seen from the first line"""
+    encoding: str | None = None
+    """encoding of text files, such as cp1252; left out: what their byte order mark says, else UTF-8"""
     prompt_column: str = "prompt"
     """with --completion-column: column of what the model reads"""
     completion_column: str | None = None
@@ -301,8 +305,7 @@ def _problems(config: Config) -> list[str]:
     """Everything that is wrong with a configuration, one sentence each."""
     problems = []
     for field, kind, value in _values(config):
-        name = field.name
-        _, choices = field_types()[name]
+        name, (_, choices) = field.name, field_types()[field.name]
         if value is None and field.default is None:
             continue
         fits = (type(value) in (int, float)) if kind is float else (type(value) is kind)
@@ -320,10 +323,8 @@ def _problems(config: Config) -> list[str]:
             problems.append(f"{flag(name)} is {shown(value)}, it must be at least {_MINIMUM[name]}")
         elif name == "dropout" and value >= 1:
             problems.append(f"--dropout is {shown(value)}, it must be below 1")
-        elif name in ("epochs", "process_timeout") and value <= 0:
-            problems.append(f"{flag(name)} is {shown(value)}, it must be above 0")
-        elif name in ("epochs", "process_timeout") and value > 1e6:
-            problems.append(f"{flag(name)} is {shown(value)}, it must be at most 1000000")
+        elif name in ("epochs", "process_timeout") and not 0 < value <= 1e6:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be above 0 and at most 1000000")
         elif name == "train_fraction" and not 0 < value <= 1:
             problems.append(f"--train-fraction is {shown(value)}, it must be above 0 and at most 1")
         elif kind is str and not value:

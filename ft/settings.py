@@ -27,6 +27,8 @@ OF_THE_DATA = (
     "dataset_config",
     "text_column",
     "label_column",
+    "delimiter",
+    "encoding",
     "prompt_column",
     "completion_column",
     "train_fraction",

@@ -33,6 +33,7 @@ examples:
 OF_LABELS = ("text_column", "label_column", "label_names")
 OF_COMPLETIONS = ("prompt_column", "completion_column")
 COLUMNS = ("text_column", "label_column", *OF_COMPLETIONS)
+OF_TEXT_FILES = ("delimiter", "encoding")
 CONFUSIONS = 15  # pairs of labels that are shown where there are too many for a matrix
 
 
@@ -44,7 +45,11 @@ def evaluate(arguments: Sequence[str]) -> None:
         FtError: the model or the data cannot be read, or do not belong together.
     """
     parser = ModelParser("evaluate", "How good a fine-tuned model is on a whole split of a data set.", EXAMPLES)
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation", "test", "all"),
+        help="left out: test, else validation, else train; a file of your own is judged whole",
+    )
     parser.add_argument("--dataset", metavar="TEXT", help="Hub id, folder or file; left out: that of the run")
     parser.add_argument("--dataset-config", metavar="TEXT", help="the folder of one of several data sets in it")
     parser.add_argument("--text-column", metavar="TEXT", help="column of the texts; left out: that of the run")
@@ -53,6 +58,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--completion-column", metavar="TEXT", help="judge completions: their column; left out: that of the run"
     )
+    parser.add_argument("--delimiter", metavar="TEXT", help="what separates the columns of .csv and .tsv files")
+    parser.add_argument("--encoding", metavar="TEXT", help="encoding of text files (default: UTF-8)")
     parser.add_argument("--mistakes", metavar="N", type=int, default=5, help="show the N worst mistakes (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
@@ -64,18 +71,21 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     """Load the model, read the data, and print how good the answers are."""
-    from ft.data.load import read_splits  # here, since --help and a mistake need not wait for PyTorch
+    from ft.data.judged_splits import splits_to_judge  # here, since --help and a mistake need not wait for PyTorch
 
     classifier = load_named(options)
-    splits, notes = read_splits(config, None if config.completion_column else classifier.label_names)
+    names = None if config.completion_column else classifier.label_names
+    splits, notes = splits_to_judge(config, options.split, names, of_run=options.dataset is None)
     for note in notes:
         print(f"Note: {printable(note)}.", file=sys.stderr)
-    if options.split not in splits:
-        raise FtError(f"{config.dataset} has no {options.split} split; it has {', '.join(splits)}: name one by --split")
-    if config.completion_column is None:
-        _judge_labels(classifier, splits[options.split], options)
-    else:
-        _judge_completions(classifier, splits[options.split], options)
+    judge = _judge_labels if config.completion_column is None else _judge_completions
+    results = {}
+    for number, split in enumerate(splits.values()):
+        if number and not options.json:
+            print()
+        results[split.name] = judge(classifier, split, options)
+    if options.json:
+        print(json.dumps(results if options.split == "all" else results[split.name], indent=2))
 
 
 def _config_of(options: argparse.Namespace) -> Config:
@@ -90,7 +100,7 @@ def _config_of(options: argparse.Namespace) -> Config:
     settings: dict[str, Any] = settings_of_run(Path(options.model))
     if options.dataset is not None:  # whose revision, parts and fractions are others
         settings = {name: value for name, value in settings.items() if name in COLUMNS}
-    given = ("dataset", "dataset_config", *COLUMNS)
+    given = ("dataset", "dataset_config", *COLUMNS, *OF_TEXT_FILES)
     settings |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
     if "dataset" not in settings:
         here = "" if Path(options.model).is_dir() else ", which is no folder here,"
@@ -112,23 +122,23 @@ def _config_of(options: argparse.Namespace) -> Config:
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def _judge_labels(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> None:
-    """Print how good the model's labels are."""
+def _judge_labels(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> dict[str, Any]:
+    """How good the model's labels are; printed as tables where no JSON is asked for."""
     import torch
 
     from ft.evaluation.classification import mistake_records, scores
 
     names = classifier.label_names
-    _refuse_other_labels(split, names, given=options.label_names is not None)
+    split = _in_the_models_order(split, names, were_given=options.label_names is not None)
     started = time.perf_counter()
     predictions = classifier.predict(split.texts, options.batch_size)
     seconds = time.perf_counter() - started
     probabilities = torch.tensor([list(each.probabilities.values()) for each in predictions], dtype=torch.float64)
     result = scores(probabilities, torch.tensor(split.labels))
     mistakes = mistake_records(probabilities, split, names, options.mistakes)
+    told = {"split": split.name, "labels": names, **asdict(result), "mistakes": mistakes}
     if options.json:
-        print(json.dumps({"split": split.name, "labels": names, **asdict(result), "mistakes": mistakes}, indent=2))
-        return
+        return told
     print(
         f"{split.name}: {len(predictions):,} texts, accuracy {result.accuracy:.2%}, macro F1 {result.macro_f1:.4f}, "
         f"calibration error {result.calibration_error:.2%} ({len(predictions) / seconds:,.1f} texts/s, by "
@@ -140,26 +150,32 @@ def _judge_labels(classifier: "Classifier", split: "Split", options: argparse.Na
     for each in mistakes:
         said, true = (one_line(str(each[name])) for name in ("label", "true"))
         print(f"  {said} ({each['probability']:.1%}, it is {true}): {one_line(str(each['text']), 90)}")
+    return told
 
 
-def _refuse_other_labels(split: "Split", names: Sequence[str], *, given: bool) -> None:
-    """See that a number means the same class to the data as to the model, as far as both have names for it.
+def _in_the_models_order(split: "Split", names: Sequence[str], *, were_given: bool) -> "Split":
+    """The split with its labels numbered as the model's, by their names where both have some.
 
     Raises:
-        FtError: a label is out of range, or the data have the model's names in another order.
+        FtError: a label is not among those of the model.
     """
-    for row, label in enumerate(split.labels):
-        if not 0 <= label < len(names):
-            raise FtError(
-                f"the label in row {row} of the {split.name} split is {label}, the model knows 0 to {len(names) - 1} "
-                f"({listed(names)})"
-            )
-    told = split.label_names or names
-    if not given and list(told) != list(names) and set(told) == set(names):
-        raise FtError(
-            f"the {split.name} split numbers its labels in the order {listed(told)}, the model in the order "
-            f"{listed(names)}: --label-names {','.join(told)} takes that of the data"
+    from ft.data.load import numbered_as
+    from ft.data.tables import WHOLE_NUMBER
+
+    told = split.label_names
+    split = numbered_as(split, names)
+    if told is not None and not set(told) & set(names):
+        print(
+            f"Note: the data call their labels {listed(told)}, the model {listed(names)}: they are matched by number.",
+            file=sys.stderr,
         )
+    # Of a model whose labels are numbers, such as stars from 1 to 5, a number is a name and no place in their order.
+    are_names = told is None and not were_given and all(map(WHOLE_NUMBER.fullmatch, names))
+    for row, label in enumerate(split.labels):
+        if are_names or not 0 <= label < len(names):
+            known = listed(names) if are_names else f"0 to {len(names) - 1} ({listed(names)})"
+            raise FtError(f"the label in row {row} of the {split.name} split is {label}, the model knows {known}")
+    return split
 
 
 def _tables(result: "Scores", names: Sequence[str]) -> str:
@@ -189,8 +205,8 @@ def _tables(result: "Scores", names: Sequence[str]) -> str:
 # --- completions ------------------------------------------------------------------------------------------------------
 
 
-def _judge_completions(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> None:
-    """Print how good the model's completions are."""
+def _judge_completions(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> dict[str, Any]:
+    """How good the model's completions are; printed where no JSON is asked for."""
     from ft.data.examples import encode
     from ft.evaluation.completions import score_completions, told_failures
 
@@ -208,9 +224,9 @@ def _judge_completions(classifier: "Classifier", split: "Split", options: argpar
     seconds = time.perf_counter() - started
     result = judged.scores()
     failures = told_failures(model, tokenizer, split, examples, judged, options.mistakes)
+    told = {"split": split.name, **asdict(result), "mistakes": failures}
     if options.json:
-        print(json.dumps({"split": split.name, **asdict(result), "mistakes": failures}, indent=2))
-        return
+        return told
     print(
         f"{_in_words(split.name, result)} ({len(examples) / seconds:,.1f} texts/s, by {printable(classifier.source)})"
     )
@@ -220,6 +236,7 @@ def _judge_completions(classifier: "Classifier", split: "Split", options: argpar
         prompt, right, written = (one_line(str(each[name])) for name in ("prompt", "completion", "written"))
         print(f"  {each['loss']:.2f} ({each['right_tokens']} of {each['tokens']} tokens right): {prompt}")
         print(f"       right:   {right}\n       written: {written}")
+    return told
 
 
 def _in_words(split: str, result: "CompletionScores") -> str:

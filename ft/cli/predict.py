@@ -4,6 +4,8 @@ What it shares with the command `evaluate` is here too: the flags that say which
 """
 
 import argparse
+import csv
+import io
 import json
 import sys
 import time
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.cli.parsers import CommandParser, a_path
+from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, one_line, printable
+from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import OF_THE_DATA, read_config_file
 
@@ -25,6 +29,7 @@ EXAMPLES = """\
 examples:
   python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
   python run.py predict runs/rotten_tomatoes --file reviews.txt --json > answers.jsonl
+  python run.py predict runs/rotten_tomatoes --file reviews.csv --text-column body --output answers.csv
   cat reviews.txt | python run.py predict runs/rotten_tomatoes
 """
 
@@ -57,12 +62,20 @@ def predict(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "texts", metavar="TEXT", nargs="*", default=[], help="left out: the lines of --file, or of the input"
     )
-    parser.add_argument("--file", metavar="FILE", type=a_path, help="a text per line, in UTF-8")
+    parser.add_argument(
+        "--file", metavar="FILE", type=a_path, help="a text per line, or a table: .parquet, .csv, .tsv, .json or .jsonl"
+    )
+    parser.add_argument("--text-column", metavar="TEXT", help="column of a table; left out: that of the run, or text")
+    parser.add_argument("--delimiter", metavar="TEXT", help="what separates the columns of .csv and .tsv files")
+    parser.add_argument("--encoding", metavar="TEXT", help="encoding of the file (default: UTF-8)")
+    parser.add_argument("--output", metavar="FILE", type=a_path, help="write a row per text there, as .csv or .jsonl")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
     options = parser.parse_args(arguments)
     problems = problems_of(options)
     if options.texts and options.file:
         problems.append("give texts or --file, not both")
+    if options.output and options.output.suffix.lower() not in (".csv", ".jsonl"):
+        problems.append(f"--output is {str(options.output)!r}, it must end in .csv or .jsonl")
     if not options.texts and not options.file and (sys.stdin is None or sys.stdin.isatty()):
         problems.append("there are no texts: give them as arguments, by --file FILE, or through a pipe")
     if options.label_names is None and settings_of_run(Path(options.model)).get("completion_column") is not None:
@@ -74,20 +87,42 @@ def predict(arguments: Sequence[str]) -> None:
         raise UsageError(*problems)
 
     with asking_memory_advice(options):
-        texts = options.texts or _lines(options.file)
+        texts = options.texts or _texts_of(options)
         classifier = load_named(options)
         started = time.perf_counter()
         predictions = classifier.predict(texts, options.batch_size)
     seconds = time.perf_counter() - started
-    if options.json:
-        for text, prediction in zip(texts, predictions, strict=True):
-            line = {"text": text, "label": prediction.label, "probabilities": prediction.probabilities}
-            print(json.dumps(line, ensure_ascii=False))
+    if options.output:
+        from ft.io.atomic import atomic_write_text
+
+        write = _as_csv if options.output.suffix.lower() == ".csv" else _as_json_lines
+        atomic_write_text(options.output, write(texts, predictions, classifier.label_names))
+    elif options.json:
+        print(_as_json_lines(texts, predictions, classifier.label_names), end="")
     else:
         print(_table(texts, predictions, classifier.label_names))
     print(
         f"{len(texts):,} texts, {len(texts) / seconds:,.1f} texts/s, by {printable(classifier.source)}", file=sys.stderr
     )
+
+
+def _as_json_lines(texts: Sequence[str], predictions: Sequence["Prediction"], _: Sequence[str]) -> str:
+    """An object for each text, with its row in the input from 0."""
+    rows = (
+        {"row": row, "text": text, "label": prediction.label, "probabilities": prediction.probabilities}
+        for row, (text, prediction) in enumerate(zip(texts, predictions, strict=True))
+    )
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _as_csv(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
+    """A row for each text, with its row in the input from 0, and a column for the probability of each label."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["row", "text", "label", *(f"probability_{name}" for name in names)])
+    for row, (text, (label, probabilities)) in enumerate(zip(texts, predictions, strict=True)):
+        writer.writerow([row, text, label, *probabilities.values()])
+    return file.getvalue()
 
 
 def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
@@ -144,20 +179,26 @@ def settings_of_run(source: Path) -> dict[str, Any]:
     return {}
 
 
-def _lines(path: Path | None) -> list[str]:
-    """The lines of a file, or of the standard input.
+def _texts_of(options: argparse.Namespace) -> list[str]:
+    """The texts of --file, which is a table or has one in each line, or of the standard input.
 
     Raises:
-        FtError: it cannot be read, is no UTF-8, or has no lines.
+        FtError: it cannot be read, or holds no texts.
     """
-    name = str(path or "the input")
+    from ft.data.tables import read_texts  # here, as PyTorch is imported there
+
+    path, form = options.file, TextFormat(options.delimiter, options.encoding)
     try:
-        content = path.read_bytes() if path else sys.stdin.buffer.read()
-        lines = content.decode("utf-8-sig").splitlines()
+        if path is not None and suffix_of(path.name):
+            column = options.text_column or settings_of_run(Path(options.model)).get("text_column", "text")
+            texts, notes = read_texts(path, column, form)
+            for note in notes:
+                print(f"Note: {note}.", file=sys.stderr)
+        else:
+            content = path.read_bytes() if path else sys.stdin.buffer.read()
+            texts = plain_lines(decoded(content, str(path or "the input"), form.encoding))
     except OSError as error:
-        raise FtError(f"cannot read {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FtError(f"{name} is not UTF-8: {error.reason} in byte {error.start}") from error
-    if not lines:
-        raise FtError(f"{name} has no lines, so that there is nothing to predict")
-    return lines
+        raise FtError(f"cannot read {path or 'the input'}: {error.strerror}") from error
+    if not texts:
+        raise FtError(f"{path or 'the input'} has no lines, so that there is nothing to predict")
+    return texts

@@ -5,16 +5,10 @@ import shutil
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ft.data.split_files import NoSplitError, sort_into_splits
 from ft.errors import FtError, shown
-from ft.io.formats import SUFFIXES, suffix_of
-
-if TYPE_CHECKING:
-    pass
-
-from ft.io.formats import check_first_bytes
+from ft.io.formats import SUFFIXES, check_first_bytes, suffix_of
 from ft.io.hub import CONVERTED_REVISION, Source, find_files
 
 

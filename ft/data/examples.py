@@ -65,6 +65,7 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
         )
     tokens: list[int] = []
     for label, name in enumerate(names):
+        require_utf8(name, f"the name of label {label}")
         ids = tokenizer.encode(name, add_special_tokens=False).ids
         if not ids:
             raise FtError(f"the name of label {label} is empty; name all labels by --label-names")

@@ -11,7 +11,8 @@ from ft.config import Config
 from ft.data import dataset_files
 from ft.data.examples import Example, encode, label_tokens
 from ft.data.splits import Split, stratified
-from ft.data.tables import WHOLE_NUMBER, Columns, listed, read_split
+from ft.data.tables import WHOLE_NUMBER, Columns, NoLabelsError, listed, read_split
+from ft.data.text_files import TextFormat
 from ft.errors import FtError, UsageError, shown
 
 VALIDATION_FRACTION = 0.1  # of the training rows, to validate on where there is no split for it
@@ -85,20 +86,33 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     Raises:
         FtError: the data cannot be read.
     """
-    columns = columns_of(config)
+    columns, form = columns_of(config), TextFormat(config.delimiter, config.encoding)
     files = dataset_files.dataset_files(config.dataset, config.dataset_revision, config.dataset_config)
     if config.save_dataset is not None:
         dataset_files.save_dataset(files, Path(config.save_dataset))
-    if label_names is None and config.label_names is not None:
-        label_names = [name.strip() for name in config.label_names.split(",")]
+    label_names = label_names or _named(config)
     splits: dict[str, Split] = {}
+    notes: list[str] = []
     for name, paths in files.items():  # the training split first, whose words are the labels of all
-        splits[name] = read_split(
-            name, paths, columns, label_names or (splits["train"].label_names if splits else None)
-        )
+        names = label_names or (splits["train"].label_names if splits else None)
+        try:
+            splits[name] = read_split(name, paths, columns, names, form)
+        except NoLabelsError as error:
+            if name == "train":
+                raise
+            notes.append(f"the {name} split is left out: {str(error).partition(';')[0]}")
+            continue
+        notes += splits[name].notes
     if columns.completion is None:
         _refuse_labels_of_two_kinds(splits, files, label_names)
-    notes = []
+        if not splits["train"].in_words and splits["train"].label_names is not None:
+            splits = {name: numbered_as(split, splits["train"].label_names) for name, split in splits.items()}
+        if label_names is None and splits["train"].label_names is None:
+            splits = _with_numbers_as_names(splits)
+            named = listed(splits["train"].label_names or ())
+            notes.append(
+                f"the labels are the numbers {named} as they are; --label-names gives them words in this order"
+            )
     train = splits["train"]
     if "validation" not in splits:
         count = round(VALIDATION_FRACTION * len(train.texts))
@@ -124,6 +138,58 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     return {**ordered, "train": train}, notes
 
 
+def _named(config: Config) -> list[str] | None:
+    """The labels that --label-names tells."""
+    return None if config.label_names is None else [name.strip() for name in config.label_names.split(",")]
+
+
+def _with_numbers_as_names(splits: dict[str, Split]) -> dict[str, Split]:
+    """The same splits with the numbers of the training split, such as stars from 1 to 5, as names of the labels.
+
+    Raises:
+        FtError: another split holds another number.
+    """
+    numbers = sorted(set(splits["train"].labels))
+    place = {number: i for i, number in enumerate(numbers)}
+    names = tuple(map(str, numbers))
+    for name, split in splits.items():
+        row = next((row for row, label in enumerate(split.labels) if label not in place), None)
+        if row is not None:
+            raise FtError(
+                f"the label in row {row} of the {name} split is {split.labels[row]}, those to train on are "
+                f"{listed(names)}: correct the data"
+            )
+    return {
+        name: replace(split, labels=[place[label] for label in split.labels], label_names=names, in_words=True)
+        for name, split in splits.items()
+    }
+
+
+def numbered_as(split: Split, names: Sequence[str]) -> Split:
+    """A split whose files give names to numbers, with the numbers that these names have in `names`.
+
+    Where none of its names is among these, numbers are taken as they are.
+
+    Raises:
+        FtError: a label of a row is not among them.
+    """
+    told = split.label_names
+    if split.in_words or told is None or list(told) == list(names) or not set(told) & set(names):
+        return split
+    place = {name: number for number, name in enumerate(names)}
+    labels = []
+    for row, label in enumerate(split.labels):
+        name = told[label] if 0 <= label < len(told) else str(label)
+        if name not in place:
+            number = split.rows[row] if split.rows else row
+            raise FtError(
+                f"the label in row {number} of the {split.name} split is {name!r}, the labels are {listed(names)}: "
+                "correct the data"
+            )
+        labels.append(place[name])
+    return replace(split, labels=labels, label_names=tuple(names))
+
+
 def _refuse_labels_of_two_kinds(
     splits: dict[str, Split], files: dict[str, list[Path]], label_names: Sequence[str] | None
 ) -> None:
@@ -134,7 +200,7 @@ def _refuse_labels_of_two_kinds(
     Names that are numbers themselves make that known to nobody.
 
     Raises:
-        FtError: it is not known, or a name belongs to two numbers.
+        FtError: it is not known.
     """
     train = splits["train"]
     names = label_names or (None if train.in_words else train.label_names)
@@ -150,18 +216,6 @@ def _refuse_labels_of_two_kinds(
                 f"the label in row 0 of {here} is {kinds[0]}, that in row 0 of {there} {kinds[1]}: write the labels of "
                 "both alike, or name the words of the numbers 0, 1, ... in their order by --label-names neg,pos"
             )
-        if not train.in_words and not split.in_words:
-            first, second = (_number_of_each_name(each) for each in (train, split))
-            for word in sorted(first.keys() & second.keys()):
-                if first[word] != second[word]:
-                    raise FtError(
-                        f"{shown(word)} is the label {first[word]} in {here}, and {second[word]} in {there}: give each "
-                        "name the same number in both"
-                    )
-
-
-def _number_of_each_name(split: Split) -> dict[str, int]:
-    return {name: number for number, name in enumerate(split.label_names or ())}
 
 
 def _first_label(split: Split) -> str | int:
@@ -188,20 +242,8 @@ def read_data(config: Config, tokenizer: Tokenizer) -> Data:
 
 
 def names_of(config: Config, train: Split) -> tuple[str, ...]:
-    """What the labels are called.
-
-    Raises:
-        FtError: nobody says.
-    """
-    if config.label_names is not None:
-        return tuple(name.strip() for name in config.label_names.split(","))
-    if train.label_names is None:
-        numbers = sorted(set(train.labels))
-        raise FtError(
-            f"{config.dataset} does not say what its labels {listed(list(map(str, numbers)))} are called; say "
-            "it by --label-names neg,pos, a word for each number from 0, or these numbers as they are"
-        )
-    return train.label_names
+    """What the labels are called."""
+    return tuple(_named(config) or train.label_names or ())
 
 
 def _notes_on_tokens(names: Sequence[str], label_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:

@@ -8,9 +8,12 @@ from ft.errors import FtError, shown
 from ft.io.formats import SUFFIXES, suffix_of
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-_WORD = "|".join(SPLITS)
+_WORD = f"(?i:{'|'.join(SPLITS)})"
 # `train.parquet` or `train-00000-of-00002.parquet`; older uploads put a hash before the suffix.
 SHARD = re.compile(rf"(?P<word>{_WORD})(?:-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:-[0-9a-f]+)?)?")
+# `train/data-00000-of-00002.arrow`, as `datasets.save_to_disk` writes a split, or a single data set without the folder;
+# its first versions wrote `dataset.arrow`.
+SAVED = re.compile(rf"(?:(?P<word>{_WORD})/)?(?:data-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})|dataset)")
 # `train/0000.parquet`, as the Hub converts data sets to parquet; `partial-train` where it stopped at five gigabytes.
 CONVERTED = re.compile(rf"(?:partial-)?(?P<word>{_WORD})/(?P<number>\d{{4}})")
 
@@ -61,10 +64,10 @@ def sort_into_splits(
         suffix = suffix_of(name)
         if suffix is None or suffix not in suffixes:
             continue
-        path = PurePosixPath(name.removesuffix(suffix))
+        path = PurePosixPath(name[: -len(suffix)])
         if match := SHARD.fullmatch(path.name):
             found[name], homes[name] = match, str(path.parent)
-        elif match := CONVERTED.fullmatch("/".join(path.parts[-2:])):
+        elif match := (SAVED if suffix == ".arrow" else CONVERTED).fullmatch("/".join(path.parts[-2:])):
             found[name], homes[name] = match, str(path.parent.parent)
     folders = sorted(set(homes.values()))
     if part is not None and folders:
@@ -78,15 +81,16 @@ def sort_into_splits(
     splits: dict[str, list[str]] = {}
     for name, match in found.items():
         if part in (None, homes[name]):
-            splits.setdefault(SPLITS[match["word"]], []).append(name)
+            splits.setdefault(SPLITS[(match["word"] or "train").lower()], []).append(name)
     wanted = first_of or ("train",)
     present = [split for split in wanted if split in splits]
     if not present:
         called = " or ".join("training" if split == "train" else split for split in wanted)
+        there = f"; it has {', '.join(splits)}. Looked for: " if splits else ": "
         raise NoSplitError(
-            f"{dataset} has no {called} split: {wanted[0]}.parquet or {wanted[0]}-00000-of-00001.parquet (or .csv, "
-            ".tsv, .jsonl), at the top or in one folder. Name another data set, another --dataset-revision, or a "
-            "folder with such files."
+            f"{dataset} has no {called} split{there}{wanted[0]}.parquet or {wanted[0]}-00000-of-00001.parquet (or "
+            ".csv, .tsv, .json, .jsonl), at the top or in one folder. Name another data set, another "
+            "--dataset-revision, or a folder with such files."
         )
     if first_of:
         splits = {present[0]: splits[present[0]]}
@@ -108,7 +112,8 @@ def _see_that_all_are_there(split: str, shards: dict[str, re.Match[str]], datase
         wanted = max(there) + 1
     else:
         wanted = int(count or 1)
-        missing = [f"{word}-{i:05}-of-{count}{suffix}" for i in range(wanted) if i not in there]
+        name = f"{word}/data".removeprefix("None/") if form is SAVED else word
+        missing = [f"{name}-{i:05}-of-{count}{suffix}" for i in range(wanted) if i not in there]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise LayoutError(f"{dataset} lacks {len(missing)} of the {wanted} shards of {split}: {shown}.")

@@ -1,7 +1,7 @@
 """The rows of one split, and stratified samples of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,6 +18,7 @@ class Split:
         completions: what should follow each text, where that is no class.
         rows: the number that each row has in the files, from 0; left out where all of them are here.
         in_words: whether the files tell the labels as words, which `labels` has numbered.
+        notes: what the user should know of how the files were read, a sentence each.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Split:
     completions: list[str] | None = None
     rows: tuple[int, ...] | None = None
     in_words: bool = False
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def only(self, rows: Sequence[int], name: str | None = None) -> "Split":
         """Some of the rows, as a split of this or another name."""

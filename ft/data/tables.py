@@ -1,21 +1,27 @@
-"""Rows from files: parquet, CSV, TSV and JSON lines, the last three also compressed by gzip. PyArrow reads them all."""
+"""Rows from files: parquet and Arrow files by PyArrow, CSV, TSV and JSON by ft/data/text_files.py."""
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
+from ft.data.arrow_files import read_arrow_table, read_parquet_table
+from ft.data.examples import require_utf8
 from ft.data.splits import Split
+from ft.data.table import Table
+from ft.data.text_files import TextFormat, read_csv_table, read_json_table
 from ft.errors import FtError, printable
 from ft.io.formats import suffix_of
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
-LARGEST_ROW = 2**26  # bytes: PyArrow reads text files in blocks, and a row must fit into one
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+WHOLE_FLOAT = re.compile(r"([+-]?[0-9]{1,18})\.0*")  # as pandas writes whole numbers of a column with gaps
+FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
+NO_LABEL = -1  # what data sets put in the place of labels that are kept secret
+SAMPLE = 1000  # rows by which columns are told to be text or labels
+MOST_LABELS = 100  # different values up to which a column is taken for one of labels
 
 
 class Columns(NamedTuple):
@@ -30,80 +36,254 @@ class Columns(NamedTuple):
         """The column of what the model should say."""
         return self.label if self.completion is None else self.completion
 
+    def flags(self) -> dict[str, str]:
+        """The flag that names each column."""
+        if self.completion is not None:
+            return {self.text: "--prompt-column", self.completion: "--completion-column"}
+        return {self.text: "--text-column", self.label: "--label-column"}
+
+
+class NoLabelsError(FtError):
+    """A split is there, and none of its labels."""
+
 
 def read_split(
-    name: str, paths: Sequence[Path], columns: Columns | None = None, label_names: Sequence[str] | None = None
+    name: str,
+    paths: Sequence[Path],
+    columns: Columns | None = None,
+    label_names: Sequence[str] | None = None,
+    form: TextFormat | None = None,
+    *,
+    remedy: str = "correct the data, or name all labels by --label-names",
 ) -> Split:
     """Read the rows of a split from its files.
 
     Labels are whole numbers, or words, which become numbers: their places in `label_names`, or where none are given in
     the sorted list of all words there are. Whole numbers written as text count as numbers, but as words where all of
-    them are among `label_names`.
+    them are among `label_names`; true and false are the words True and False.
+
+    Args:
+        name: train, validation or test.
+        paths: the files.
+        columns: which columns are read.
+        label_names: the words of the labels.
+        form: the delimiter and encoding of text files, where the user names them.
+        remedy: what helps against a word that is none of `label_names`.
 
     Raises:
+        NoLabelsError: no row has a label, or there is no such column.
         FtError: a file cannot be read, a column is missing or of another type, a value is null, a label is empty or
             not among the names.
+        UsageError: `form` names a delimiter or an encoding that does not exist.
     """
     columns = columns or Columns()
-    wanted = (columns.text, columns.answer)
     texts: list[str] = []
-    answers: list[str | int] = []
+    answers: list[list[Any]] = []  # those of each file
     told_names: tuple[str, ...] | None = None
-    for path in paths:
-        table = _read(path, wanted)
-        texts += _texts(table, columns.text, path)
-        if columns.completion is None and not _is_text(table.schema.field(columns.label).type):
-            answers += _whole_numbers(table, columns.label, path)
-            told_names = told_names or _names_in_metadata(table.schema.metadata, columns.label)
+    tables = [_read(path, list(columns.flags()), form or TextFormat()) for path in paths]
+    for table in tables:
+        text_place, answer_place = _places(table, columns.flags())
+        texts += _texts(table, text_place, columns.text)
+        if columns.completion is not None:
+            answers.append(_texts(table, answer_place, columns.completion))
         else:
-            answers += _texts(table, columns.answer, path)
+            answers.append(_labels(table, answer_place, columns.label))
+            if any(isinstance(label, int) for label in answers[-1]):
+                told_names = told_names or _names_in_metadata(table, answer_place)
     if not texts:
         raise FtError(f"the {name} split has no rows ({', '.join(map(str, paths))})")
+    notes = tuple(note for table in tables for note in table.notes)
     if columns.completion is not None:
-        return Split(name, texts, [0] * len(texts), completions=[str(answer) for answer in answers])
-    labels, names = _numbered(name, answers, label_names, told_names, columns.label)
-    return Split(name, texts, labels, names or told_names, in_words=names is not None)
+        completions = [text for part in answers for text in part]
+        return Split(name, texts, [0] * len(texts), completions=completions, notes=notes)
+    if {label for part in answers for label in part} <= {None, NO_LABEL, str(NO_LABEL)}:
+        raise NoLabelsError(f"no row of the {name} split has a label ({', '.join(map(str, paths))})")
+    for table, part in zip(tables, answers, strict=True):
+        _refuse_missing(table, part, columns.label)
+    numbers, names = _numbered(tables, answers, label_names, told_names, columns.label, remedy)
+    return Split(name, texts, numbers, names or told_names, in_words=names is not None, notes=notes)
 
 
-def read_texts(path: Path, column: str) -> list[str]:
-    """One column of texts from a file of any of these formats.
+def read_texts(path: Path, column: str, form: TextFormat | None = None) -> tuple[list[str], tuple[str, ...]]:
+    """One column of texts from a file of any of these formats, and notes on how the file is read.
 
     Raises:
         FtError: the file cannot be read, has no such column, or there is something else in it.
+        UsageError: `form` names a delimiter or an encoding that does not exist.
     """
-    return _texts(_read(path, [column]), column, path)
+    table = _read(path, [column], form or TextFormat())
+    (place,) = _places(table, {column: "--text-column"})
+    return _texts(table, place, column), table.notes
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def _labels(table: Table, place: int, column: str) -> list[str | int | None]:
+    """The labels as words or whole numbers, None where there is none."""
+    labels: list[str | int | None] = []
+    for row, value in enumerate(_values(table, place)):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            labels.append(None)
+        elif isinstance(value, str):
+            labels.append(value.strip() or None)
+        elif isinstance(value, bool):  # which is an int to Python
+            labels.append(str(value))
+        elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            labels.append(int(value))
+        else:
+            raise FtError(
+                f"the {column} in {table.where([row])} is {_shown(value)}, it must be a whole number or a word"
+            )
+    return labels
 
 
 def _numbered(
-    split: str, answers: Sequence[str | int], given: Sequence[str] | None, told: Sequence[str] | None, column: str
+    tables: Sequence[Table],
+    answers: Sequence[Sequence[str | int]],
+    given: Sequence[str] | None,
+    told: Sequence[str] | None,
+    column: str,
+    remedy: str,
 ) -> tuple[list[int], tuple[str, ...] | None]:
     """Labels as numbers, and their names where they were words.
 
     Whole numbers are words too where all of them are among the names `given`, such as stars from 1 to 5. Where the
     files have `told` names for the numbers 0, 1, ... themselves, numbers are these.
     """
-    words = [str(answer).strip() for answer in answers]
-    if "" in words:
-        raise FtError(f"the {column} in row {words.index('')} of the {split} split is empty; fill it or leave it out")
-    in_names = given is not None and told is None and set(words) <= set(given)
-    are_numbers = (isinstance(answer, int) or WHOLE_NUMBER.fullmatch(answer.strip()) for answer in answers)
-    if not in_names and all(are_numbers):
-        return [int(answer) for answer in answers], None
-    if not in_names and any(isinstance(answer, int) for answer in answers):
-        raise FtError(f"the column {column!r} of the {split} split holds numbers in one file and words in another")
+    labels = [label for part in answers for label in part]
+    number_of = {label: _whole_number(label) for label in set(labels)}
+    numbers = [number_of[label] or 0 for label in labels]
+    are_numbers = None not in number_of.values()
+    words = list(map(str, labels))
+    if are_numbers and not (given and set(words) <= set(given)):
+        words = list(map(str, numbers))
+    if are_numbers and (given is None or told is not None or not set(words) <= set(given)):
+        return numbers, None
     names = tuple(given) if given is not None else tuple(sorted(set(words)))
-    number = {name: i for i, name in enumerate(names)}
-    for row, word in enumerate(words):
-        if word not in number:
-            raise FtError(
-                f"the {column} in row {row} of the {split} split is {_shown(word)}, the labels are {listed(names)}; "
-                "correct the data, or name all labels by --label-names"
-            )
-    return [number[word] for word in words], names
+    if any(isinstance(label, int) for label in labels) and not set(words) <= set(given or ()):
+        raise FtError(f"the column {column!r} holds numbers and words ({', '.join(str(t.path) for t in tables)})")
+    place_of = {name: number for number, name in enumerate(names)}
+    row = next((row for row, word in enumerate(words) if word not in place_of), None)
+    if row is not None:
+        for table, part in zip(tables, answers, strict=True):
+            if row < len(part):
+                place = table.where([row])
+                raise FtError(
+                    f"the {column} in {place} is {_shown(words[row])}, the labels are {listed(names)}; {remedy}"
+                )
+            row -= len(part)
+    return [place_of[word] for word in words], names
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:60] + "...")
+def _whole_number(label: str | int) -> int | None:
+    """The number that a label is or spells, be it as 1 or as 1.0."""
+    if isinstance(label, int):
+        return label
+    spelled = found[1] if (found := WHOLE_FLOAT.fullmatch(label)) else label
+    return int(spelled) if WHOLE_NUMBER.fullmatch(spelled) else None
+
+
+def _names_in_metadata(table: Table, place: int) -> tuple[str, ...] | None:
+    """The names of a column's classes, which the `datasets` library keeps as JSON in a file's metadata."""
+    try:
+        features = json.loads((table.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[table.names[place]]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+# --- columns and values -----------------------------------------------------------------------------------------------
+
+
+def _places(table: Table, flags: dict[str, str]) -> list[int]:
+    """The numbers of the columns whose names are the keys of `flags`, with or without blanks around them.
+
+    Raises:
+        NoLabelsError: there is a column of texts and none of answers.
+        FtError: a column is absent, or there are several of its name.
+    """
+    stripped = [name.strip() for name in table.names]
+    found = {}
+    for name in flags:
+        names = list(table.names) if name in table.names else stripped
+        if names.count(name) > 1:
+            raise FtError(f"{table.path} has several columns {name!r}: rename all but one")
+        if name in names:
+            found[name] = names.index(name)
+    absent = [name for name in flags if name not in found]
+    if absent:
+        message = f"{table.path} has no column {absent[0]!r}; its columns are {listed(table.names)}: "
+        error = NoLabelsError if absent == list(flags)[1:] else FtError
+        raise error(message + _advice_on_columns(table, {name: flags[name] for name in absent}, set(found.values())))
+    return list(found.values())
+
+
+def _advice_on_columns(table: Table, absent: dict[str, str], found: set[int]) -> str:
+    """The flags that name the columns meant, where just one column looks like text and one like labels."""
+    texts, labels = [], []
+    for place in range(len(table.names)):
+        values = [value for value in _values(table, place)[:SAMPLE] if value not in (None, "")]
+        words = [str(value) for value in values if isinstance(value, str | int)]
+        if place in found or not values or len(words) < len(values):
+            continue
+        if sum(len(word.split()) for word in words) >= 3 * len(words):
+            texts.append(table.names[place])
+        elif 2 <= len(set(words)) <= min(MOST_LABELS, len(words) - 1) and not any(map(FRACTION.fullmatch, words)):
+            labels.append(table.names[place])
+    meant = {flag: labels if flag == "--label-column" else texts for flag in absent.values()}
+    if all(len(names) == 1 for names in meant.values()):
+        return "try " + " ".join(f"{flag} {shlex.quote(names[0])}" for flag, names in meant.items())
+    if any(len(name.split()) > 4 for name in table.names):
+        return "its first line must name the columns, as in text,label"
+    if "--text-column" in absent.values() and len(absent) == 1 and not found:
+        return "name one by --text-column"
+    return "name them by --text-column and --label-column, or --prompt-column and --completion-column"
+
+
+def _values(table: Table, place: int) -> Sequence[Any]:
+    """The values of a column.
+
+    Raises:
+        FtError: they are damaged, or more than memory holds.
+    """
+    import pyarrow as pa
+
+    try:
+        return table.column(place)
+    except MemoryError as error:
+        raise FtError(
+            f"cannot read the column {table.names[place]!r} of {table.path}: it needs more memory than there is; split "
+            "the file into several"
+        ) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise FtError(f"cannot read {table.path}: {_first_line(error)}") from error
+
+
+def _texts(table: Table, place: int, column: str) -> list[str]:
+    values = _values(table, place)
+    _refuse_missing(table, values, column)
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise FtError(f"the {column} in {table.where([row])} is {_shown(value)}, it must be text")
+        if not value.isascii():
+            require_utf8(value, f"the {column} in {table.where([row])}")
+    return list(values)
+
+
+def _refuse_missing(table: Table, values: Sequence[Any], column: str) -> None:
+    rows = [row for row, value in enumerate(values) if value is None]
+    if rows:
+        raise FtError(
+            f"the {column} in {table.where(rows)} is empty; fill it or leave the row{'s' * (len(rows) > 1)} out"
+        )
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    shown = text if len(text) <= 60 else text[:60] + "..."
+    return repr(shown) if isinstance(value, str) else shown
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
@@ -112,124 +292,32 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(printable(name[:60]) for name in names[:most]) + more
 
 
-def _read(path: Path, wanted: Sequence[str]) -> "pa.Table":
-    """The columns wanted of a file, whatever its format.
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
+    """The table in a file, whatever its format.
 
     Raises:
-        FtError: the file cannot be read, or lacks a column.
+        FtError: the file cannot be read.
     """
     import pyarrow as pa  # here, since a tenth of a second of start-up is spent only where a table is read
 
     kind = (suffix_of(path.name) or ".parquet").removesuffix(".gz").removeprefix(".")
-    readers: dict[str, Callable[[Path, Sequence[str]], pa.Table]] = {
-        "parquet": _read_parquet,
-        "csv": _read_csv,
-        "tsv": _read_csv,
-        "jsonl": _read_jsonl,
-    }
     try:
-        return readers[kind](path, wanted)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        remedy = "; save it as UTF-8" if "utf8" in reason.lower() else ""
-        raise FtError(f"cannot read {path} as {kind}: {reason}{remedy}") from error
+        match kind:
+            case "csv" | "tsv":
+                return read_csv_table(path, wanted, form)
+            case "json" | "jsonl" | "ndjson":
+                return read_json_table(path, wanted, form)
+            case "arrow":
+                return read_arrow_table(path)
+        return read_parquet_table(path)
+    except MemoryError as error:
+        raise FtError(f"cannot read {path}: it needs more memory than there is; split it into several") from error
+    except (OSError, pa.ArrowException) as error:
+        raise FtError(f"cannot read {path} as {kind}: {_first_line(error)}") from error
 
 
-def _require(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
-    absent = [column for column in wanted if column not in present]
-    if absent:
-        raise FtError(
-            f"{path} has no column {absent[0]!r}; its columns are {listed(present)}: name them by --text-column and "
-            "--label-column, or --prompt-column and --completion-column"
-        )
-    twice = [column for column in wanted if list(present).count(column) > 1]
-    if twice:
-        raise FtError(f"{path} has several columns {twice[0]!r}: rename all but one")
-
-
-def _read_parquet(path: Path, wanted: Sequence[str]) -> "pa.Table":
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)  # not read_table(), which imports pandas where there is one
-    _require(path, wanted, file.schema_arrow.names)
-    return file.read(columns=list(wanted))
-
-
-def _read_csv(path: Path, wanted: Sequence[str]) -> "pa.Table":
-    """Every value as the text that it is: a review of "2001" is no number, and one of "NA" is not null."""
-    import pyarrow as pa
-    from pyarrow import csv
-
-    parse = csv.ParseOptions(delimiter="\t" if ".tsv" in path.suffixes else ",", newlines_in_values=True)
-    read = csv.ReadOptions(block_size=LARGEST_ROW)
-    if path.stat().st_size == 0:
-        raise FtError(f"{path} is empty: its first line must name the columns")
-    with csv.open_csv(path, read_options=read, parse_options=parse) as reader:
-        _require(path, wanted, reader.schema.names)
-    convert = csv.ConvertOptions(
-        include_columns=list(wanted), column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
-    )
-    return csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
-
-
-def _read_jsonl(path: Path, wanted: Sequence[str]) -> "pa.Table":
-    """Text columns as text, where PyArrow by itself would take some for times; labels as text or whole numbers."""
-    import pyarrow as pa
-    from pyarrow import json as arrow_json
-
-    read = arrow_json.ReadOptions(block_size=LARGEST_ROW)
-    inferred = arrow_json.read_json(path, read_options=read).schema
-    _require(path, wanted, inferred.names)
-    as_text = [(name, pa.string()) for name in wanted if not pa.types.is_integer(inferred.field(name).type)]
-    parse = arrow_json.ParseOptions(explicit_schema=pa.schema(as_text))
-    return arrow_json.read_json(path, read_options=read, parse_options=parse).select(list(wanted))
-
-
-def _is_text(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _texts(table: "pa.Table", column: str, path: Path) -> list[str]:
-    import pyarrow as pa
-
-    kind = table.schema.field(column).type
-    if not _is_text(kind):
-        raise FtError(f"the column {column!r} of {path} holds {kind}, it must hold text")
-    _refuse_nulls(table, column, path)
-    texts = []
-    values = table[column].cast(pa.large_string()) if pa.types.is_dictionary(kind) else table[column]
-    for row, text in enumerate(values.cast(pa.large_binary()).to_pylist()):
-        try:
-            texts.append(text.decode())
-        except UnicodeDecodeError as error:
-            raise FtError(f"the {column} in row {row} of {path} is not UTF-8: {error.reason}") from error
-    return texts
-
-
-def _whole_numbers(table: "pa.Table", column: str, path: Path) -> list[int]:
-    import pyarrow as pa
-
-    kind = table.schema.field(column).type
-    if not pa.types.is_integer(kind):
-        raise FtError(f"the column {column!r} of {path} holds {kind}, it must hold whole numbers or words")
-    _refuse_nulls(table, column, path)
-    return list(table[column].to_pylist())
-
-
-def _refuse_nulls(table: "pa.Table", column: str, path: Path) -> None:
-    if table[column].null_count:
-        row = table[column].is_null().to_pylist().index(True)
-        raise FtError(f"the {column} in row {row} of {path} is null; fill it or leave the row out")
-
-
-def _names_in_metadata(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
-    """The names of a column's classes, which the `datasets` library keeps as JSON in a parquet file's metadata."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[column]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

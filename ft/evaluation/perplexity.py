@@ -102,7 +102,7 @@ def _read_dataset(name: str) -> str:
         (paths,) = dataset_files(folder, part=part or None, first_of=("test", "validation", "train")).values()
         text = ""
         for path in paths:
-            text += "".join(f"{row}\n\n" for row in read_texts(path, "text"))
+            text += "".join(f"{row}\n\n" for row in read_texts(path, "text")[0])
             if len(text) > MOST_CHARACTERS:
                 break
         return text

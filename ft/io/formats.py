@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 
 # How files begin. What comes in their place is nothing at all, a Git LFS pointer, or a web page.
-FIRST_BYTES = {".json": rb"\s*\{", ".parquet": rb"PAR1", ".safetensors": rb"(?s:.{8})\{", ".gz": rb"\x1f\x8b"}
+FIRST_BYTES = {
+    ".json": rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff\0)?\s*[\[{]",
+    ".parquet": rb"PAR1",
+    ".safetensors": rb"(?s:.{8})\{",
+    ".gz": rb"\x1f\x8b",
+}
 
 
 def check_first_bytes(path: Path) -> None:
@@ -22,14 +27,15 @@ def check_first_bytes(path: Path) -> None:
         beginning = file.read(100)
     if beginning.startswith(b"version https://git-lfs"):
         raise FtError(f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder.")
-    if not re.match(FIRST_BYTES.get(path.suffix, rb"(?!\s*(?i:<!doctype|<html))"), beginning):
+    if not re.match(FIRST_BYTES.get(path.suffix.lower(), rb"(?!\s*(?i:<!doctype|<html))"), beginning):
         kind = path.suffix.lstrip(".")
         raise FtError(f"{path} is no {kind} file, it begins with {beginning[:20]!r}: put the real one there.")
 
 
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES))
 
 
 def suffix_of(name: str) -> str | None:
     """The suffix by which a file's format is known; None for a format that is not read."""
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)

@@ -1,5 +1,6 @@
 """`predict` and `evaluate` on finished runs, from the command line and from Python."""
 
+import csv
 import io
 import json
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -173,6 +175,8 @@ class Terminal(Pipe):
         (["{run}", "--file", "absent.txt"], 1, "cannot read absent.txt: No such file"),
         (["{run}", "--file", "/dev/null"], 1, "/dev/null has no lines"),
         (["{run}", "--file", "{latin}"], 1, "is not UTF-8"),
+        (["{run}", "--file", "{latin}", "--encoding", "latein"], 2, "--encoding is 'latein', it must be an encoding"),
+        (["{run}", "a", "--output", "x.txt"], 2, "--output is 'x.txt', it must end in .csv or .jsonl"),
         (["./absent", "a"], 1, "./absent"),
         (["{run}s", "a"], 1, "there is no run "),
         (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a folder"),
@@ -191,6 +195,51 @@ def test_mistakes_are_told_in_one_line(finished, inputs, tmp_path, monkeypatch, 
     assert message in error
     assert "Traceback" not in error
     assert len(error.splitlines()) == 1
+
+
+def test_lines_end_where_files_end_them_and_nowhere_else(finished, tmp_path, capsys):
+    lines = ["one\u2028line", "one\x85line", "one\x0cline\x0b", "", "last"]
+    (tmp_path / "texts.txt").write_bytes("\r\n".join(lines[:3]).encode() + b"\n" + "\r".join(lines[3:]).encode())
+    assert main(["predict", str(finished), "--json", "--device", "cpu", "--file", str(tmp_path / "texts.txt")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [row["text"] for row in rows] == lines
+    assert [row["row"] for row in rows] == [0, 1, 2, 3, 4]
+    (tmp_path / "texts.txt").write_bytes("schön\n".encode("cp1252"))
+    arguments = ["predict", str(finished), "--json", "--device", "cpu", "--file", str(tmp_path / "texts.txt")]
+    assert main(arguments) == 1
+    assert "name its encoding, such as --encoding cp1252" in capsys.readouterr().err
+    assert main([*arguments, "--encoding", "cp1252"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "schön"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_tables_are_read_as_the_data_set_is(finished, tmp_path, capsys, suffix):
+    texts = ['he said "no" ,', "two\nlines", "a film", "", "NA"]
+    frame = pandas.DataFrame({"id": range(5), "body": texts, "label": ["pos"] * 5})
+    path = tmp_path / f"reviews{suffix}"
+    if suffix == ".parquet":
+        frame.to_parquet(path)
+    elif ".json" in suffix:
+        frame.to_json(path, orient="records", lines=suffix == ".jsonl")
+    else:
+        frame.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
+    arguments = ["predict", str(finished), "--device", "cpu", "--file", str(path)]
+    assert main(arguments) == 1
+    assert "has no column 'text'; its columns are id, body, label: name one by --text-column" in capsys.readouterr().err
+    expected = load(finished, device="cpu").predict(texts)
+    for output in ("answers.csv", "answers.jsonl"):
+        assert main([*arguments, "--text-column", "body", "--output", str(tmp_path / output)]) == 0
+        assert capsys.readouterr().out == ""
+    written = pandas.read_csv(tmp_path / "answers.csv", keep_default_na=False)
+    assert list(written.columns) == ["row", "text", "label", "probability_neg", "probability_pos"]
+    assert written["row"].tolist() == list(range(5))
+    assert written["text"].tolist() == texts
+    assert written["label"].tolist() == [each.label for each in expected]
+    assert written["probability_pos"].tolist() == pytest.approx([each.probabilities["pos"] for each in expected])
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert [(line["row"], line["text"], line["label"]) for line in lines] == [
+        (row, text, each.label) for row, (text, each) in enumerate(zip(texts, expected, strict=True))
+    ]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(finished, tmp_path):
@@ -268,7 +317,8 @@ def test_evaluate_prints_tables(finished, capsys):
         (["{run}x", "--dataset", "{two}"], 1, "there is no run "),
         (["{run}", "--split", "dev"], 2, "invalid choice: 'dev'"),
         (["{run}", "--mistakes", "-1"], 2, "--mistakes is -1"),
-        (["{run}", "--dataset", "{two}"], 1, "has no test split; it has train"),
+        (["{run}", "--dataset", "{two}", "--split", "test"], 1, "has no test split; it has train"),
+        (["{run}", "--dataset", "{two}"], 0, ""),
         (["{run}", "--label-names", "pos,neg,good"], 0, ""),
     ],
 )
@@ -329,21 +379,81 @@ def test_of_many_labels_the_frequent_confusions_are_shown(inputs, lettered, caps
         assert matrix[LETTERS.index(true)][LETTERS.index(said)] == int(count)
 
 
-def test_labels_in_another_order_are_refused_or_taken_by_name(finished, inputs, tmp_path, capsys):
+def test_labels_in_another_order_are_matched_by_name(finished, inputs, tmp_path, capsys):
     table = pq.read_table(Path(inputs[3]) / "validation.parquet").to_pydict()
     turned = [1 - label for label in table["label"]]
-    write_parquet(tmp_path / "train.parquet", table["text"], turned, names=("pos", "neg"))
     write_parquet(tmp_path / "test.parquet", table["text"], turned, names=("pos", "neg"))
-    arguments = ["evaluate", str(finished), "--dataset", str(tmp_path), "--device", "cpu", "--json"]
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert "the test split numbers its labels in the order pos, neg, the model in the order neg, pos" in error
-    assert main([*arguments, "--label-names", "pos,neg"]) == 0
+    arguments = ["evaluate", str(finished), "--device", "cpu", "--json", "--split"]
+    assert main([*arguments, "test", "--dataset", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu", "--json"]) == 0
+    assert main([*arguments, "validation"]) == 0
+    assert found == {**json.loads(capsys.readouterr().out), "split": "test"}
+    assert main([*arguments, "test", "--dataset", str(tmp_path), "--label-names", "neg,pos"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    write_parquet(tmp_path / "test.parquet", table["text"], turned, names=("good", "neg"))
+    assert main([*arguments, "test", "--dataset", str(tmp_path)]) == 1
+    assert "of the test split is 'good', the labels are neg, pos: correct the data" in capsys.readouterr().err
+    write_parquet(tmp_path / "test.parquet", table["text"], turned, names=("bad", "good"))
+    assert main([*arguments, "test", "--dataset", str(tmp_path)]) == 0
+    assert "the data call their labels bad, good, the model neg, pos: they are matched" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own(inputs, tmp_path):
+    """A data set of 12 rows of words: a file, and directories that hold nothing else but it."""
+    table = pq.read_table(Path(inputs[3]) / "validation.parquet").to_pydict()
+    rows = [(text, ("neg", "pos")[label]) for text, label in zip(table["text"], table["label"], strict=True)]
+    for name in ("train", "validation", "test"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+    return tmp_path
+
+
+def test_a_file_of_ones_own_is_judged_whole(finished, own, capsys):
+    arguments = ["evaluate", str(finished), "--device", "cpu", "--json"]
+    assert main([*arguments, "--split", "validation"]) == 0
     expected = json.loads(capsys.readouterr().out)
-    assert found["accuracy"] == expected["accuracy"]
-    assert found["confusion"] == [row[::-1] for row in expected["confusion"]][::-1]
+    for flags in ([], ["--split", "test"], ["--split", "train"]):
+        assert main([*arguments, "--dataset", str(own / "test" / "test.csv"), *flags]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found == {**expected, "split": flags[1] if flags else "test.csv"}
+    assert main([*arguments, "--dataset", str(own / "test" / "test.csv"), "--split", "all"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"test.csv": {**expected, "split": "test.csv"}}
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "train"])
+def test_a_directory_with_one_split_is_judged_by_it(finished, own, capsys, name):
+    assert main(["evaluate", str(finished), "--device", "cpu", "--json", "--dataset", str(own / name)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["split"], sum(map(sum, found["confusion"]))) == (name, 12)
+
+
+def test_all_splits_are_judged_and_no_other_is_read(finished, inputs, tmp_path, capsys):
+    arguments = ["evaluate", str(finished), "--device", "cpu", "--json"]
+    assert main([*arguments, "--split", "all"]) == 0
+    counts = {name: sum(map(sum, found["confusion"])) for name, found in json.loads(capsys.readouterr().out).items()}
+    assert counts == {"train": 77, "validation": 12, "test": 4}
+    assert main([*arguments[:-1], "--split", "all"]) == 0
+    assert len(re.findall(r"^(?:train|validation|test): \d+ texts", capsys.readouterr().out, re.MULTILINE)) == 3
+    shutil.copytree(inputs[3], tmp_path / "data")
+    for name in ("train", "validation"):
+        (tmp_path / "data" / f"{name}.parquet").write_bytes(b"PAR1 and nothing else")
+    assert main([*arguments, "--dataset", str(tmp_path / "data")]) == 0
+    assert json.loads(capsys.readouterr().out)["split"] == "test"
+    assert main([*arguments, "--dataset", str(tmp_path / "data"), "--split", "validation"]) == 1
+
+
+def test_a_split_without_labels_is_left_out(finished, inputs, tmp_path, capsys):
+    shutil.copytree(inputs[3], tmp_path / "data")
+    write_parquet(tmp_path / "data" / "test.parquet", ["a", "b"], [-1, -1])
+    arguments = ["evaluate", str(finished), "--device", "cpu", "--json", "--dataset", str(tmp_path / "data")]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["split"] == "validation"
+    assert "Note: the test split is left out: no row of the test split has a label" in err
+    assert main([*arguments, "--split", "test"]) == 1
+    assert "no row of the test split has a label" in capsys.readouterr().err
 
 
 def test_of_another_data_set_all_rows_are_read(finished, inputs, tmp_path, capsys):

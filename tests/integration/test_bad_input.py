@@ -104,7 +104,7 @@ DATA = [
     (
         "a word that is no label",
         lambda i: i.rows(texts(), ["pos", "neg"] * 4 + ["po", "neg"], "validation"),
-        "the label in row 8 of the validation split is 'po', the labels are neg, pos",
+        "validation.parquet is 'po', the labels are neg, pos",
     ),
     (
         "words to train on, numbers to validate",
@@ -124,9 +124,9 @@ DATA = [
         lambda i: i.rows(texts(), labels(), "validation", names=["pos", "neg"]),
         "'neg' is the label 0 in",
     ),
-    ("labels as fractions", lambda i: i.rows(texts(), [0.5] * 10), "holds double, it must hold whole numbers"),
-    ("texts as numbers", lambda i: i.rows(list(range(10)), labels()), "holds int64, it must hold text"),
-    ("texts as bytes", lambda i: i.rows([b"a"] * 10, labels()), "holds binary, it must hold text"),
+    ("labels as fractions", lambda i: i.rows(texts(), [0.5] * 10), "is 0.5, it must be a whole number or a word"),
+    ("texts as numbers", lambda i: i.rows(list(range(10)), labels()), "is 0, it must be text"),
+    ("texts as bytes", lambda i: i.rows([b"a"] * 10, labels()), "is b'a', it must be text"),
     ("text not UTF-8", lambda i: i.rows(binary(b"\xff"), labels(0)), "the text in row 0 of"),
     ("lone surrogate", lambda i: i.rows(binary(b"\xed\xa0\x80"), labels(0)), "is not UTF-8"),
     (
@@ -156,7 +156,7 @@ DATA = [
         lambda i: (i.rows(["a"], [1]), (i.data / "validation.parquet").unlink()),
         "no validation split",
     ),
-    ("no names", lambda i: i.rows(texts(), labels(), names=None), "--label-names"),
+    ("one label", lambda i: i.rows(texts(), [1] * 10, names=None), "at least two labels"),
     ("one name", lambda i: i.rows(texts(), [0] * 10, names=["neg"]), "at least two labels"),
     ("empty name", lambda i: i.rows(texts(), labels(), names=["neg", ""]), "the name of label 1 is empty"),
     ("same names", lambda i: i.rows(texts(), labels(), names=["pos", "pos"]), "begin with the same token"),
