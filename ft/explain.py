@@ -24,7 +24,7 @@ from ft.files import read_json
 from ft.freeze import freeze
 from ft.gpt2 import GPT2
 from ft.inputs import Data, model_config_of, read_data, with_demo_inputs
-from ft.machine import Precision, choose_device, choose_precision
+from ft.machine import Precision, choose_precision, use_device
 from ft.nonfinite import NonFiniteError
 from ft.optim import build_optimizer
 from ft.report import Report
@@ -67,7 +67,7 @@ def explain(config: Config, row: int | None) -> None:
 
 
 def _walk(config: Config, row: int | None) -> None:
-    device = choose_device(config.device)
+    device = use_device(config.device)
     precision = choose_precision(config.precision, device)
     files = hub.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
     tokenizer = read_tokenizer(files.tokenizer)

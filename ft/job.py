@@ -34,7 +34,7 @@ from ft.forgetting import WINDOWS_AT_ONCE, perplexity, read_general_text
 from ft.freeze import freeze, number_of_trained
 from ft.gpt2 import GPT2
 from ft.inputs import model_config_of, read_data, with_demo_inputs
-from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory, uncompiled
+from ft.machine import Precision, choose_precision, compile_blocks, keep_freed_memory, uncompiled, use_device
 from ft.model_card import Outcome, model_card
 from ft.optim import build_optimizer
 from ft.report import Report
@@ -55,9 +55,7 @@ def run_job(config: Config) -> None:
         FtError: something the user can mend is wrong; the message says what.
         Stopped: a signal asked to end; the run is saved.
     """
-    device = choose_device(config.device, local_rank() if number_of_processes() > 1 else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = use_device(config.device, local_rank() if number_of_processes() > 1 else None)
     precision = choose_precision(config.precision, device)
     if config.tensorboard:
         summary_writer()  # refuses now what it would refuse when the data are read

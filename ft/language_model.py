@@ -13,7 +13,7 @@ from ft.errors import FtError
 from ft.files import read_json
 from ft.generate import Generation
 from ft.gpt2 import GPT2, GPT2Config
-from ft.machine import choose_device
+from ft.machine import use_device
 from ft.sampling import Sampling
 from ft.tables import listed
 
@@ -57,13 +57,13 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
     Args:
         source: a run, whose finished model or else newest checkpoint is taken; a checkpoint; any folder or Hub id with
             config.json, tokenizer.json and model.safetensors of a GPT-2.
-        device: as for `--device`; the best present when left out.
+        device: as for `--device`; the best present when left out. A CUDA device becomes the current one.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         FtError: there is no such model, it is damaged, or its tokenizer is that of another.
     """
-    chosen_device = choose_device(device)
+    chosen_device = use_device(device)
     folder = _model_folder(Path(source))
     files = hub.model_files(str(folder or source), revision)
     published = read_json(files.config)
