@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 SOURCE = Path(__file__).with_suffix(".cpp")
 LIBRARY = "EMULATED_CUDA_LIBRARY"  # variables of the second pytest: the library that it loads,
 OUTCOMES = "EMULATED_CUDA_OUTCOMES"  # and the file for what became of each test
