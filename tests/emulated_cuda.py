@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +115,12 @@ class Note:
     numel: int = 0
 
 
+def summary(notes, *, by_line=True):
+    """How often each operation was noted, and by which line; kernels are left out unless there is nothing else."""
+    shown = [note for note in notes if note.kind != "kernel"] or notes
+    return Counter((note.kind, note.operation, note.where if by_line else "") for note in shown).most_common()
+
+
 def caller():
     """The innermost line of `ft` that is being executed."""
     frame = sys._getframe(1)
@@ -180,6 +187,7 @@ def make_gpu(monkeypatch):
     import torch
     from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.utils import _foreach_utils
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -210,17 +218,11 @@ def make_gpu(monkeypatch):
             super().__init__()
             self.notes = []
             self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+            self._lock = RLock()  # fake tensors do not expect threads
             self._pinned = {}  # storages in page-locked memory, kept so that no address is used twice
 
         def note(self, kind, operation, numel=0):
             self.notes.append(Note(kind, str(operation).removeprefix("aten."), caller(), numel))
-
-        def count(self, kind):
-            return sum(note.kind == kind for note in self.notes)
-
-        def of(self, *kinds):
-            """The notes of some kinds, counted by operation and line."""
-            return Counter((note.kind, note.operation, note.where) for note in self.notes if note.kind in kinds)
 
         def is_pinned(self, tensor):
             return tensor.untyped_storage().data_ptr() in self._pinned
@@ -230,6 +232,8 @@ def make_gpu(monkeypatch):
             return tensor
 
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function is torch.ops.prim.device.default:
+                return arguments[0].fake_device
             keywords = dict(keywords or {})
             if torch.is_inference_mode_enabled() and function.namespace == "aten" and function._can_decompose():
                 with self:  # without inference mode, autograd has done that
@@ -246,7 +250,8 @@ def make_gpu(monkeypatch):
             if not there and not goes_there:
                 result = function(*arguments, **keywords)
                 return self.pinned(result) if pin else result
-            return self._on_the_device(function, arguments, keywords, there, here)
+            with self._lock:
+                return self._on_the_device(function, arguments, keywords, there, here)
 
         def _on_the_device(self, function, arguments, keywords, there, here):
             if function is aten._local_scalar_dense.default:
@@ -318,8 +323,17 @@ def make_gpu(monkeypatch):
     }.items():
         monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda device: None, raising=False)
+    run = Thread.run
+
+    def run_on_the_device(thread):  # where a mode is active is a matter of each thread
+        with gpu:
+            run(thread)
+
+    monkeypatch.setattr(Thread, "run", run_on_the_device)
     # What `torch.tensor(..., device="cuda")` copies from must be seen here, and not be made on the device.
     torch._C._set_only_lift_cpu_tensors(True)
+    # PyTorch takes one kernel for many tensors only if it knows their class.
+    monkeypatch.setattr(_foreach_utils, "_foreach_supported_types", [torch.Tensor, FakeTensor])
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     monkeypatch.setattr(fake_tensor.FakeTensorMode, "avoid_device_init", True)
     return gpu
