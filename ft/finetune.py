@@ -31,7 +31,7 @@ from ft.config import NEWEST, Config, flag
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.data.load import read_data, with_demo_inputs
-from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim
+from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
 from ft.distributed.launch import local_rank, process_group, world_size
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError, printable
@@ -62,9 +62,7 @@ def fine_tune(config: Config) -> None:
         FtError: something the user can mend is wrong; the message says what.
         Stopped: a signal asked to end; the run is saved.
     """
-    device = choose_device(config.device, local_rank() if world_size() > 1 else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = use_device(config.device, local_rank() if world_size() > 1 else None)
     precision = choose_precision(config.precision, device)
     if config.tensorboard:
         summary_writer()  # refuses now what it would refuse when the data are read

@@ -4,6 +4,7 @@ The tests run from the repository's root without an installation, by `pytest` an
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from tests import emulated_cuda  # noqa: E402  (before anything that imports PyTorch)
+
+emulated_cuda.load()
 
 HUB = ROOT.parent / "shared" / "hub"
 
@@ -66,3 +71,38 @@ def inputs(demo_inputs, tmp_path_factory):
     for split, rows in (("train", 77), ("validation", 12), ("test", 4)):
         pq.write_table(pq.read_table(dataset / f"{split}.parquet").slice(0, rows), folder / f"{split}.parquet")
     return ["--model", str(tiny), "--dataset", str(folder), "--device", "cpu", "--learning-rate", "1e-3"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """An emulated CUDA device, in tests that are marked with `emulated_cuda`; nothing where they do not run."""
+    if emulated_cuda.LIBRARY not in os.environ:
+        yield None
+        return
+    with emulated_cuda.make_gpu(monkeypatch) as gpu:
+        yield gpu
+
+
+EMULATED = pytest.StashKey()
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Has a test that is marked with `emulated_cuda` run where there is such a device."""
+    if pyfuncitem.get_closest_marker("emulated_cuda") is None or emulated_cuda.LIBRARY in os.environ:
+        return None
+    session = pyfuncitem.session
+    if EMULATED not in session.stash:
+        folder = session.config.cache.mkdir("emulated_cuda")
+        session.stash[EMULATED] = emulated_cuda.run_marked_tests(session, folder)
+    outcome, reason, printed = session.stash[EMULATED][pyfuncitem.nodeid]
+    print(printed)
+    if outcome == "skipped":
+        pytest.skip(reason)
+    if outcome == "failed":
+        pytest.fail(reason, pytrace=False)
+    return True
+
+
+def pytest_runtest_logreport(report):
+    """Notes what became of a test, for the session that has started this one."""
+    emulated_cuda.note_outcome(report)

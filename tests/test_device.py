@@ -14,14 +14,14 @@ from ft.device import Precision, choose_device, choose_precision, disable_malloc
 from ft.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
-CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
 
 @pytest.fixture
 def pretend(monkeypatch):
     """Pretend that the machine has so many CUDA devices, MPS or not, and such a processor."""
 
-    def pretend(*, cuda=0, mps=False, bf16=True, cpuinfo=None):
+    def pretend(*, cuda=0, mps=False, bf16=True, cpuinfo=None, current=0):
         class FakePath:
             def __init__(self, path):
                 assert path == "/proc/cpuinfo"
@@ -37,6 +37,7 @@ def pretend(monkeypatch):
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -49,17 +50,23 @@ def pretend(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "mps", "best"), [(1, False, "cuda"), (2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")]
+    ("cuda", "mps", "best"), [(1, False, "cuda:0"), (2, True, "cuda:0"), (0, True, "mps"), (0, False, "cpu")]
 )
 def test_without_a_name_the_best_device_is_taken(pretend, cuda, mps, best):
     pretend(cuda=cuda, mps=mps)
     assert choose_device(None) == torch.device(best)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1", "mps"])
+@pytest.mark.parametrize("name", ["cpu", "cuda:0", "cuda:1", "mps"])
 def test_a_device_that_is_present_is_taken(pretend, name):
     pretend(cuda=2, mps=True)
     assert choose_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_cuda_without_a_number_is_the_current_device(pretend, name):
+    pretend(cuda=2, current=1)
+    assert choose_device(name) == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(

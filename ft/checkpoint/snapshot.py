@@ -62,7 +62,7 @@ def take_snapshot(
         config=model.config,
         weights=gather_tensors(weights, ranks, copied=trained if copy else ()),
         optimizer=gather_tensors(moments, ranks, copied=moments if copy else ()),
-        random_states=_random_states(ranks),
+        random_states=_random_states(model.wte.weight.device, ranks),
         state=replace(state),
         grad_scaler=scaler.state_dict(),
     )
@@ -104,7 +104,7 @@ def load_training_state(
             if not _fits(loss_scale, scaler.state_dict()):
                 raise problem
             scaler.load_state_dict(loss_scale)
-        _restore_random_states(dict(read_tensors([folder / RANDOM])), ranks)
+        _restore_random_states(dict(read_tensors([folder / RANDOM])), model.wte.weight.device, ranks)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise problem from error
     for field in fields(State):
@@ -152,13 +152,14 @@ def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Te
         local_shard(value).copy_(rows_here(saved, value, ranks))
 
 
-def _random_states(ranks: Ranks) -> dict[str, Tensor]:
-    """The states of all generators that a run draws from. Python's own and NumPy's are none of them."""
+def _random_states(device: torch.device, ranks: Ranks) -> dict[str, Tensor]:
+    """The states of the generators that a run on `device` draws from. Python's own and NumPy's are none of them.
+
+    A run on a CPU asks no other device: the question alone would create a context on a GPU.
+    """
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()  # of the current device: a process has one
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return {
         f"{name}{_ending(rank)}": each
         for name, state in states.items()
@@ -166,18 +167,17 @@ def _random_states(ranks: Ranks) -> dict[str, Tensor]:
     }
 
 
-def _restore_random_states(states: dict[str, Tensor], ranks: Ranks) -> None:
-    set_state = {"cpu": torch.set_rng_state}
-    if torch.cuda.is_available():
-        set_state["cuda"] = torch.cuda.set_rng_state
-    if torch.backends.mps.is_available():
-        set_state["mps"] = torch.mps.set_rng_state
+def _restore_random_states(states: dict[str, Tensor], device: torch.device, ranks: Ranks) -> None:
     if "cpu" not in states:
         raise KeyError("cpu")
-    for name, put in set_state.items():
-        saved = states.get(f"{name}{_ending(ranks.rank)}")
-        if saved is not None:
-            put(saved.clone())
+    for kind in {"cpu", device.type}:
+        saved = states.get(f"{kind}{_ending(ranks.rank)}")
+        if saved is None:
+            continue
+        if kind == "cpu":
+            torch.set_rng_state(saved.clone())
+        else:
+            torch.get_device_module(device).set_rng_state(saved.clone(), device)
 
 
 def _ending(rank: int) -> str:

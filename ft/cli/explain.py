@@ -21,7 +21,7 @@ from ft.config import Config, flag
 from ft.data.batches import IGNORED, Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
-from ft.device import Precision, choose_device, choose_precision
+from ft.device import Precision, choose_precision, use_device
 from ft.errors import FtError, UsageError, printable, shown
 from ft.model import pretrained
 from ft.model.freeze import freeze
@@ -70,7 +70,7 @@ def explain(config: Config, row: int | None) -> None:
 
 
 def _walk(config: Config, row: int | None) -> None:
-    device = choose_device(config.device)
+    device = use_device(config.device)
     precision = choose_precision(config.precision, device)
     files = pretrained.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
     described = read_description(files)
@@ -134,7 +134,7 @@ def _walk(config: Config, row: int | None) -> None:
     read = [number for numbers in window for number in numbers]
     first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
     own = slice(first, first + len(target_ids))  # this review's among the targets of the step
-    batches = [collate([examples[number] for number in numbers]).to(device) for numbers in window]
+    batches = [collate([examples[number] for number in numbers]) for numbers in window]
     embedding = model.wte.weight[target].detach().clone()
     before = _logits(model, batches, precision)
     figures = _one_step(model, examples, config, step, precision)
@@ -227,10 +227,11 @@ def _one_step(
 
 @torch.inference_mode()
 def _logits(model: GPT2, batches: Sequence[Batch], precision: Precision) -> Tensor:
-    """(S, V): what the model says where there is a target, without dropout."""
+    """(S, V) on the CPU: what the model says where there is a target, without dropout."""
     model.eval()
+    there = (batch.to(precision.device) for batch in batches)
     with precision.autocast():
-        return torch.cat([model(batch.input_ids, batch.packing, batch.selection).float() for batch in batches])
+        return torch.cat([model(batch.input_ids, batch.packing, batch.selection).float().cpu() for batch in there])
 
 
 # --- how it is shown --------------------------------------------------------------------------------------------------

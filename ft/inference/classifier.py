@@ -87,7 +87,7 @@ def load(
     Args:
         source: a run, whose finished model or else newest checkpoint is taken; a checkpoint; any folder or Hub id with
             config.json, tokenizer.json and model.safetensors of a GPT-2.
-        device: as for `--device`; the best present when left out.
+        device: as for `--device`; the best present when left out. A CUDA device becomes the current one.
         label_names: the words of the labels, where the model's config.json does not tell.
         max_length: tokens per text; that of the run when left out, and where there is no run the recipe's 32.
         revision: branch, tag or commit on the Hub.

@@ -12,6 +12,7 @@ from ft.inference.sampling import Sampling
 from ft.model.gpt2 import GPT2, Linear
 from ft.model.matmul import laid_out_for_one_row
 from ft.model.packing import Selection
+from ft.model.transfer import send
 
 
 class Generation:
@@ -71,7 +72,7 @@ class Generation:
         room = min(length - 1 + self._max_new_tokens, model.config.n_positions)
         rows = Continuation.of_prompt(length, room, device)
         input_ids = torch.tensor(self.prompt_ids, device=device)
-        logits = model(input_ids, rows, Selection.last([length], [1]).to(device))  # (1, V), of the last row only
+        logits = model(input_ids, rows, send(Selection.last([length], [1]), device))  # (1, V), of the last row only
         while (token := self._sampling.choose(logits[0], generator)) != self._end_of_text:
             self.token_ids.append(token)
             yield token

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from ft.checkpoint.model_folder import read_description
 from ft.checkpoint.store import checkpoints, is_checkpoint, verify_checkpoint
 from ft.data.tables import listed
-from ft.device import choose_device
+from ft.device import use_device
 from ft.errors import FtError
 from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
@@ -58,13 +58,13 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
     Args:
         source: a run, whose finished model or else newest checkpoint is taken; a checkpoint; any folder or Hub id with
             config.json, tokenizer.json and model.safetensors of a GPT-2.
-        device: as for `--device`; the best present when left out.
+        device: as for `--device`; the best present when left out. A CUDA device becomes the current one.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         FtError: there is no such model, it is damaged, or its tokenizer is that of another.
     """
-    chosen_device = choose_device(device)
+    chosen_device = use_device(device)
     source = expand_home(str(source))
     folder = _model_folder(Path(source))
     files = pretrained.model_files(str(folder or source), revision)

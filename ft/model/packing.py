@@ -18,16 +18,6 @@ import torch
 from torch import Tensor
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`; the copy to a GPU neither waits for the work queued there nor makes it wait.
-
-    Only page-locked memory can be copied while both sides go on working.
-    """
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 @dataclass(frozen=True)
 class Packing:
     """Where each of N packed rows belongs in the padded (B, T) grid.
@@ -69,14 +59,6 @@ class Packing:
         """
         return keys, values
 
-    def to(self, device: torch.device) -> "Packing":
-        """The same packing with its index arrays on `device`."""
-        return Packing(
-            shape=self.shape,
-            positions=to_device(self.positions, device),
-            slots=to_device(self.slots, device),
-        )
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -110,11 +92,3 @@ class Selection:
         positions = packing.unpack(flat_positions.unsqueeze(-1))  # (B, Q, 1); 0 in padded places
         mask = torch.arange(max_length) <= positions  # (B, Q, T); a padded query sees key 0, so no row is all masked
         return cls(rows=torch.tensor(rows), packing=packing, mask=mask.unsqueeze(1))
-
-    def to(self, device: torch.device) -> "Selection":
-        """The same selection with its index arrays on `device`."""
-        return Selection(
-            rows=to_device(self.rows, device),
-            packing=self.packing.to(device),
-            mask=to_device(self.mask, device),
-        )
