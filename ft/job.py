@@ -121,6 +121,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     model.activation_checkpointing = config.activation_checkpointing
     compile_blocks(model.h, config.compile, device)
     parallel = ranks.parallel(model, device, shard=config.shard, bf16_gradients=config.bf16_gradients)
+    # Compiled blocks cast within their kernels, and sharded weights are not here as a whole: both stay on autocast.
+    if precision.name != "fp32" and config.compile == "none" and not config.shard:
+        model.keep_half_weights(precision.dtype)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     scaler = precision.grad_scaler()
     torch.manual_seed(config.seed + ranks.rank)  # as no two processes should drop the same

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ft.distributed import own_part, whole
+from ft.half_weights import HalfWeights
 
 
 class AdamW:
@@ -31,11 +32,13 @@ class AdamW:
         found_inf: a scalar tensor that is 1 to skip the next step; absent for 0. `torch.amp.GradScaler` sets this one
             and `grad_scale`, and deletes both afterwards.
         skip: the same as `found_inf`, set by others.
+        half_weights: copies of weights in half precision, which each step writes anew; None where there are none.
     """
 
     grad_scale: Tensor
     found_inf: Tensor
     skip: Tensor | None = None
+    half_weights: HalfWeights | None = None
     _step_supports_amp_scaling = True  # tells GradScaler to hand over its scale rather than make a pass of its own
 
     def __init__(
@@ -86,6 +89,8 @@ class AdamW:
             )
             if found_inf is not None:
                 torch._foreach_sub_(steps, [found_inf] * len(steps))  # a skipped step is none
+        if self.half_weights is not None:
+            self.half_weights.refresh()
 
     def zero_grad(self) -> None:
         """Free all gradients; the next backward pass makes new ones."""
@@ -107,7 +112,9 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
         if parameter.requires_grad:
             (decayed if is_matrix else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW(groups, learning_rate)
+    optimizer = AdamW(groups, learning_rate)
+    optimizer.half_weights = getattr(model, "half_weights", None)
+    return optimizer
 
 
 def learning_rate_at(
