@@ -47,6 +47,7 @@ from ft.model.gpt2 import GPT2
 from ft.model.pretrained import model_config_of
 from ft.report.console import closing, count_parameters, opening, three_completions, three_predictions
 from ft.report.model_card import Outcome, model_card
+from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import train
 from ft.train.metrics import Report
 from ft.train.optim import build_optimizer
@@ -66,6 +67,8 @@ def fine_tune(config: Config) -> None:
     device = choose_device(config.device, local_rank() if world_size() > 1 else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if config.cuda_graphs:
+        require_cuda(device)
     precision = choose_precision(config.precision, device)
     if config.tensorboard:
         summary_writer()  # refuses now what it would refuse when the data are read
@@ -319,6 +322,6 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
 
 def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:
     """Packed batches, or padded ones where shapes must not change."""
-    if not config.static_shapes and config.compile == "none":
+    if not (config.static_shapes or config.cuda_graphs) and config.compile == "none":
         return collate
     return partial(collate_padded, batch_size=config.batch_size, max_length=config.max_length)

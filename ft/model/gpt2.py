@@ -108,11 +108,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
-        self.half: tuple[Tensor, Tensor] | None = None  # what `HalfWeights` puts in place of the two
+        self.half_copies: tuple[Tensor, Tensor] | None = None  # what `HalfWeights` puts in place of the two
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """W (in, out) and b (out,), in the dtype to multiply in."""
-        return self.half or (self.weight, self.bias)
+        return self.half_copies or (self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""

@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 
 
 class Layer(Protocol):
-    """A layer that multiplies by `half`, a weight and a bias, in place of its own where `half` is not None."""
+    """A layer that multiplies by `half_copies`, a weight and a bias, in place of its own where they are not None."""
 
     weight: nn.Parameter
     bias: nn.Parameter
-    half: tuple[Tensor, Tensor] | None
+    half_copies: tuple[Tensor, Tensor] | None
 
 
 class HalfWeights:
@@ -62,11 +62,11 @@ class HalfWeights:
         copies = self._differentiable(block)
         try:
             for layer, weight, bias in zip(self._layers[block], copies[::2], copies[1::2], strict=True):
-                layer.half = weight, bias
+                layer.half_copies = weight, bias
             return block(*inputs)
         finally:
             for layer in self._layers[block]:
-                layer.half = None
+                layer.half_copies = None
 
     def _differentiable(self, block: nn.Module) -> list[Tensor]:
         """The copies of a block, those of trained weights connected with them for the backward pass."""

@@ -24,7 +24,7 @@ class AdamW:
     directly because constructing PyTorch's class imports PyTorch's compiler, which takes more than a second.
 
     Attributes:
-        learning_rate: lr of the next step.
+        learning_rate: lr of the next step; in a CUDA graph a scalar tensor of float32, whose value may change.
         param_groups: the weights as lists under `params`, each with its `weight_decay`.
         state: for each weight its two moments and its number of steps, as tensors.
         grad_scale: what the next step divides all gradients by, a scalar tensor; absent for 1.
@@ -47,7 +47,8 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self.param_groups, self.learning_rate, self.betas, self.eps = param_groups, learning_rate, betas, eps
+        self.param_groups, self.betas, self.eps = param_groups, betas, eps
+        self.learning_rate: float | Tensor = learning_rate
         self.state = {
             weight: {
                 "step": torch.zeros((), device=weight.device),
