@@ -1,6 +1,6 @@
 """The product's own training step under a clock: what the benchmarks of its time and memory share.
 
-Everything is in fp32, which the job takes by itself on a processor without bf16 matrix instructions.
+Everything is in fp32, which the job takes by itself on a processor without AMX.
 """
 
 import random

@@ -180,6 +180,8 @@ class Config:
     """compile the blocks with torch.compile, which takes minutes at the start; reduce-overhead: as CUDA graphs"""
     static_shapes: bool = False
     """pad every training batch to the same shape, --batch-size reviews of --max-length tokens; --compile implies it"""
+    cuda_graphs: bool = False
+    """record the whole training step as one CUDA graph and replay it, where a GPU waits for Python; pads batches too"""
     release_memory: bool = False
     """hand freed memory back to the system in every step: a smaller process on Linux CPUs, and a slower one"""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
@@ -337,9 +339,19 @@ def _problems(config: Config) -> list[str]:
         problems.append("--shard works neither with --compile nor with --precision fp16: leave that out, or take bf16")
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
-    if config.completion_column is not None and (config.static_shapes or config.compile != "none"):
+    excluded = {
+        "--compile": config.compile != "none",
+        "--shard": config.shard,
+        "--activation-checkpointing": config.activation_checkpointing != "none",
+        f"{config.processes} processes": config.processes > 1,
+    }
+    if config.cuda_graphs and any(excluded.values()):
+        given = " and ".join(name for name, is_given in excluded.items() if is_given)
+        problems.append(f"--cuda-graphs does not work with {given}: leave one out")
+    has_static_shapes = config.static_shapes or config.cuda_graphs or config.compile != "none"
+    if config.completion_column is not None and has_static_shapes:
         problems.append(
-            "--compile and --static-shapes need one target per row, which completions have not: leave them out, or "
-            "train on labels"
+            "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
+            "them out, or train on labels"
         )
     return problems

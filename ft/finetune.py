@@ -46,6 +46,7 @@ from ft.model.gpt2 import GPT2
 from ft.model.pretrained import model_config_of
 from ft.report.console import closing, count_parameters, opening, three_completions, three_predictions
 from ft.report.model_card import Outcome, model_card
+from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import train
 from ft.train.metrics import Report
 from ft.train.optim import build_optimizer
@@ -63,6 +64,8 @@ def fine_tune(config: Config) -> None:
         Stopped: a signal asked to end; the run is saved.
     """
     device = use_device(config.device, local_rank() if world_size() > 1 else None)
+    if config.cuda_graphs:
+        require_cuda(device)
     precision = choose_precision(config.precision, device)
     if config.tensorboard:
         summary_writer()  # refuses now what it would refuse when the data are read
@@ -128,6 +131,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     model.activation_checkpointing = config.activation_checkpointing
     compile_blocks(model.h, config.compile, device)
     parallel = ranks.parallel(model, device, shard=config.shard, bf16_gradients=config.bf16_gradients)
+    # Compiled blocks cast within their kernels, and sharded weights are not here as a whole: both stay on autocast.
+    if precision.name != "fp32" and config.compile == "none" and not config.shard:
+        model.keep_half_weights(precision.dtype)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     scaler = precision.grad_scaler()
     torch.manual_seed(config.seed + ranks.rank)  # as no two processes should drop the same
@@ -315,6 +321,6 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
 
 def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:
     """Packed batches, or padded ones where shapes must not change."""
-    if not config.static_shapes and config.compile == "none":
+    if not (config.static_shapes or config.cuda_graphs) and config.compile == "none":
         return collate
     return partial(collate_padded, batch_size=config.batch_size, max_length=config.max_length)

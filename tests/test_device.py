@@ -100,6 +100,8 @@ def test_a_device_that_is_absent_or_unknown_is_refused_by_its_flag(pretend, name
 
 # --- the number format ------------------------------------------------------------------------------------------------
 
+HAS_AMX = "this processor has AMX, which multiplies bf16 matrices"
+NO_AMX = "bf16 is taken on processors with AMX (amx_bf16), and none is found here"
 AMX = "processor : 0\nflags : fpu avx512f avx512_bf16 amx_bf16 amx_tile\n"
 AVX512 = "processor : 0\nflags : fpu avx512f avx512_bf16\n"
 
@@ -111,11 +113,11 @@ AVX512 = "processor : 0\nflags : fpu avx512f avx512_bf16\n"
         (CUDA, {"cuda": 1, "bf16": False}, "fp16", "this GPU computes fp16 but no bf16 in hardware"),
         (MPS, {"mps": True}, "fp32", "the format that MPS computes most reliably"),
         (MPS, {"mps": True, "cpuinfo": AMX}, "fp32", "the format that MPS computes most reliably"),
-        (CPU, {"cpuinfo": AMX}, "bf16", "this processor has bf16 matrix instructions"),
-        (CPU, {"cpuinfo": AVX512}, "fp32", "this processor has no bf16 matrix instructions"),
-        (CPU, {"cpuinfo": ""}, "fp32", "this processor has no bf16 matrix instructions"),
-        (CPU, {"cpuinfo": None}, "fp32", "this processor has no bf16 matrix instructions"),
-        (CPU, {"cpuinfo": AVX512, "cuda": 1}, "fp32", "this processor has no bf16 matrix instructions"),
+        (CPU, {"cpuinfo": AMX}, "bf16", HAS_AMX),
+        (CPU, {"cpuinfo": AVX512}, "fp32", NO_AMX),
+        (CPU, {"cpuinfo": ""}, "fp32", NO_AMX),
+        (CPU, {"cpuinfo": None}, "fp32", NO_AMX),
+        (CPU, {"cpuinfo": AVX512, "cuda": 1}, "fp32", NO_AMX),
     ],
 )
 def test_auto_takes_the_fastest_format_that_is_computed_in_hardware(pretend, device, machine_has, name, reason):

@@ -211,7 +211,7 @@ def _one_step(
             build_optimizer(model, config.learning_rate, config.weight_decay),
             precision.grad_scaler(),
             examples,
-            config,
+            replace(config, cuda_graphs=False),  # whose recording is for many steps, of one shape
             State(step=step),
             precision=precision,
             collate=collate,

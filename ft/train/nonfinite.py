@@ -14,6 +14,9 @@ class NonFiniteGuard:
 
     The optimiser itself skips the update, by a flag that lies on the device: nothing waits for the device here. What
     has happened is read by `check`, at once on a CPU, elsewhere whenever the loop reads something anyway.
+
+    All that `watch` keeps, the number of the step included, are tensors that it changes in place, as in a CUDA graph
+    numbers of Python's and new tensors would stay what they were when it was recorded.
     """
 
     def __init__(self, device: torch.device, state: State, limit: int) -> None:
@@ -21,22 +24,28 @@ class NonFiniteGuard:
         self._state, self._limit = state, limit
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._step = torch.full((), state.step, dtype=torch.int64, device=device)  # that `watch` sees next
 
     def watch(self, optimizer: AdamW, loss: Tensor, grad_norm: Tensor, *, scales_loss: bool) -> Tensor:
-        """Look at a step before its update. Returns the loss, 0 in place of one that is not finite.
+        """Look at the next step before its update. Returns the loss, 0 in place of one that is not finite.
 
         Where fp16 scales the loss, gradients that overflow are a matter of the scale, which is lowered until they fit.
-
-        Raises:
-            NonFiniteError: as `check` does, on a CPU.
         """
         finite = torch.isfinite(loss) if scales_loss else torch.isfinite(loss) & torch.isfinite(grad_norm)
         optimizer.skip = (~finite).float()
-        self._first = torch.where((self._first < 0) & ~finite, self._state.step, self._first)
+        self._first.copy_(torch.where((self._first < 0) & ~finite, self._step, self._first))
         self._count += ~finite
-        if not read_synchronizes(loss.device):
-            self.check()
+        self._step += 1
         return torch.where(finite, loss, 0.0)
+
+    def check_at_once(self) -> None:
+        """`check`, on a device on which that waits for nothing.
+
+        Raises:
+            NonFiniteError: as `check` does.
+        """
+        if not read_synchronizes(self._count.device):
+            self.check()
 
     def check(self) -> None:
         """Count the steps that were skipped since the last call.

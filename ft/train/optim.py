@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ft.distributed.sharding import full_tensor, local_shard
+from ft.model.half_weights import HalfWeights
 
 
 class AdamW:
@@ -23,18 +24,20 @@ class AdamW:
     directly because constructing PyTorch's class imports PyTorch's compiler, which takes more than a second.
 
     Attributes:
-        learning_rate: lr of the next step.
+        learning_rate: lr of the next step; in a CUDA graph a scalar tensor of float32, whose value may change.
         param_groups: the weights as lists under `params`, each with its `weight_decay`.
         state: for each weight its two moments and its number of steps, as tensors.
         grad_scale: what the next step divides all gradients by, a scalar tensor; absent for 1.
         found_inf: a scalar tensor that is 1 to skip the next step; absent for 0. `torch.amp.GradScaler` sets this one
             and `grad_scale`, and deletes both afterwards.
         skip: the same as `found_inf`, set by others.
+        half_weights: copies of weights in half precision, which each step writes anew; None where there are none.
     """
 
     grad_scale: Tensor
     found_inf: Tensor
     skip: Tensor | None = None
+    half_weights: HalfWeights | None = None
     _step_supports_amp_scaling = True  # tells GradScaler to hand over its scale rather than make a pass of its own
 
     def __init__(
@@ -44,7 +47,8 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self.param_groups, self.learning_rate, self.betas, self.eps = param_groups, learning_rate, betas, eps
+        self.param_groups, self.betas, self.eps = param_groups, betas, eps
+        self.learning_rate: float | Tensor = learning_rate
         self.state = {
             weight: {
                 "step": torch.zeros((), device=weight.device),
@@ -85,6 +89,8 @@ class AdamW:
             )
             if found_inf is not None:
                 torch._foreach_sub_(steps, [found_inf] * len(steps))  # a skipped step is none
+        if self.half_weights is not None:
+            self.half_weights.refresh()
 
     def zero_grad(self) -> None:
         """Free all gradients; the next backward pass makes new ones."""
@@ -106,7 +112,9 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
         if parameter.requires_grad:
             (decayed if is_matrix else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW(groups, learning_rate)
+    optimizer = AdamW(groups, learning_rate)
+    optimizer.half_weights = getattr(model, "half_weights", None)
+    return optimizer
 
 
 def clip_in_optimizer(optimizer: AdamW, max_norm: float, loss_scale: float | Tensor = 1.0) -> Tensor:

@@ -127,7 +127,8 @@ def test_nothing_is_read_from_the_device_until_it_is_checked(scales_loss, monkey
     optimizer.step()
     assert torch.equal(weight, after)
     state.step = 9  # the loop has gone on
-    with pytest.raises(NonFiniteError, match=re.escape("step 6 is not finite")):
+    first = 8 if scales_loss else 7  # the guard has watched three steps, after five
+    with pytest.raises(NonFiniteError, match=re.escape(f"step {first} is not finite")):
         guard.check()
 
 
