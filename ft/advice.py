@@ -1,16 +1,13 @@
 """What can go wrong in the middle of a run, turned into errors that say what helps."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from ft import checkpoint
 from ft.config import Config
 from ft.data import Split
-from ft.errors import FtError
+from ft.errors import FtError, is_out_of_memory
 from ft.nonfinite import NonFiniteError
 from ft.train import rows_of_step
 
@@ -47,8 +44,7 @@ def memory_advice(config: Config) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = re.search("out of memory|allocate memory", str(error))
-        if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+        if not is_out_of_memory(error):
             raise
         detail = str(error).partition("\n")[0]
         raise FtError(

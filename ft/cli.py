@@ -15,7 +15,7 @@ from typing import Any, Never
 
 from ft.command import CommandParser, unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
-from ft.errors import FtError, Stopped, UsageError
+from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of
 from ft.settings import checked, field_groups, field_help, parse_value, read_config_file, run_of
 
 EXAMPLES = """\
@@ -52,6 +52,9 @@ COMMANDS = {
 WITH_THE_JOBS_FLAGS = {
     "data": ("ft.describe", "describe"),
 }
+
+# What the commands beside the job, which has better advice, say when memory runs out.
+LESS_MEMORY = "shorter texts need less, and fewer at once (--max-length and --batch-size, where the command has them)"
 
 # Stands for a flag that was given without its value, so that this too is told together with everything else.
 _NO_VALUE = "\0no value"
@@ -122,6 +125,13 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except FtError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        remedy = "out of memory: " + LESS_MEMORY if is_out_of_memory(error) else remedy_of(error)
+        if remedy is None:
+            raise
+        detail = str(error).partition("\n")[0]
+        print(f"error: {remedy}" + (f" ({detail})" if detail else ""), file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read the output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at its end

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,7 +49,40 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
             raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds {present} CUDA devices here")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds no MPS device here")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        _refuse_without_kernels(device)
+        # From PyTorch 2.11 on cuDNN's attention is preferred on an H100 and later. It builds a plan for each shape, for
+        # which a run whose batches are as long as their longest example waits again and again. Left are flash and
+        # memory-efficient attention. For the whole process, as activation checkpointing calls attention again in the
+        # backward pass, outside of any context of the forward pass.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def _refuse_without_kernels(device: torch.device) -> None:
+    """Refuse a GPU for which PyTorch was not built: its first kernel would fail.
+
+    Code for `sm_XY` runs on later minor versions of the same major one; `compute_XY` is compiled when it is loaded, for
+    any later GPU.
+
+    Raises:
+        UsageError: the GPU's compute capability is not among those that PyTorch was built for.
+    """
+    built_for = torch.cuda.get_arch_list()
+    known = [found for arch in built_for if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch))]
+    if not known:  # ROCm names its GPUs otherwise
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    for kind, *numbers in (arch.groups() for arch in known):
+        its_major, its_minor = map(int, numbers)
+        if (its_major, its_minor) <= (major, minor) and (kind == "compute" or its_major == major):
+            return
+    raise UsageError(
+        f"--device is {str(device)!r}, a GPU of compute capability {major}.{minor}, and PyTorch {torch.__version__} "
+        f"was built for {' '.join(built_for)}: install a build for this GPU "
+        "(https://pytorch.org/get-started/locally/), or take --device cpu"
+    )
 
 
 def reading_waits(device: torch.device) -> bool:
@@ -111,16 +145,34 @@ def compile_blocks(blocks: Iterable[nn.Module], mode: str, device: torch.device)
     are taken as fixed, so that a batch of another shape would compile anew, and after eight shapes not any more.
 
     Raises:
-        UsageError: there is no C++ compiler, which PyTorch needs to compile for a CPU, or CUDA graphs without CUDA.
+        UsageError: what PyTorch needs to compile for this device is not there, or CUDA graphs without CUDA.
     """
     if mode == "none":
         return
     if mode == "reduce-overhead" and device.type != "cuda":
         raise UsageError(f"--compile reduce-overhead records CUDA graphs, and the device is {device}: use default")
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise UsageError("--compile needs a C++ compiler (g++ or clang++) on a CPU, and none is installed here")
+    if missing := _missing_to_compile(device):
+        raise UsageError(f"--compile needs {missing}; install it, or leave --compile out")
     for block in blocks:
         block.compile(mode=mode, dynamic=False)
+
+
+def _missing_to_compile(device: torch.device) -> str | None:
+    """What `torch.compile` needs on this device and does not find; None if all is there."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        return "a C++ compiler (g++ or clang++) on a CPU, and none is installed here"
+    if device.type != "cuda":
+        return None
+    if find_spec("triton") is None:
+        return "Triton on a GPU, and the package triton is not installed here"
+    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"a GPU of compute capability 7.0 or later, which Triton compiles for, and {device} is an earlier one"
+    # Triton compiles the C function that launches each kernel: by $CC alone where that is set. On Windows its package
+    # brings a compiler along.
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if sys.platform != "win32" and not any(map(shutil.which, compilers)):
+        return f"a C compiler on a GPU, and {' or '.join(compilers)} is not installed here"
+    return None
 
 
 def uncompiled(mode: str) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ import torch
 
 from ft import machine
 from ft.errors import UsageError
-from ft.machine import Precision, choose_device, choose_precision, keep_freed_memory
+from ft.machine import Precision, choose_device, choose_precision, compile_blocks, keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -229,3 +229,84 @@ def test_other_systems_are_left_alone(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(machine.ctypes, "CDLL", refuse)
     assert keep_freed_memory() is False
+
+
+# --- what a GPU needs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((9, 0), ["sm_75", "sm_80", "sm_86", "sm_90"], True),
+        ((8, 9), ["sm_75", "sm_80"], True),  # a later minor version
+        ((8, 0), ["sm_86"], False),  # an earlier one
+        ((6, 1), ["sm_75", "sm_80", "sm_90"], False),
+        ((12, 0), ["sm_80", "sm_90"], False),
+        ((12, 0), ["sm_80", "compute_90"], True),  # compiled when it is loaded
+        ((7, 0), ["sm_80", "compute_90"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 4), ["gfx942"], True),  # ROCm
+        ((6, 1), [], True),  # not known
+    ],
+)
+def test_a_gpu_that_pytorch_was_not_built_for_is_refused(pretend, monkeypatch, capability, built_for, runs):
+    pretend(cuda=2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: capability}[device.index])
+    if runs:
+        assert choose_device("cuda:1") == torch.device("cuda:1")
+        return
+    with pytest.raises(UsageError) as refused:
+        choose_device("cuda:1")
+    assert f"'cuda:1', a GPU of compute capability {capability[0]}.{capability[1]}" in str(refused.value)
+    assert f"was built for {' '.join(built_for)}: install a build" in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "enabled"), [("cuda:0", False), ("cpu", True)])
+def test_attention_by_cudnn_is_turned_off_where_a_gpu_is_used(pretend, name, enabled):
+    pretend(cuda=1)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        choose_device(name)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize(
+    ("present", "environment", "capability", "triton", "message"),
+    [
+        ({"gcc"}, {}, (8, 0), True, None),
+        ({"clang"}, {}, (7, 0), True, None),
+        ({"/opt/cc"}, {"CC": "/opt/cc"}, (8, 0), True, None),
+        ({"gcc"}, {"CC": "/opt/cc"}, (8, 0), True, "needs a C compiler on a GPU, and /opt/cc is not installed"),
+        (set(), {}, (8, 0), True, "needs a C compiler on a GPU, and gcc or clang is not installed"),
+        ({"gcc"}, {}, (6, 1), True, "needs a GPU of compute capability 7.0 or later"),
+        ({"gcc"}, {}, (8, 0), False, "the package triton is not installed"),
+    ],
+)
+def test_compiling_for_a_gpu_needs_triton_and_a_c_compiler(
+    monkeypatch, present, environment, capability, triton, message
+):
+    monkeypatch.delenv("CC", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in present else None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    compiled = []
+
+    class Block:
+        def compile(self, **options):
+            compiled.append(options)
+
+    if message is None:
+        compile_blocks([Block()], "reduce-overhead", torch.device("cuda:0"))
+        assert compiled == [{"mode": "reduce-overhead", "dynamic": False}]
+        return
+    with pytest.raises(UsageError, match=message):
+        compile_blocks([Block()], "default", torch.device("cuda:0"))
+    assert not compiled
