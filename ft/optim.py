@@ -1,6 +1,7 @@
 """From gradients to new weights: parameter groups, the learning rate of each step, clipping, AdamW."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,8 @@ class AdamW:
 
     One kernel does it all, the one behind `torch.optim.AdamW(fused=True)`: it reads and writes each weight, gradient
     and moment once per step, where operations one by one would make a pass over all of them for each. It is called
-    directly because constructing PyTorch's class imports PyTorch's compiler, which takes more than a second.
+    directly because constructing PyTorch's class imports PyTorch's compiler, which takes more than a second. Where that
+    kernel does not do all that is needed of it, `adamw_of` chooses plain operations.
 
     Attributes:
         learning_rate: lr of the next step.
@@ -67,7 +69,8 @@ class AdamW:
                 continue
             steps = [self.state[weight]["step"] for weight in weights]
             torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
+            adamw = adamw_of(weights[0].device)
+            adamw(
                 [own_part(weight) for weight in weights],
                 [own_part(weight.grad) for weight in weights],
                 [own_part(self.state[weight]["exp_avg"]) for weight in weights],
@@ -92,6 +95,52 @@ class AdamW:
         for group in self.param_groups:
             for weight in group["params"]:
                 weight.grad = None
+
+
+def adamw_of(device: torch.device) -> Callable[..., None]:
+    """What updates weights on a device: PyTorch's fused kernel, or on Apple's MPS plain operations.
+
+    On MPS the kernel of the PyTorch versions that are allowed here takes `grad_scale` and `found_inf` and ignores them
+    (https://github.com/pytorch/pytorch/pull/186360): nothing would be clipped, and no step be skipped.
+    """
+    return plain_adamw if device.type == "mps" else torch._fused_adamw_
+
+
+def plain_adamw(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    _: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **_unused: bool,
+) -> None:
+    """AdamW with the arguments of `torch._fused_adamw_`, one operation after the other.
+
+    A skipped step is computed too and not taken, so that nothing is read from the device.
+    """
+    skip = None if found_inf is None else found_inf != 0
+    for weight, gradient, exp_avg, exp_avg_sq, step in zip(
+        weights, gradients, exp_avgs, exp_avg_sqs, steps, strict=True
+    ):
+        unscaled = gradient if grad_scale is None else gradient / grad_scale
+        first = exp_avg.lerp(unscaled, 1 - beta1)
+        second = exp_avg_sq * beta2 + unscaled.square() * (1 - beta2)
+        # 1 - beta^t, which for a beta near 1 would lose half of its digits in fp32.
+        exact = step.to(weight.dtype)
+        correction1, correction2 = (-torch.expm1(exact * math.log(beta)) for beta in (beta1, beta2))
+        denominator = (second / correction2).sqrt() + eps
+        updated = weight * (1 - lr * weight_decay) - lr * (first / correction1) / denominator
+        for target, value in ((weight, updated), (exp_avg, first), (exp_avg_sq, second)):
+            target.copy_(value if skip is None else torch.where(skip, target, value))
 
 
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
