@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 
-from ft import completions
 from ft.cli import main
 from ft.completions import judge
 from ft.data import END_OF_TEXT, Example
@@ -99,9 +98,9 @@ def test_the_logits_of_a_batch_are_bounded(finished, monkeypatch):
     expected = judge(loaded.model, examples, 64)
     rows = []
     hook = loaded.model.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
-    monkeypatch.setattr(completions, "MOST_TARGETS", 12)
+    monkeypatch.setattr("ft.data.MOST_TARGETS", 12)
     found = judge(loaded.model, examples, 64)
-    monkeypatch.setattr(completions, "MOST_TARGETS", 3)
+    monkeypatch.setattr("ft.data.MOST_TARGETS", 3)
     alone = judge(loaded.model, examples, 64)
     hook.remove()
     assert max(rows) == 12

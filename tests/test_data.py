@@ -17,6 +17,7 @@ from benchmarks.trainer_reference import IGNORED, load_tokenizer, preprocess
 from ft.data import (
     Example,
     Split,
+    batches_by_length,
     by_length,
     collate,
     encode,
@@ -431,3 +432,20 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch():
     assert epoch_order(100, 42, 0) != order
     assert epoch_order(100, 43, 1) != order
     assert {type(row) for row in order} == {int}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(("batch_size", "most"), [(4, 1000), (64, 12), (3, 12), (64, 1)])
+def test_batches_hold_every_example_once_and_no_process_gets_too_much(monkeypatch, processes, batch_size, most):
+    monkeypatch.setattr("ft.data.MOST_TARGETS", most)
+    examples = [Example([1] * (9 + i % 7), [2] * (1 + i * i % 8)) for i in range(41)]
+    batches = list(batches_by_length(examples, batch_size, processes))
+    assert [number for batch in batches for number in batch] == by_length(examples)
+    for batch in batches:
+        for rank in range(processes):
+            targets = [len(examples[number].target_ids) for number in batch[rank::processes]]
+            assert len(targets) <= batch_size
+            assert sum(targets) <= most or len(targets) == 1
+    if most == 1000:
+        assert [len(batch) for batch in batches[:-1]] == [batch_size * processes] * (len(batches) - 1)
+    assert list(batches_by_length([], batch_size, processes)) == []
