@@ -66,3 +66,20 @@ def inputs(demo_inputs, tmp_path_factory):
     for split, rows in (("train", 77), ("validation", 12), ("test", 4)):
         pq.write_table(pq.read_table(dataset / f"{split}.parquet").slice(0, rows), folder / f"{split}.parquet")
     return ["--model", str(tiny), "--dataset", str(folder), "--device", "cpu", "--learning-rate", "1e-3"]
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where PyTorch finds none."""
+    needing = [item for item in items if item.get_closest_marker("cuda")]
+    if needing:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needing:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """The name of each device that a test's body runs on."""
+    return request.param

@@ -12,7 +12,6 @@ import torch
 from ft import device
 from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim
 from ft.errors import UsageError
-from ft.model.compile import compile_blocks
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -274,40 +273,3 @@ def test_attention_by_cudnn_is_turned_off_where_a_gpu_is_used(pretend, name, ena
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
-
-
-@pytest.mark.parametrize(
-    ("present", "environment", "capability", "triton", "message"),
-    [
-        ({"gcc"}, {}, (8, 0), True, None),
-        ({"clang"}, {}, (7, 0), True, None),
-        ({"/opt/cc"}, {"CC": "/opt/cc"}, (8, 0), True, None),
-        ({"gcc"}, {"CC": "/opt/cc"}, (8, 0), True, "needs a C compiler on a GPU, and /opt/cc is not installed"),
-        (set(), {}, (8, 0), True, "needs a C compiler on a GPU, and gcc or clang is not installed"),
-        ({"gcc"}, {}, (6, 1), True, "needs a GPU of compute capability 7.0 or later"),
-        ({"gcc"}, {}, (8, 0), False, "the package triton is not installed"),
-    ],
-)
-def test_compiling_for_a_gpu_needs_triton_and_a_c_compiler(
-    monkeypatch, present, environment, capability, triton, message
-):
-    monkeypatch.delenv("CC", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(device.shutil, "which", lambda name: name if name in present else None)
-    monkeypatch.setattr(device, "find_spec", lambda name: object() if triton else None)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    compiled = []
-
-    class Block:
-        def compile(self, **options):
-            compiled.append(options)
-
-    if message is None:
-        compile_blocks([Block()], "reduce-overhead", torch.device("cuda:0"))
-        assert compiled == [{"mode": "reduce-overhead", "dynamic": False}]
-        return
-    with pytest.raises(UsageError, match=message):
-        compile_blocks([Block()], "default", torch.device("cuda:0"))
-    assert not compiled

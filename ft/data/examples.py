@@ -1,17 +1,15 @@
 """From rows of a table to batches: make an example of each review, collate examples into a packed batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from ft.data.batches import by_length
 from ft.data.splits import Split
 from ft.errors import FtError
 
 END_OF_TEXT = "<|endoftext|>"
-MOST_TARGETS = 2048  # of a batch whose logits over the whole vocabulary are computed: 400 MB with GPT-2's
 
 
 class Example(NamedTuple):
@@ -125,22 +123,3 @@ def _encode_completions(
         tokens = [*(prompt.ids or [end_of_text]), *targets][-max_length:]
         examples.append(Example(input_ids=tokens[:-1], target_ids=targets[-(len(tokens) - 1) :]))
     return examples
-
-
-def batches_by_length(examples: Sequence[Example], batch_size: int, processes: int = 1) -> Iterator[list[int]]:
-    """The examples' numbers in batches of similar lengths.
-
-    Each of the processes that share a batch by turns gets at most `batch_size` examples and, unless a single example
-    has more, `MOST_TARGETS` targets: so the logits of completions, however long, take a bounded amount of memory.
-    """
-    numbers: list[int] = []
-    targets = [0] * processes  # of each process
-    for number in by_length(examples):
-        count, process = len(examples[number].target_ids), len(numbers) % processes
-        if len(numbers) == batch_size * processes or (numbers and targets[process] + count > MOST_TARGETS):
-            yield numbers
-            numbers, targets, process = [], [0] * processes, 0
-        numbers.append(number)
-        targets[process] += count
-    if numbers:
-        yield numbers

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ft.data.batches import collate
-from ft.data.examples import Example, batches_by_length
+from ft.data.batches import batches_by_length, collate
+from ft.data.examples import Example
 from ft.data.splits import Split
 from ft.evaluation.perplexity import perplexity
 from ft.inference.generation import Generation

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft.data.batches import collate
-from ft.data.examples import Example, batches_by_length
+from ft.data.batches import batches_by_length, collate
+from ft.data.examples import Example
 from ft.device import Precision
 from ft.distributed.ranks import ALONE, Ranks
 from ft.model.gpt2 import GPT2

@@ -33,11 +33,14 @@ class AdamW:
         found_inf: a scalar tensor that is 1 to skip the next step; absent for 0. `torch.amp.GradScaler` sets this one
             and `grad_scale`, and deletes both afterwards.
         skip: the same as `found_inf`, set by others.
+        waits_for: an event of the GPU that the next step waits for there, before it changes anything: until then
+            weights and moments are read on another stream.
     """
 
     grad_scale: Tensor
     found_inf: Tensor
     skip: Tensor | None = None
+    waits_for: torch.cuda.Event | None = None
     _step_supports_amp_scaling = True  # tells GradScaler to hand over its scale rather than make a pass of its own
 
     def __init__(
@@ -61,6 +64,9 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update all weights that have a gradient."""
+        if self.waits_for is not None:
+            self.waits_for.wait()
+            self.waits_for = None
         skips = [flag for flag in (getattr(self, "found_inf", None), self.skip) if flag is not None]
         found_inf = torch.stack(skips).amax() if skips else None
         for group in self.param_groups:

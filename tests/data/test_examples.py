@@ -13,8 +13,8 @@ from tokenizers.models import WordLevel
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.trainer_reference import IGNORED, load_tokenizer, preprocess
-from ft.data.batches import by_length, collate, epoch_order, in_batches
-from ft.data.examples import Example, batches_by_length, encode, label_tokens, read_tokenizer
+from ft.data.batches import batches_by_length, by_length, collate, epoch_order, in_batches
+from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
 from ft.data.tables import read_split
 from ft.errors import FtError
@@ -428,7 +428,7 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch():
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize(("batch_size", "most"), [(4, 1000), (64, 12), (3, 12), (64, 1)])
 def test_batches_hold_every_example_once_and_no_process_gets_too_much(monkeypatch, processes, batch_size, most):
-    monkeypatch.setattr("ft.data.examples.MOST_TARGETS", most)
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", most)
     examples = [Example([1] * (9 + i % 7), [2] * (1 + i * i % 8)) for i in range(41)]
     batches = list(batches_by_length(examples, batch_size, processes))
     assert [number for batch in batches for number in batch] == by_length(examples)

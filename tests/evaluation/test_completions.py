@@ -98,9 +98,9 @@ def test_the_logits_of_a_batch_are_bounded(finished, monkeypatch):
     expected = score_completions(loaded.model, examples, 64)
     rows = []
     hook = loaded.model.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
-    monkeypatch.setattr("ft.data.examples.MOST_TARGETS", 12)
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", 12)
     found = score_completions(loaded.model, examples, 64)
-    monkeypatch.setattr("ft.data.examples.MOST_TARGETS", 3)
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", 3)
     alone = score_completions(loaded.model, examples, 64)
     hook.remove()
     assert max(rows) == 12

@@ -115,7 +115,7 @@ def test_the_logits_of_completions_are_bounded(monkeypatch):
     examples = [example for targets in (1, 2, 5) for example in make_examples(15, targets=targets, seed=targets)]
     expected = evaluate(model, examples, [], batch_size=64, precision=FP32)
     model.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
-    monkeypatch.setattr("ft.data.examples.MOST_TARGETS", 9)
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", 9)
     result = evaluate(model, examples, [], batch_size=64, precision=FP32)
     assert max(rows) <= 9
     assert sum(rows) == 15 * (1 + 2 + 5)
