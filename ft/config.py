@@ -337,6 +337,11 @@ def _problems(config: Config) -> list[str]:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
     if config.shard and (config.compile != "none" or config.precision == "fp16"):
         problems.append("--shard works neither with --compile nor with --precision fp16: leave that out, or take bf16")
+    if config.compile == "reduce-overhead" and config.gradient_accumulation_steps != 1:
+        problems.append(  # the graph writes each batch's gradients over those of the one before: pytorch#96693, #169545
+            f"--compile reduce-overhead cannot add up gradients, and --gradient-accumulation-steps is "
+            f"{config.gradient_accumulation_steps}: use --compile default, or a larger --batch-size alone"
+        )
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
     excluded = {

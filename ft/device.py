@@ -27,7 +27,13 @@ def use_device(name: str | None, local_rank: int | None = None) -> torch.device:
     """
     device = choose_device(name, local_rank)
     if device.type == "cuda":
+        _refuse_without_kernels(device)
         torch.cuda.set_device(device)
+        # From PyTorch 2.11 on cuDNN's attention is preferred on an H100 and later. It builds a plan for each shape, for
+        # which a run whose batches are as long as their longest example waits again and again. Left are flash and
+        # memory-efficient attention. For the whole process, as activation checkpointing calls attention again in the
+        # backward pass, outside of any context of the forward pass.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -71,6 +77,31 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
     if name == "mps" and not torch.backends.mps.is_available():
         raise UsageError(f"--device is {shown(name)}, PyTorch {torch.__version__} finds no MPS device here")
     return torch.device(name)
+
+
+def _refuse_without_kernels(device: torch.device) -> None:
+    """Refuse a GPU for which PyTorch was not built: its first kernel would fail.
+
+    Code for `sm_XY` runs on later minor versions of the same major one; `compute_XY` is compiled when it is loaded, for
+    any later GPU.
+
+    Raises:
+        UsageError: the GPU's compute capability is not among those that PyTorch was built for.
+    """
+    built_for = torch.cuda.get_arch_list()
+    known = [found for arch in built_for if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch))]
+    if not known:  # ROCm names its GPUs otherwise
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    for kind, *numbers in (arch.groups() for arch in known):
+        its_major, its_minor = map(int, numbers)
+        if (its_major, its_minor) <= (major, minor) and (kind == "compute" or its_major == major):
+            return
+    raise UsageError(
+        f"--device is {str(device)!r}, a GPU of compute capability {major}.{minor}, and PyTorch {torch.__version__} "
+        f"was built for {' '.join(built_for)}: install a build for this GPU "
+        "(https://pytorch.org/get-started/locally/), or take --device cpu"
+    )
 
 
 def read_synchronizes(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 And how text that this program did not write is put into its messages: escaped, and shortened.
 """
 
+import re
 import reprlib
 
 LONGEST_MESSAGE = 1500  # characters of one sentence to the user
@@ -47,6 +48,24 @@ def sentence(message: str) -> str:
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
+# Parts of a RuntimeError that PyTorch raises for a device, and what they say about the machine. cuBLAS allocates a
+# workspace when its handle is created: where that fails, the GPU's memory is full.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|allocate memory|STATUS_ALLOC_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `?cublasCreate"
+)
+_REMEDIES = {
+    "no kernel image is available": (
+        "this build of PyTorch has no kernels for the GPU: install one that has "
+        "(https://pytorch.org/get-started/locally/), or take --device cpu"
+    ),
+    "busy or unavailable": (
+        "the GPU is in use by another process, or reserved for one (nvidia-smi shows which): wait for it, or take "
+        "another --device"
+    ),
+}
+
+
 class FtError(Exception):
     """A failure with a message meant for the user: what happened, the value, the limit and the remedy.
 
@@ -77,3 +96,15 @@ class Stopped(Exception):  # noqa: N818, as nothing is wrong
     def __init__(self, message: str, status: int) -> None:
         self.status = status
         super().__init__(message)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the CPU or of an accelerator, is full."""
+    return isinstance(error, MemoryError) or bool(
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")
+    )
+
+
+def remedy_of(error: BaseException) -> str | None:
+    """What helps against an error of the device, in a sentence; None for an error that is a defect of the program."""
+    return next((remedy for part, remedy in _REMEDIES.items() if part in str(error)), None)

@@ -25,13 +25,14 @@ from ft.checkpoint import resume, run_dir, store
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint.async_writer import Saver
 from ft.checkpoint.error_hints import nonfinite_advice, training_memory_advice
+from ft.checkpoint.host_buffer import HostBuffer
 from ft.checkpoint.model_folder import read_description
 from ft.checkpoint.snapshot import Snapshot
 from ft.config import NEWEST, Config, flag
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.data.load import read_data, with_demo_inputs
-from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
+from ft.device import Precision, choose_precision, disable_malloc_trim, read_synchronizes, use_device
 from ft.distributed.launch import local_rank, process_group, world_size
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError, printable
@@ -191,7 +192,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         collate_batch = _collate_function(config)
         if device.type == "cpu" and not config.shard:  # whose gradients arrive otherwise
             collate_batch = report.times.observe(model, collate_batch)
-        saver = Saver(write, report.line, blocking=config.save_blocking)
+        saver = Saver(write, report.line, blocking=config.save_blocking, agree=ranks.all_reduce_max)
+        in_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not config.save_blocking
+        host = HostBuffer(device) if in_pinned_memory else None
 
         evaluations: dict[str, Evaluation] = {}  # the newest of each split
 
@@ -238,7 +241,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             with report.pause("saving"):
                 saver.wait()  # before another copy of everything is made
                 copy = not config.save_blocking
-                snapshot = snapshots.take_snapshot(model, optimizer, scaler, state, copy=copy, ranks=ranks)
+                snapshot = snapshots.take_snapshot(model, optimizer, scaler, state, copy=copy, ranks=ranks, host=host)
                 if not ranks.is_rank_zero:
                     return
                 try:
@@ -248,6 +251,11 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     saver.refused(state.step, error)
                     return
                 saver.save(snapshot)
+
+        def put_off(state: State) -> bool:
+            # On a GPU many steps are made while a checkpoint is written. On a CPU, where a step takes longer, a save
+            # waits instead, so that checkpoints are at the multiples of --save-steps.
+            return read_synchronizes(device) and saver.puts_off(state.step)
 
         def ends_here() -> bool:
             return stopping() or state.is_out_of_patience(config.early_stopping_patience)
@@ -273,6 +281,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
                     evaluate=validate,
                     save=save,
                     stopping=ends_here,
+                    put_off=put_off,
                     ranks=ranks,
                 )
         finally:

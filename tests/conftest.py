@@ -106,3 +106,20 @@ def pytest_pyfunc_call(pyfuncitem):
 def pytest_runtest_logreport(report):
     """Notes what became of a test, for the session that has started this one."""
     emulated_cuda.note_outcome(report)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where PyTorch finds none."""
+    needing = [item for item in items if item.get_closest_marker("cuda")]
+    if needing:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needing:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """The name of each device that a test's body runs on."""
+    return request.param

@@ -238,3 +238,47 @@ def test_other_systems_are_left_alone(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(device.ctypes, "CDLL", refuse)
     assert disable_malloc_trim() is False
+
+
+# --- what a GPU needs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((9, 0), ["sm_75", "sm_80", "sm_86", "sm_90"], True),
+        ((8, 9), ["sm_75", "sm_80"], True),  # a later minor version
+        ((8, 0), ["sm_86"], False),  # an earlier one
+        ((6, 1), ["sm_75", "sm_80", "sm_90"], False),
+        ((12, 0), ["sm_80", "sm_90"], False),
+        ((12, 0), ["sm_80", "compute_90"], True),  # compiled when it is loaded
+        ((7, 0), ["sm_80", "compute_90"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 4), ["gfx942"], True),  # ROCm
+        ((6, 1), [], True),  # not known
+    ],
+)
+def test_a_gpu_that_pytorch_was_not_built_for_is_refused(pretend, monkeypatch, capability, built_for, runs):
+    pretend(cuda=2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: capability}[device.index])
+    if runs:
+        assert choose_device("cuda:1") == torch.device("cuda:1")
+        return
+    with pytest.raises(UsageError) as refused:
+        choose_device("cuda:1")
+    assert f"'cuda:1', a GPU of compute capability {capability[0]}.{capability[1]}" in str(refused.value)
+    assert f"was built for {' '.join(built_for)}: install a build" in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "enabled"), [("cuda:0", False), ("cpu", True)])
+def test_attention_by_cudnn_is_turned_off_where_a_gpu_is_used(pretend, name, enabled):
+    pretend(cuda=1)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        choose_device(name)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

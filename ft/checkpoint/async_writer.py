@@ -22,10 +22,20 @@ class Saver:
     """
 
     def __init__(
-        self, write: Callable[[Snapshot, Executor], None], say: Callable[[str], None], *, blocking: bool
+        self,
+        write: Callable[[Snapshot, Executor], None],
+        say: Callable[[str], None],
+        *,
+        blocking: bool,
+        agree: Callable[[int], int] = lambda number: number,
     ) -> None:
-        """`write` puts a snapshot on the disk, `say` prints a line; `blocking` waits for each save to end."""
-        self._write, self._say, self.blocking = write, say, blocking
+        """`write` puts a snapshot on the disk, `say` prints a line; `blocking` waits for each save to end.
+
+        With several processes, one of which writes, `agree` makes the highest of their numbers known to all.
+        """
+        self._write, self._say, self.blocking, self._agree = write, say, blocking, agree
+        self._newest_step = 0
+        self._has_said_so = False
         self._thread: Thread | None = None
         self._hurry = Event()
         self._defect: BaseException | None = None
@@ -34,6 +44,7 @@ class Saver:
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write a snapshot, after waiting for the one before."""
         self.wait()
+        self._newest_step, self._has_said_so = snapshot.state.step, False
         if self.blocking:
             self._hurry.set()
         else:
@@ -47,6 +58,19 @@ class Saver:
     def is_writing(self) -> bool:
         """Whether a snapshot is still being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    def puts_off(self, step: int) -> bool:
+        """Whether a save has to be put off, as the one before is still being written; all processes decide alike.
+
+        The writer then no longer leaves the processors to others. The first time, `step` is said to have no checkpoint.
+        """
+        if not self._agree(int(self.is_writing)):
+            return False
+        self._hurry.set()
+        if not self._has_said_so:
+            self._say(f"step {step:>6}  its checkpoint is put off: that of step {self._newest_step} is being written")
+            self._has_said_so = True
+        return True
 
     def wait(self) -> None:
         """Wait until nothing is being written. What went wrong in the thread and is no matter of the disk is raised."""

@@ -1,16 +1,13 @@
 """What can go wrong in the middle of a run, turned into errors that say what helps."""
 
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import torch
-
 from ft.checkpoint import store
 from ft.config import Config
 from ft.data.splits import Split
-from ft.errors import FtError
+from ft.errors import FtError, is_out_of_memory
 from ft.train.nonfinite import NonFiniteError
 from ft.train.schedule import rows_of_step
 
@@ -51,8 +48,7 @@ def memory_advice(given: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = re.search("out of memory|allocate memory|not enough memory", str(error))
-        if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+        if not is_out_of_memory(error):
             raise
         detail = str(error).partition("\n")[0]
         raise FtError(f"out of memory with {given}: less is needed with {remedy}. {detail}".rstrip()) from error

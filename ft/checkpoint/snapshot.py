@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ft.checkpoint.host_buffer import HostBuffer, bytes_for
 from ft.distributed.ranks import ALONE, Ranks
 from ft.distributed.sharding import full_tensor, is_sharded, local_shard, reshard, rows_here
 from ft.errors import FtError
@@ -22,7 +23,11 @@ WEIGHTS, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds, as it was at one moment."""
+    """All that a checkpoint holds, as it was at one moment.
+
+    Attributes:
+        copied: where copies were queued on a GPU, the event after which the tensors hold what they should.
+    """
 
     config: GPT2Config
     weights: dict[str, Tensor]
@@ -30,6 +35,7 @@ class Snapshot:
     random_states: dict[str, Tensor]
     state: State
     grad_scaler: dict[str, Any]
+    copied: torch.cuda.Event | None = None
 
 
 def gather_weights(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, Tensor]:
@@ -50,31 +56,43 @@ def take_snapshot(
     *,
     copy: bool,
     ranks: Ranks = ALONE,
+    host: HostBuffer | None = None,
 ) -> Snapshot:
     """All that a checkpoint holds; with `copy` in memory of its own, so that training can go on meanwhile.
 
-    Of several processes all must come here, and the first gets the tensors: see `gather_weights`.
+    Of several processes all must come here, and the first gets the tensors: see `gather_weights`. With `host`, copies
+    of a GPU's tensors go there, and the optimizer's next step waits for them on the GPU; `copy` must be true.
     """
     reshard(model)
     weights, moments = dict(model.named_parameters()), _moments(model, optimizer)
     trained = [name for name, weight in weights.items() if weight.requires_grad]  # the others never change
+    if host is not None:
+        host.begin(sum(map(bytes_for, (*(weights[name] for name in trained), *moments.values()))))
+    gathered = gather_tensors(weights, ranks, copied=trained if copy else (), host=host)
+    gathered_moments = gather_tensors(moments, ranks, copied=moments if copy else (), host=host)
+    optimizer.waits_for = copied = None if host is None else host.end()
     return Snapshot(
         config=model.config,
-        weights=gather_tensors(weights, ranks, copied=trained if copy else ()),
-        optimizer=gather_tensors(moments, ranks, copied=moments if copy else ()),
+        weights=gathered,
+        optimizer=gathered_moments,
         random_states=_random_states(model.wte.weight.device, ranks),
         state=replace(state),
         grad_scaler=scaler.state_dict(),
+        copied=copied,
     )
 
 
-def gather_tensors(tensors: Mapping[str, Tensor], ranks: Ranks, copied: Collection[str] = ()) -> dict[str, Tensor]:
+def gather_tensors(
+    tensors: Mapping[str, Tensor], ranks: Ranks, copied: Collection[str] = (), host: HostBuffer | None = None
+) -> dict[str, Tensor]:
     """The whole tensors, in the first process, and there on the CPU those that were sharded or are to be `copied`."""
 
     def fetched(name: str, tensor: Tensor) -> Tensor | None:
         full = full_tensor(tensor.detach())
         if not ranks.is_rank_zero:
             return None
+        if host is not None and name in copied:
+            return host.copy(full, is_temporary=is_sharded(tensor))
         if is_sharded(tensor):
             return full.cpu()
         return full.to("cpu", copy=True) if name in copied else full

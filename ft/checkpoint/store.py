@@ -83,6 +83,8 @@ def write_checkpoint(
         OSError: the disk is full, or refuses; the checkpoints that were there are there.
     """
     state = snapshot.state
+    if snapshot.copied is not None:
+        snapshot.copied.synchronize()
     with atomic_directory(checkpoint_path(run, state.step), do) as new:
         save_model(new, snapshot.config, snapshot.weights, source)
         new.write(OPTIMIZER, safetensors_chunks(snapshot.optimizer))

@@ -10,7 +10,7 @@ from io import TextIOWrapper
 
 from ft.cli.arguments import COMMANDS, WITH_THE_JOBS_FLAGS, read_arguments
 from ft.cli.parsers import CommandParser
-from ft.errors import FtError, Stopped, UsageError, sentence, shown
+from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
 
 EXPLAIN_EXAMPLES = """\
 examples:
@@ -18,6 +18,9 @@ examples:
   python run.py explain --row 17 --learning-rate 2e-4
   python run.py explain --config runs/rotten_tomatoes/config.json --model runs/rotten_tomatoes/final
 """
+
+# What the commands beside the job, which has better advice, say when memory runs out.
+LESS_MEMORY = "shorter texts need less, and fewer at once (--max-length and --batch-size, where the command has them)"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,6 +51,13 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except FtError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        remedy = "out of memory: " + LESS_MEMORY if is_out_of_memory(error) else remedy_of(error)
+        if remedy is None:
+            raise
+        detail = str(error).partition("\n")[0]
+        print(f"error: {remedy}" + (f" ({detail})" if detail else ""), file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read the output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at its end

@@ -10,6 +10,7 @@ from ft.data.examples import Example
 from ft.model.packing import Packing, Selection
 from ft.model.transfer import send
 
+MOST_TARGETS = 2048  # of a batch whose logits over the whole vocabulary are computed: 400 MB with GPT-2's
 IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
 
 
@@ -79,6 +80,25 @@ def by_length(examples: Sequence[Example]) -> list[int]:
     In this order the sequences of a batch are about equally long, and attention computes little padding.
     """
     return sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+
+
+def batches_by_length(examples: Sequence[Example], batch_size: int, processes: int = 1) -> Iterator[list[int]]:
+    """The examples' numbers in batches of similar lengths.
+
+    Each of the processes that share a batch by turns gets at most `batch_size` examples and, unless a single example
+    has more, `MOST_TARGETS` targets: so the logits of completions, however long, take a bounded amount of memory.
+    """
+    numbers: list[int] = []
+    targets = [0] * processes  # of each process
+    for number in by_length(examples):
+        count, process = len(examples[number].target_ids), len(numbers) % processes
+        if len(numbers) == batch_size * processes or (numbers and targets[process] + count > MOST_TARGETS):
+            yield numbers
+            numbers, targets, process = [], [0] * processes, 0
+        numbers.append(number)
+        targets[process] += count
+    if numbers:
+        yield numbers
 
 
 def in_batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ It does so by environment variables, of https://docs.pytorch.org/docs/stable/ela
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -39,23 +39,27 @@ def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
     kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timedelta(seconds=timeout)
     try:
-        store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)  # type: ignore[attr-defined]
-        # The store outlives the processes, and so would the keys by which an earlier attempt found together.
-        own_keys = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=own_keys, rank=rank, world_size=size, timeout=PATIENCE * limit)
-        control = dist.new_group(backend="gloo", timeout=limit)
-    except RuntimeError as error:
-        detail = str(error).partition("\n")[0]
-        raise FtError(
-            f"process {rank} of {size} found not all others at {host}:{port} within --process-timeout {timeout:g} s: "
-            f"{detail}"
-        ) from error
-    begun = attempt > 0 and bool(store.check(["begun"]))
-    ranks = Ranks(rank, size, local_rank, begun, control, store, attempt)
-    with ranks.missing_told():
-        yield ranks
-    dist.destroy_process_group()
+        try:
+            store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)  # type: ignore[attr-defined]
+            # The store outlives the processes, and so would the keys by which an earlier attempt found together.
+            own_keys = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=own_keys, rank=rank, world_size=size, timeout=PATIENCE * limit)
+            control = dist.new_group(backend="gloo", timeout=limit)
+        except RuntimeError as error:
+            detail = str(error).partition("\n")[0]
+            raise FtError(
+                f"process {rank} of {size} found not all others at {host}:{port} within --process-timeout {timeout:g} "
+                f"s: {detail}"
+            ) from error
+        begun = attempt > 0 and bool(store.check(["begun"]))
+        ranks = Ranks(rank, size, local_rank, begun, control, store, attempt)
+        with ranks.missing_told():
+            yield ranks
+    finally:  # after an error too, as NCCL's threads and connections would outlive it in a program that goes on
+        if dist.is_initialized():
+            with suppress(RuntimeError):  # of a connection that is broken already; the error above says more
+                dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -5,7 +5,7 @@ is the right one at every place, the end-of-text behind it included, then the co
 what the model writes when it takes the likeliest token each time. One wrong token, and it writes something else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ft.data.batches import by_length, collate
+from ft.data.batches import batches_by_length, collate
 from ft.data.examples import Example
 from ft.data.splits import Split
 from ft.evaluation.perplexity import perplexity
@@ -21,7 +21,6 @@ from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
 from ft.model.gpt2 import GPT2
 
-MOST_TARGETS = 2048  # of a batch: with GPT-2's vocabulary their logits take 400 MB
 WRITTEN_TOKENS = 32  # at most, of what the model writes where it is wrong
 
 
@@ -86,7 +85,7 @@ def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int)
     device = model.wte.weight.device
     losses = torch.zeros(len(examples), dtype=torch.float64)
     hits = torch.zeros(len(examples), dtype=torch.int64)
-    for numbers in _batches(examples, batch_size):
+    for numbers in batches_by_length(examples, batch_size):
         batch = collate([examples[number] for number in numbers]).to(device)
         logits = model(batch.input_ids, batch.packing, batch.selection).float()  # (S, V)
         loss = F.cross_entropy(logits, batch.target_ids, reduction="none").cpu().double()  # (S,)
@@ -95,24 +94,6 @@ def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int)
         losses.index_add_(0, owners, loss)
         hits.index_add_(0, owners, hit)
     return Judged(losses, hits, torch.tensor([len(example.target_ids) for example in examples]))
-
-
-def _batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """The examples' numbers in batches, of similar lengths.
-
-    Each holds at most `batch_size` examples and, unless a single one has more, `MOST_TARGETS` targets.
-    """
-    numbers: list[int] = []
-    targets = 0
-    for number in by_length(examples):
-        count = len(examples[number].target_ids)
-        if numbers and (len(numbers) == batch_size or targets + count > MOST_TARGETS):
-            yield numbers
-            numbers, targets = [], 0
-        numbers.append(number)
-        targets += count
-    if numbers:
-        yield numbers
 
 
 def told_failures(

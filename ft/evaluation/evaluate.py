@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft.data.batches import by_length, collate
+from ft.data.batches import batches_by_length, collate
 from ft.data.examples import Example
 from ft.device import Precision
 from ft.distributed.ranks import ALONE, Ranks
@@ -48,15 +48,13 @@ def evaluate(
     """
     device = precision.device
     candidates = torch.tensor(label_ids, device=device)
-    order = by_length(examples)
     loss_sums, hits, label_logits, own_rows = [], [], [], []
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size * ranks.size):
+    for rows in batches_by_length(examples, batch_size, ranks.size):
         if stopping():
             model.train(was_training)
             return None
-        rows = order[start : start + batch_size * ranks.size]
         batch = collate(ranks.share([examples[row] for row in rows])).to(device)
         own_rows += ranks.own(rows)
         with precision.autocast():

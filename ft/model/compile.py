@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -18,16 +20,34 @@ def compile_blocks(blocks: Iterable[nn.Module], mode: str, device: torch.device)
     are taken as fixed, so that a batch of another shape would compile anew, and after eight shapes not any more.
 
     Raises:
-        UsageError: there is no C++ compiler, which PyTorch needs to compile for a CPU, or CUDA graphs without CUDA.
+        UsageError: what PyTorch needs to compile for this device is not there, or CUDA graphs without CUDA.
     """
     if mode == "none":
         return
     if mode == "reduce-overhead" and device.type != "cuda":
         raise UsageError(f"--compile reduce-overhead records CUDA graphs, and the device is {device}: use default")
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise UsageError("--compile needs a C++ compiler (g++ or clang++) on a CPU, and none is installed here")
+    if missing := _missing_to_compile(device):
+        raise UsageError(f"--compile needs {missing}; install it, or leave --compile out")
     for block in blocks:
         block.compile(mode=mode, dynamic=False)
+
+
+def _missing_to_compile(device: torch.device) -> str | None:
+    """What `torch.compile` needs on this device and does not find; None if all is there."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        return "a C++ compiler (g++ or clang++) on a CPU, and none is installed here"
+    if device.type != "cuda":
+        return None
+    if find_spec("triton") is None:
+        return "Triton on a GPU, and the package triton is not installed here"
+    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"a GPU of compute capability 7.0 or later, which Triton compiles for, and {device} is an earlier one"
+    # Triton compiles the C function that launches each kernel: by $CC alone where that is set. On Windows its package
+    # brings a compiler along.
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if sys.platform != "win32" and not any(map(shutil.which, compilers)):
+        return f"a C compiler on a GPU, and {' or '.join(compilers)} is not installed here"
+    return None
 
 
 def eager_mode(mode: str) -> AbstractContextManager[object]:

@@ -34,11 +34,14 @@ def train(
     evaluate: Callable[[State], None],
     save: Callable[[State], None],
     stopping: Callable[[], bool],
+    put_off: Callable[[State], bool] = lambda state: False,
     ranks: Ranks = ALONE,
 ) -> None:
     """Train `model` in place from step `state.step` to the last one, evaluating and saving on the way.
 
-    When `stopping` says so, the step in hand is finished and saved. Several processes share every batch of every step.
+    When `stopping` says so, the step in hand is finished and saved. A save that is due by its number waits for a later
+    step while `put_off` says so; those of the last step, of a stop and of the best evaluation do not. Several processes
+    share every batch of every step.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite, and no more steps may be skipped.
@@ -62,6 +65,7 @@ def train(
     if config.cuda_graphs:
         *inputs, empty = (collate([]).to(device) for _ in range(config.gradient_accumulation_steps + 1))
         step = GraphedStep(step, inputs, empty)
+    save_due = False
     model.train()
 
     for window in windows(len(examples), config, state.step):
@@ -87,7 +91,11 @@ def train(
             state.evaluation_due = True  # and stays so if the run is stopped meanwhile
             evaluate(state)
         stops = stopping()
-        if state.step % config.save_steps == 0 or last or stops or (config.keep_best and state.best_step == state.step):
+        save_due = save_due or state.step % config.save_steps == 0
+        # The weights of these steps no later checkpoint can hold.
+        must_save = last or stops or (config.keep_best and state.best_step == state.step)
+        if must_save or (save_due and not put_off(state)):
+            save_due = False
             guard.check()
             state.loss_sum = loss_sum.item()
             save(state)

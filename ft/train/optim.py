@@ -1,5 +1,7 @@
 """From gradients to new weights: parameter groups, the learning rate of each step, clipping, AdamW."""
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ class AdamW:
 
     One kernel does it all, the one behind `torch.optim.AdamW(fused=True)`: it reads and writes each weight, gradient
     and moment once per step, where operations one by one would make a pass over all of them for each. It is called
-    directly because constructing PyTorch's class imports PyTorch's compiler, which takes more than a second.
+    directly because constructing PyTorch's class imports PyTorch's compiler, which takes more than a second. Where that
+    kernel does not do all that is needed of it, `adamw_of` chooses plain operations.
 
     Attributes:
         learning_rate: lr of the next step; in a CUDA graph a scalar tensor of float32, whose value may change.
@@ -32,12 +35,15 @@ class AdamW:
             and `grad_scale`, and deletes both afterwards.
         skip: the same as `found_inf`, set by others.
         half_weights: copies of weights in half precision, which each step writes anew; None where there are none.
+        waits_for: an event of the GPU that the next step waits for there, before it changes anything: until then
+            weights and moments are read on another stream.
     """
 
     grad_scale: Tensor
     found_inf: Tensor
     skip: Tensor | None = None
     half_weights: HalfWeights | None = None
+    waits_for: torch.cuda.Event | None = None
     _step_supports_amp_scaling = True  # tells GradScaler to hand over its scale rather than make a pass of its own
 
     def __init__(
@@ -62,6 +68,9 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update all weights that have a gradient."""
+        if self.waits_for is not None:
+            self.waits_for.wait()
+            self.waits_for = None
         skips = [flag for flag in (getattr(self, "found_inf", None), self.skip) if flag is not None]
         found_inf = torch.stack(skips).amax() if skips else None
         for group in self.param_groups:
@@ -70,7 +79,8 @@ class AdamW:
                 continue
             steps = [self.state[weight]["step"] for weight in weights]
             torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
+            adamw = adamw_of(weights[0].device)
+            adamw(
                 [local_shard(weight) for weight in weights],
                 [local_shard(weight.grad) for weight in weights],
                 [local_shard(self.state[weight]["exp_avg"]) for weight in weights],
@@ -97,6 +107,52 @@ class AdamW:
         for group in self.param_groups:
             for weight in group["params"]:
                 weight.grad = None
+
+
+def adamw_of(device: torch.device) -> Callable[..., None]:
+    """What updates weights on a device: PyTorch's fused kernel, or on Apple's MPS plain operations.
+
+    On MPS the kernel of the PyTorch versions that are allowed here takes `grad_scale` and `found_inf` and ignores them
+    (https://github.com/pytorch/pytorch/pull/186360): nothing would be clipped, and no step be skipped.
+    """
+    return plain_adamw if device.type == "mps" else torch._fused_adamw_
+
+
+def plain_adamw(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    _: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **_unused: bool,
+) -> None:
+    """AdamW with the arguments of `torch._fused_adamw_`, one operation after the other.
+
+    A skipped step is computed too and not taken, so that nothing is read from the device.
+    """
+    skip = None if found_inf is None else found_inf != 0
+    for weight, gradient, exp_avg, exp_avg_sq, step in zip(
+        weights, gradients, exp_avgs, exp_avg_sqs, steps, strict=True
+    ):
+        unscaled = gradient if grad_scale is None else gradient / grad_scale
+        first = exp_avg.lerp(unscaled, 1 - beta1)
+        second = exp_avg_sq * beta2 + unscaled.square() * (1 - beta2)
+        # 1 - beta^t, which for a beta near 1 would lose half of its digits in fp32.
+        exact = step.to(weight.dtype)
+        correction1, correction2 = (-torch.expm1(exact * math.log(beta)) for beta in (beta1, beta2))
+        denominator = (second / correction2).sqrt() + eps
+        updated = weight * (1 - lr * weight_decay) - lr * (first / correction1) / denominator
+        for target, value in ((weight, updated), (exp_avg, first), (exp_avg_sq, second)):
+            target.copy_(value if skip is None else torch.where(skip, target, value))
 
 
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:

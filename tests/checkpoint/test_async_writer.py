@@ -55,6 +55,125 @@ def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_ne
     assert (written, lines, saver.failure) == ([1, 2], [], None)
 
 
+def test_a_save_is_put_off_while_one_is_being_written_and_said_once():
+    lines, may_end = [], threading.Event()
+    saver = Saver(lambda snapshot, do: may_end.wait(30), lines.append, blocking=False)
+    assert not saver.puts_off(90)
+    saver.save(Step(100))
+    assert [saver.puts_off(step) for step in (200, 201, 202)] == [True] * 3
+    assert saver._hurry.is_set()
+    may_end.set()
+    while saver.is_writing:
+        time.sleep(0.001)
+    assert not saver.puts_off(203)
+    may_end.clear()
+    saver.save(Step(203))
+    assert saver.puts_off(300)
+    may_end.set()
+    saver.wait()
+    assert lines == [
+        "step    200  its checkpoint is put off: that of step 100 is being written",
+        "step    300  its checkpoint is put off: that of step 203 is being written",
+    ]
+
+
+def test_all_processes_put_a_save_off_alike():
+    """Rank 0 writes; the others do what it says."""
+    agreed = []
+
+    def agree(number):
+        agreed.append(number)
+        return 1
+
+    assert Saver(print, lambda line: None, blocking=False, agree=agree).puts_off(5)
+    assert agreed == [0]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Steps do not wait for saves, and the checkpoints of some steps are written until a later step is logged."""
+    from ft import finetune
+
+    ends_at, logged = {}, {}
+
+    def write_checkpoint(run, snapshot, *arguments, **keywords):
+        if step := ends_at.get(snapshot.state.step):
+            assert logged.setdefault(step, threading.Event()).wait(30)
+        write(run, snapshot, *arguments, **keywords)
+
+    def training(self, step, *arguments, **keywords):
+        log(self, step, *arguments, **keywords)
+        logged.setdefault(step, threading.Event()).set()
+        if step in ends_at.values():
+            saver = next(thread for thread in threading.enumerate() if thread.name == "checkpoint")
+            saver.join(30)
+
+    write, log = store.write_checkpoint, finetune.Report.training
+    monkeypatch.setattr(finetune, "read_synchronizes", lambda device: True)
+    monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
+    monkeypatch.setattr(finetune.Report, "training", training)
+    return ends_at
+
+
+EVERY_STEP = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "1"]
+
+
+def test_a_save_that_comes_due_while_one_is_written_is_made_later(inputs, tmp_path, as_on_a_gpu, capsys):
+    """That of step 10 when the one of step 5 is written, after step 12; the last one in any case."""
+    as_on_a_gpu.update({5: 12, 12: 14, 15: 18})
+    run = tmp_path / "run"
+    assert main([*inputs, *EVERY_STEP, "--keep-checkpoints", "9", "--output-dir", str(run)]) == 0
+    assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in (5, 12, 15, 20)]
+    output = capsys.readouterr().out
+    assert output.count("put off") == 1
+    assert "step     10  its checkpoint is put off: that of step 5 is being written\n" in output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_goes_on_from_a_checkpoint_that_was_put_off_to_the_same_bit(
+    inputs, tmp_path, as_on_a_gpu, capsys, precision
+):
+    flags = [*inputs, *EVERY_STEP, "--keep-checkpoints", "9", "--precision", precision]
+    baseline, run = tmp_path / "baseline", tmp_path / "run"
+    assert main([*flags, "--save-blocking", "--output-dir", str(baseline)]) == 0
+    as_on_a_gpu.update({5: 12})
+    assert main([*flags, "--output-dir", str(run)]) == 0
+    as_on_a_gpu.clear()
+    assert main(["--resume", str(run / "checkpoint-12")]) == 0
+    assert "Continuing after step 12" in capsys.readouterr().out
+    for name in ("model", "optimizer", "rng"):
+        file = f"checkpoint-20/{name}.safetensors"
+        assert (run / file).read_bytes() == (baseline / file).read_bytes()
+    assert_same_metrics(run, baseline)
+
+
+def test_the_best_checkpoint_is_never_put_off(inputs, tmp_path, as_on_a_gpu, monkeypatch):
+    """Its weights are those that were evaluated; the save of step 5, still being written, is waited for."""
+    from ft import finetune
+    from ft.evaluation.evaluate import Evaluation
+
+    accuracies = iter([0.5, 0.9, 0.6, 0.6, 0.6, 0.6])  # after steps 4, 8, 12, 16 and 20, and on the test split
+    monkeypatch.setattr(finetune, "evaluate", lambda *_, **__: Evaluation(0.5, next(accuracies)))
+    run, is_waited_for = tmp_path / "run", threading.Event()
+
+    def write_checkpoint(run, snapshot, *arguments, **keywords):
+        if snapshot.state.step == 5:
+            assert is_waited_for.wait(30)
+        write(run, snapshot, *arguments, **keywords)
+
+    def wait(self):
+        if self._newest_step == 5:
+            is_waited_for.set()
+        original(self)
+
+    write, original = store.write_checkpoint, Saver.wait
+    monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
+    monkeypatch.setattr(Saver, "wait", wait)
+    assert main([*inputs, *EVERY_STEP, "--keep-best", "--keep-checkpoints", "1", "--output-dir", str(run)]) == 0
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-8", "checkpoint-20"]
+    assert json.loads((run / "checkpoint-8" / "state.json").read_text())["best_step"] == 8
+
+
 def test_a_blocking_save_has_ended_when_it_returns():
     written = []
     Saver(lambda snapshot, do: written.append(threading.current_thread()), print, blocking=True).save(Step(1))

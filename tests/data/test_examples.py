@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.utils.rnn import pad_sequence
 
-from ft.data.batches import by_length, collate, epoch_order, in_batches
+from ft.data.batches import batches_by_length, by_length, collate, epoch_order, in_batches
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
 from ft.data.tables import read_split
@@ -423,3 +423,20 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch():
     assert epoch_order(100, 42, 0) != order
     assert epoch_order(100, 43, 1) != order
     assert {type(row) for row in order} == {int}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(("batch_size", "most"), [(4, 1000), (64, 12), (3, 12), (64, 1)])
+def test_batches_hold_every_example_once_and_no_process_gets_too_much(monkeypatch, processes, batch_size, most):
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", most)
+    examples = [Example([1] * (9 + i % 7), [2] * (1 + i * i % 8)) for i in range(41)]
+    batches = list(batches_by_length(examples, batch_size, processes))
+    assert [number for batch in batches for number in batch] == by_length(examples)
+    for batch in batches:
+        for rank in range(processes):
+            targets = [len(examples[number].target_ids) for number in batch[rank::processes]]
+            assert len(targets) <= batch_size
+            assert sum(targets) <= most or len(targets) == 1
+    if most == 1000:
+        assert [len(batch) for batch in batches[:-1]] == [batch_size * processes] * (len(batches) - 1)
+    assert list(batches_by_length([], batch_size, processes)) == []

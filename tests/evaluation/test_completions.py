@@ -10,7 +10,6 @@ import transformers
 
 from ft.cli.main import main
 from ft.data.examples import END_OF_TEXT, Example
-from ft.evaluation import completions
 from ft.evaluation.completions import score_completions
 from ft.inference.language_model import load_language_model
 
@@ -99,9 +98,9 @@ def test_the_logits_of_a_batch_are_bounded(finished, monkeypatch):
     expected = score_completions(loaded.model, examples, 64)
     rows = []
     hook = loaded.model.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
-    monkeypatch.setattr(completions, "MOST_TARGETS", 12)
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", 12)
     found = score_completions(loaded.model, examples, 64)
-    monkeypatch.setattr(completions, "MOST_TARGETS", 3)
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", 3)
     alone = score_completions(loaded.model, examples, 64)
     hook.remove()
     assert max(rows) == 12

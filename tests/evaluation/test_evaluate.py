@@ -109,6 +109,20 @@ def test_without_labels_all_tokens_compete_for_each_target(targets):
     assert result.probabilities is None
 
 
+def test_the_logits_of_completions_are_bounded(monkeypatch):
+    """By the targets of a batch, whatever --eval-batch-size says."""
+    model, rows = make_model(), []
+    examples = [example for targets in (1, 2, 5) for example in make_examples(15, targets=targets, seed=targets)]
+    expected = evaluate(model, examples, [], batch_size=64, precision=FP32)
+    model.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
+    monkeypatch.setattr("ft.data.batches.MOST_TARGETS", 9)
+    result = evaluate(model, examples, [], batch_size=64, precision=FP32)
+    assert max(rows) <= 9
+    assert sum(rows) == 15 * (1 + 2 + 5)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert result.accuracy == expected.accuracy
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 39, 1000])
 def test_the_batch_size_changes_nothing(batch_size):
     model, examples = make_model(), make_examples()

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.train.optim import build_optimizer, clip_in_optimizer
+from ft.train.optim import adamw_of, build_optimizer, clip_in_optimizer, plain_adamw
 from ft.train.schedule import learning_rate_at
 
 TINY = GPT2Config(vocab_size=23, n_positions=8, n_embd=8, n_layer=2, n_head=2)
@@ -115,3 +115,46 @@ def test_decay_spares_biases_norms_and_embeddings():
         f"h.{i}.{name}.weight" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_on_mps_the_update_is_made_of_plain_operations():
+    assert adamw_of(torch.device("mps")) is plain_adamw
+    assert adamw_of(torch.device("cpu")) is adamw_of(torch.device("cuda:0")) is torch._fused_adamw_
+
+
+@pytest.fixture
+def as_on_mps(monkeypatch):
+    """Let the optimizer take what it takes on MPS; returns the devices that it has asked for."""
+    asked = []
+
+    def choose(device):
+        asked.append(device.type)
+        return plain_adamw
+
+    monkeypatch.setattr("ft.train.optim.adamw_of", choose)
+    return asked
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("max_norm", [1.0, 0.0])
+def test_plain_operations_equal_plain_adamw_after_clip_grad_norm(as_on_mps, weight_decay, max_norm):
+    test_steps_equal_plain_adamw_after_clip_grad_norm(weight_decay, max_norm)
+    assert set(as_on_mps) == {"cpu"}
+
+
+def test_plain_operations_clip_unscale_and_skip_as_the_kernel_does(as_on_mps):
+    test_clipping_and_the_loss_scale_go_into_one_step()
+    test_an_overflow_skips_the_step_and_lowers_the_scale()
+    assert as_on_mps
+
+
+def test_the_bias_correction_of_plain_operations_keeps_its_digits():
+    """In fp32, where 1 - 0.999 by itself has five of seven."""
+    weights = [[torch.linspace(-1, 1, 9), torch.linspace(-1, 1, 9).square()] for _ in range(2)]
+    for adamw, (weight, gradient) in zip((plain_adamw, torch._fused_adamw_), weights, strict=True):
+        moments = [torch.zeros(9), torch.zeros(9)]
+        options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False, "lr": 1e-2}
+        for step in range(1, 4):
+            lists = [[weight], [gradient], [moments[0]], [moments[1]], [], [torch.tensor(float(step))]]
+            adamw(*lists, weight_decay=0.0, grad_scale=None, found_inf=None, **options)
+    torch.testing.assert_close(weights[0][0], weights[1][0], rtol=3e-7, atol=1e-8)
