@@ -12,7 +12,6 @@ Tensors are in safetensors and the rest in JSON, so that reading a checkpoint ne
 """
 
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,6 +28,7 @@ from ft.errors import FtError
 from ft.files import UNFINISHED, Do, NewFolder, at_once, complete_or_absent, damage_of, read_json
 from ft.gpt2 import GPT2, GPT2Config
 from ft.optim import AdamW
+from ft.plain_files import remove
 from ft.state import State
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
@@ -190,7 +190,7 @@ def write_checkpoint(
         new.write_manifest()
     delete_old(run, state, keep=keep, keep_best=keep_best)
     for superseded in run.glob(f"{SUPERSEDED}*"):
-        shutil.rmtree(superseded, ignore_errors=True)
+        remove(superseded)
 
 
 def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
@@ -203,7 +203,7 @@ def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
         with suppress(OSError):
             path.rename(path.with_name(UNFINISHED + path.name))
     for doomed in run.glob(f"{UNFINISHED}checkpoint-*"):
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
 
 
 def supersede_later(run: Path, step: int) -> None:
@@ -213,7 +213,7 @@ def supersede_later(run: Path, step: int) -> None:
     """
     for path in checkpoints(run):
         if step_of(path) > step:
-            shutil.rmtree(run / (SUPERSEDED + path.name), ignore_errors=True)
+            remove(run / (SUPERSEDED + path.name))
             path.rename(run / (SUPERSEDED + path.name))
 
 
@@ -238,8 +238,33 @@ def step_of(folder: Path) -> int:
 
 
 def damage_of_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if they are as they were written."""
-    return damage_of(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    """What is wrong with a checkpoint's files, in a few words; None if they are whole and the state makes sense."""
+    damage = damage_of(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    if damage is None:
+        try:
+            _read_state(folder)
+        except FtError as error:
+            damage = str(error)
+    return damage
+
+
+def _read_state(folder: Path) -> tuple[State, dict[str, Any]]:
+    """The state in a checkpoint, and its loss scale, which is empty where the run was not in fp16.
+
+    Raises:
+        FtError: it cannot be read, or a value of it cannot be that of a run at this step.
+    """
+    saved = read_json(folder / STATE)
+    loss_scale = saved.pop("grad_scaler", None)
+    if not isinstance(loss_scale, dict):
+        raise FtError(f"{folder / STATE} has no grad_scaler")
+    try:
+        state = State.from_dict(saved)
+    except FtError as error:
+        raise FtError(f"{folder / STATE}: {error}") from error
+    if state.step != step_of(folder):
+        raise FtError(f"{folder / STATE} is of step {state.step}, its folder of step {step_of(folder)}")
+    return state, loss_scale
 
 
 def load_training_state(
@@ -254,11 +279,9 @@ def load_training_state(
         FtError: a file is missing, unreadable or does not fit the model.
     """
     _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])), ranks)
-    saved = read_json(folder / STATE)
-    problem = FtError(f"{folder / STATE} is not a state of this program")
+    state, loss_scale = _read_state(folder)
+    problem = FtError(f"{folder / STATE} or {RANDOM} does not fit this program")
     try:
-        loss_scale = dict(saved.pop("grad_scaler"))
-        state = State(**saved)
         if loss_scale and scaler.is_enabled():  # it is empty where the run was not in fp16
             if not _fits(loss_scale, scaler.state_dict()):
                 raise problem
@@ -266,15 +289,6 @@ def load_training_state(
         _restore_random_states(dict(read_tensors([folder / RANDOM])), ranks)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise problem from error
-    for field in fields(State):
-        value, default = getattr(state, field.name), field.default
-        optional = default is None and value is None
-        is_whole = isinstance(default, int) or field.name == "best_step"
-        kinds = (str,) if isinstance(default, str) else (int, bool) if is_whole else (int, float)
-        if not optional and type(value) not in kinds:
-            raise problem
-    if state.step < 0 or state.loss_steps < 0 or state.metrics_bytes < 0:
-        raise problem
     return state
 
 

@@ -16,6 +16,7 @@ from ft.config import Config
 from ft.data import label_tokens
 from ft.errors import FtError
 from ft.language_model import LanguageModel, load_language_model
+from ft.plain_files import read_regular
 from ft.predict import predict
 
 
@@ -115,7 +116,7 @@ def _max_length_of_run(folder: Path) -> int:
     if not folder.is_dir():  # a Hub id
         return Config.max_length
     try:
-        length = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["max_length"]
+        length = json.loads(read_regular(folder.parent / "config.json"))["max_length"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         length = None
     return length if type(length) is int and length >= 2 else Config.max_length

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ft.disk import Desk, write_verified
 from ft.errors import FtError
+from ft.plain_files import is_at, open_to_write, read_regular, remove
 
 if sys.platform != "win32":
     import fcntl
@@ -110,36 +110,34 @@ def complete_or_absent(folder: Path, do: Do = at_once) -> Iterator[NewFolder]:
         OSError: the disk is full, or refuses; `folder` is as it was.
     """
     unfinished, replaced = (folder.with_name(prefix + folder.name) for prefix in (UNFINISHED, REPLACED))
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         yield NewFolder(unfinished, do)
         fsync(unfinished)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(folder):
+            remove(replaced)
             folder.rename(replaced)
         unfinished.rename(folder)
         fsync(folder.parent)
     except BaseException:
-        if replaced.exists() and not folder.exists():
+        if os.path.lexists(replaced) and not os.path.lexists(folder):
             replaced.rename(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 def tidy(parent: Path) -> None:
     """Put right what is left in `parent` of a process that died in `complete_or_absent` or in `write_whole`."""
     for replaced in parent.glob(f"{REPLACED}*"):
         folder = parent / replaced.name.removeprefix(REPLACED)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(folder):
+            remove(replaced)
         else:
             replaced.rename(folder)
     for unfinished in parent.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with suppress(OSError):  # if it is no folder, which is gone by now, but a file
-            unfinished.unlink()
+        remove(unfinished)
 
 
 def fsync(path: Path) -> None:
@@ -158,11 +156,13 @@ def damage_of(folder: Path, needed: Iterable[str]) -> str | None:
 
     Only plain files count: a manifest that came from elsewhere must not lead out of its folder.
     """
-    if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
-        return f"{MANIFEST} is missing or no plain file"
     try:
+        if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
+            return f"{MANIFEST} is missing or no plain file"
         files = read_json(folder / MANIFEST)["files"]
         expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except OSError as error:  # a directory that may not be entered
+        return f"{MANIFEST} cannot be read: {error.strerror}"
     except FtError:
         return f"{MANIFEST} is unreadable"
     except (KeyError, TypeError, AttributeError):
@@ -192,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FtError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise FtError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(value, dict):
@@ -200,41 +200,78 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Have a folder for oneself, until the process ends, however it ends. Leaves no folder that was empty all along.
+class FolderLock:
+    """A folder that this process has for itself, by a lock on a file in it."""
 
-    Raises:
-        FtError: another process has it, or seems to on a file system without locks.
-        OSError: the folder cannot be made or written.
-    """
+    def __init__(self, folder: Path) -> None:
+        """Make the folder if need be, and lock it.
+
+        Raises:
+            FtError: another process has it, or seems to on a file system without locks; the file is a link or a FIFO.
+            OSError: the folder cannot be made or written.
+        """
+        self.folder, self._file = folder, _locked_file(folder)
+
+    def restore(self) -> bool:
+        """Take the lock again if the folder or the file has been moved or deleted; says whether it has.
+
+        Raises:
+            FtError: another process has taken it meanwhile.
+            OSError: the folder cannot be made or written.
+        """
+        if is_at(self._file.fileno(), self.folder / LOCK):
+            return False
+        try:
+            file = _locked_file(self.folder)
+        except FtError as error:
+            raise FtError(f"{self.folder} was moved or deleted during the run, which ends here: {error}") from error
+        self._close()
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give the folder back, and delete it if it was empty all along."""
+        with suppress(OSError):  # another process may be coming in, or the folder is gone
+            if [entry.name for entry in self.folder.iterdir()] == [LOCK] and is_at(
+                self._file.fileno(), self.folder / LOCK
+            ):
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):
+            self._file.truncate(0)  # so that a number stands only there where a process has died
+        self._file.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[FolderLock]:
+    """Have a folder for oneself, until the process ends, however it ends: see `FolderLock`."""
+    lock = FolderLock(folder)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _locked_file(folder: Path) -> io.FileIO:
+    """The file of a folder's lock, which this process has locked and put its number into."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
-        # Not through a link, as what it leads to would be emptied.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        file = os.fdopen(descriptor, "r+b", buffering=0)
+        file = os.fdopen(open_to_write(path), "r+b", buffering=0)
         try:
             _take(file, folder)
         except FtError:
             file.close()
             raise
-        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+        if is_at(file.fileno(), path):
             break
         file.close()  # its owner deleted it just now: once more with a new one
-    try:
-        file.seek(0)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        yield
-    finally:
-        with suppress(OSError):
-            file.truncate(0)  # so that a number stands only there where a process has died
-        with suppress(OSError):  # another process may be coming in
-            if [entry.name for entry in folder.iterdir()] == [LOCK]:
-                path.unlink()
-                folder.rmdir()
-        file.close()
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    return file
 
 
 def _take(file: io.FileIO, folder: Path) -> None:

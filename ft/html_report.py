@@ -44,11 +44,13 @@ def report(arguments: Sequence[str]) -> None:
         problems.append(f"--output is {str(output)!r}, there is no folder {str(output.parent)!r}")
     if output.exists() and not output.is_file():
         problems.append(f"--output is {str(output)!r}, it must be the name of a file")
+    elif output.is_symlink():
+        problems.append(f"--output is {str(output)!r}, which is a link: delete it, or name the file itself")
     if problems:
         raise UsageError(*problems)
     try:
         from ft.page import page  # here, as matplotlib is not always there
     except ImportError as error:
         raise FtError(f"the report's curves need matplotlib ({error}): pip install -e '.[plot]'") from error
-    write_whole(output.resolve(), page(runs))
+    write_whole(output, page(runs))
     print(f"{output}: {len(runs)} run{'s' * (len(runs) > 1)}, {output.stat().st_size / 1000:.0f} kB")

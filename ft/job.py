@@ -29,7 +29,7 @@ from ft.data import Batch, Example, collate, collate_padded, read_tokenizer
 from ft.distributed import Ranks
 from ft.errors import FtError
 from ft.evaluate import Evaluation, evaluate
-from ft.files import Do, complete_or_absent, read_json
+from ft.files import Do, FolderLock, complete_or_absent, read_json
 from ft.forgetting import WINDOWS_AT_ONCE, perplexity, read_general_text
 from ft.freeze import freeze, number_of_trained
 from ft.gpt2 import GPT2
@@ -74,11 +74,13 @@ def run_job(config: Config) -> None:
         run = Path(config.output_dir)
         with ranks.first_alone() as first:
             if first:
-                stack.enter_context(runs.own_folder(config))
-        _run_in(run, config, device, precision, ranks)
+                lock = stack.enter_context(runs.own_folder(config))
+        _run_in(run, config, device, precision, ranks, lock if ranks.is_first else None)
 
 
-def _run_in(run: Path, config: Config, device: torch.device, precision: Precision, ranks: Ranks) -> None:
+def _run_in(
+    run: Path, config: Config, device: torch.device, precision: Precision, ranks: Ranks, lock: FolderLock | None
+) -> None:
     started = time.perf_counter()
     with ranks.first_alone() as first:
         resume_from = runs.checkpoint_to_resume(run, config) if first else None
@@ -162,6 +164,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             tensorboard=EventFiles(run / "tensorboard", first_step=state.step)
             if config.tensorboard and ranks.is_first
             else None,
+            lock=lock,
         ) as report,
         nonfinite_advice(config, run, data.splits["train"]),
     ):
@@ -170,8 +173,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         def write(snapshot: Snapshot, do: Do) -> None:
             keep, keep_best = config.keep_checkpoints, config.keep_best
             checkpoint.write_checkpoint(run, snapshot, source, keep=keep, keep_best=keep_best, do=do)
-            if not (run / "config.json").exists():  # the folder has vanished in between, and been made anew
-                config.save(run / "config.json")
+            _restore_config(run, config)
 
         collate_batch = _collate_function(config)
         if device.type == "cpu" and not config.shard:  # whose gradients arrive otherwise
@@ -280,6 +282,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     answers = three_predictions(model, data, config.max_length) if data.label_names else three_completions(model, data)
     if not ranks.is_first:
         return
+    if lock is not None:
+        lock.restore()
+        _restore_config(run, config)
     probabilities = evaluations[judged].probabilities
     if probabilities is not None:
         write_scores(run / "scores.json", state.step, probabilities, data.splits[judged], data.label_names)
@@ -302,6 +307,12 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     print(answers)
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
+
+
+def _restore_config(run: Path, config: Config) -> None:
+    """Write the settings again if the folder was moved or deleted meanwhile, and has been made anew."""
+    if not (run / "config.json").exists():
+        config.save(run / "config.json")
 
 
 def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:

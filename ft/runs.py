@@ -10,7 +10,8 @@ from pathlib import Path
 from ft import checkpoint
 from ft.config import NEWEST, Config, flag
 from ft.errors import FtError, UsageError
-from ft.files import LOCK, MANIFEST, locked, read_json, tidy
+from ft.files import LOCK, MANIFEST, FolderLock, locked, read_json, tidy
+from ft.plain_files import remove
 from ft.settings import changed_on_resume, read_config_file, run_of
 from ft.state import State
 from ft.train import total_steps
@@ -30,7 +31,7 @@ def _is_of_a_demo(run: Path) -> bool:
 
 
 @contextmanager
-def own_folder(config: Config) -> Iterator[Path]:
+def own_folder(config: Config) -> Iterator[FolderLock]:
     """The run's folder, for this process alone, without what a process that died there has left half done.
 
     Raises:
@@ -49,7 +50,7 @@ def own_folder(config: Config) -> Iterator[Path]:
                 f"--resume is {config.resume!r} and --output-dir {str(run)!r}: a run is continued in its own folder, "
                 "leave --output-dir out"
             )
-    with locked(run):
+    with locked(run) as lock:
         if (
             config.resume is None
             and not config.overwrite
@@ -61,7 +62,7 @@ def own_folder(config: Config) -> Iterator[Path]:
                 "--overwrite replaces that run, another --output-dir keeps it"
             )
         tidy(run)
-        yield run
+        yield lock
 
 
 def shared_by(config: Config, processes: int) -> Config:
@@ -199,7 +200,7 @@ def room_for(run: Path, parameters: int, trained: int, config: Config) -> str:
     each = final + BYTES_PER_TRAINED * trained
     most = each * (config.keep_checkpoints + config.keep_best + 1) + final  # one is written before the oldest goes
     # What an earlier part of the run has written lies there already.
-    present = sum(path.stat().st_size for folder in checkpoint.checkpoints(run) for path in folder.iterdir())
+    present = sum(map(_bytes_in, checkpoint.checkpoints(run)))
     free = shutil.disk_usage(run).free
     if free < each + final - present:
         raise FtError(
@@ -213,19 +214,25 @@ def room_for(run: Path, parameters: int, trained: int, config: Config) -> str:
     )
 
 
+def _bytes_in(folder: Path) -> int:
+    """The size of a folder's files; of a link its own, as it may lead nowhere. 0 if the folder may not be read."""
+    try:
+        return sum(path.lstat().st_size for path in folder.iterdir())
+    except OSError:
+        return 0
+
+
 def _size(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
-    for name in ("metrics.jsonl", "scores.json"):
-        (run / name).unlink(missing_ok=True)
-    for folder in (
+    written = ("metrics.jsonl", "scores.json", "tensorboard", "final")
+    for path in (
+        *(run / name for name in written),
         *checkpoint.checkpoints(run),
         *run.glob(f"{checkpoint.SUPERSEDED}*"),
-        run / "tensorboard",
-        run / "final",
     ):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(path)
     (run / "config.json").unlink(missing_ok=True)  # last, as checkpoints without it would be of an unknown run

@@ -12,7 +12,8 @@ def write_whole(path: Path, text: str) -> None:
     """
     unfinished = path.with_name(f".unfinished-{os.getpid()}")
     try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        unfinished.unlink(missing_ok=True)  # which a link may have been put at, to be written through
+        with unfinished.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
