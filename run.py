@@ -2,7 +2,7 @@
 
 import sys
 
-from ft.cli import main
+from ft.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

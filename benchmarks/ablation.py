@@ -25,19 +25,20 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, markdown_table, write_result
 from benchmarks.trainer import Inputs, parser_of_inputs, peak_memory_bytes, prepared_inputs
-from ft import dropout, matmul
-from ft.checkpoint import load_weights
 from ft.config import Config
-from ft.data import Batch, Example, collate, encode, epoch_order, label_tokens, read_tokenizer
-from ft.files import read_json
-from ft.gpt2 import GPT2, GPT2Config, TiedEmbedding
-from ft.machine import Precision, keep_freed_memory
-from ft.optim import build_optimizer, clip_in_optimizer
-from ft.packing import Packing
-from ft.report import Report
-from ft.state import State
-from ft.tables import read_split
-from ft.train import train
+from ft.data.batches import Batch, collate, epoch_order
+from ft.data.examples import Example, encode, label_tokens, read_tokenizer
+from ft.data.tables import read_split
+from ft.device import Precision, disable_malloc_trim
+from ft.io.json_file import read_json
+from ft.model import dropout, matmul
+from ft.model.gpt2 import GPT2, GPT2Config, TiedEmbedding
+from ft.model.packing import Packing
+from ft.model.pretrained import load_weights
+from ft.train.loop import train
+from ft.train.metrics import Report
+from ft.train.optim import build_optimizer, clip_in_optimizer
+from ft.train.state import State
 
 BLOCK = 3  # steps of a variant until the next one's turn
 LOSS_STEPS = 5
@@ -151,7 +152,7 @@ def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
 
 
 def step(model: GPT2, optimizer: torch.optim.AdamW, examples: Sequence[Example], variant: Variant) -> float:
-    """One optimiser step, the body of the loop in `ft/train.py` for one batch; returns the loss."""
+    """One optimiser step, the body of the loop in `ft/train/loop.py` for one batch; returns the loss."""
     batch = build_batch(examples, variant)
     with ExitStack() as patches:
         if variant.dropout_by_element:
@@ -176,7 +177,7 @@ def read_examples(inputs: Inputs) -> list[Example]:
 def build(inputs: Inputs, keeps_memory: bool, dropout: float) -> tuple[GPT2, torch.optim.AdamW]:
     """Model and optimiser of this process, which all variants in it share: their speed does not depend on values."""
     if keeps_memory:
-        keep_freed_memory()
+        disable_malloc_trim()
     config = GPT2Config.from_dict(read_json(inputs.model / "config.json"))
     model = GPT2(replace(config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)).train()
     load_weights(model, [inputs.model / "model.safetensors"])

@@ -26,10 +26,11 @@ import torch
 from benchmarks.common import RESULTS, markdown_table, write_result
 from benchmarks.step import GIB, build, in_own_process, peak_memory, random_examples, review_like_lengths, timed_steps
 from benchmarks.synthetic import SIZES, model_config, write_model
-from ft.checkpoint import ModelSource, Snapshot, State, take_snapshot, write_checkpoint
-from ft.files import Do
-from ft.machine import keep_freed_memory
-from ft.saver import Saver
+from ft.checkpoint.async_writer import Saver
+from ft.checkpoint.snapshot import Snapshot, take_snapshot
+from ft.checkpoint.store import ModelSource, State, write_checkpoint
+from ft.device import disable_malloc_trim
+from ft.io.atomic import Executor
 
 BATCH_SIZE = 8
 # How many threads train; 0 stands for as many as PyTorch takes.
@@ -94,7 +95,7 @@ def measure(way: str, threads: int, folder: Path, options: argparse.Namespace) -
     """The figures of one way; for a process of its own."""
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory()
+    disable_malloc_trim()
     if way == "trainer":
         return measure_trainer(options.size, options.tokenizer, folder, options.saves)
     model, optimizer, config = build(options.size)
@@ -154,7 +155,7 @@ class Gate:
         self.holds = False
         self._open.set()
 
-    def before(self, do: Do) -> Do:
+    def before(self, do: Executor) -> Executor:
         """What does a piece of work as `do` does, when the gate is open."""
 
         def wait_and_do(work: Callable[[], None]) -> None:
@@ -176,7 +177,7 @@ def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folde
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     gate = Gate()
 
-    def write(snapshot: Snapshot, do: Do) -> None:
+    def write(snapshot: Snapshot, do: Executor) -> None:
         write_checkpoint(folder, snapshot, source, keep=2, keep_best=False, do=gate.before(do))
 
     saver = Saver(write, print, blocking=blocking)

@@ -52,12 +52,13 @@ from benchmarks.step import (
 )
 from benchmarks.synthetic import SIZES, model_config
 from ft.config import Config
-from ft.data import Example, epoch_order
-from ft.distributed import ALONE, Ranks
-from ft.gpt2 import GPT2, GPT2Config
-from ft.machine import keep_freed_memory
-from ft.optim import build_optimizer
-from ft.torchrun import joined
+from ft.data.batches import epoch_order
+from ft.data.examples import Example
+from ft.device import disable_malloc_trim
+from ft.distributed.launch import process_group
+from ft.distributed.ranks import ALONE, Ranks
+from ft.model.gpt2 import GPT2, GPT2Config
+from ft.train.optim import build_optimizer
 
 PARTS = {"forward": ("data", "forward"), "backward": ("backward",), "update": ("clip", "AdamW", "other")}
 EXCHANGES = 7  # how often the buckets are exchanged by themselves, after once that does not count
@@ -179,9 +180,9 @@ def run(rank: int, case: Case, together: int, size: str, steps: int, port: int) 
     os.environ |= {name: str(value) for name, value in places.items()} | {"WORLD_SIZE": str(case.processes)}
     torch.set_num_threads(case.threads)
     if not case.release_memory:
-        keep_freed_memory()
+        disable_malloc_trim()
     config = GPT2Config.from_dict(model_config(size))
-    with joined(FP32.device, TIMEOUT) as ranks:
+    with process_group(FP32.device, TIMEOUT) as ranks:
         trained_by = ranks if case.exchanges else ALONE
         model = GPT2(config)
         model.init_weights(seed=42)
@@ -191,10 +192,10 @@ def run(rank: int, case: Case, together: int, size: str, steps: int, port: int) 
         torch.manual_seed(42 + rank)
         examples = own_reviews(case, rank, together, steps, config.vocab_size)
 
-        ranks.highest(0)  # which all must have come to before one goes on
+        ranks.all_reduce_max(0)  # which all must have come to before one goes on
         sent_before = sent_bytes()
         seconds = timed_steps(parallel, optimizer, examples, case.reviews, trained_by)
-        ranks.highest(0)
+        ranks.all_reduce_max(0)
         sent = (sent_bytes() - sent_before) / len(seconds) / case.processes
         peak = peak_memory()  # of the training: the buckets below come on top
 
@@ -244,7 +245,7 @@ def exchange_seconds(buckets: Sequence[int], bf16: bool, ranks: Ranks) -> list[f
     gradients = [torch.ones(size // FP32_BYTES) for size in buckets]
     seconds = []
     for _ in range(1 + EXCHANGES):
-        ranks.highest(0)
+        ranks.all_reduce_max(0)
         started = time.perf_counter()
         queued = []
         for gradient in gradients:

@@ -25,14 +25,15 @@ import torch
 from benchmarks.common import markdown_table, write_result
 from benchmarks.step import GIB, PARTS, peak_memory, random_examples, review_like_lengths, timed_steps
 from benchmarks.synthetic import SIZES, model_config
-from ft.checkpoint import ModelSource, take_snapshot, write_checkpoint
-from ft.cli import read_arguments
-from ft.freeze import freeze, number_of_trained
-from ft.gpt2 import GPT2, GPT2Config
-from ft.job import run_job
-from ft.machine import keep_freed_memory
-from ft.optim import AdamW, build_optimizer
-from ft.state import State
+from ft.checkpoint.snapshot import take_snapshot
+from ft.checkpoint.store import ModelSource, write_checkpoint
+from ft.cli.arguments import read_arguments
+from ft.device import disable_malloc_trim
+from ft.finetune import fine_tune
+from ft.model.freeze import freeze, num_trainable_parameters
+from ft.model.gpt2 import GPT2, GPT2Config
+from ft.train.optim import AdamW, build_optimizer
+from ft.train.state import State
 
 BATCH_SIZE = 8
 TURN = 4  # steps of a case until the next one's turn; the first of each turn is not counted
@@ -96,7 +97,7 @@ def measure_in_turns(size: str, turns: int) -> dict[str, dict[str, Any]]:
 @cache
 def built(size: str, patterns: tuple[str, ...]) -> tuple[GPT2, AdamW]:
     """Model and optimiser of this process, which never holds the moments of what is frozen."""
-    keep_freed_memory()
+    disable_malloc_trim()
     model = GPT2(GPT2Config.from_dict(model_config(size)))
     model.init_weights(seed=42)
     torch.manual_seed(42)
@@ -120,7 +121,7 @@ def footprint(size: str, patterns: tuple[str, ...]) -> dict[str, int]:
         source = ModelSource(model_config(size), tokenizer=b"", label_names=("neg", "pos"))
         write_checkpoint(Path(folder), snapshot, source, keep=1, keep_best=False)
         written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    return {"trained_parameters": number_of_trained(model), "peak_bytes": peak, "checkpoint_bytes": written}
+    return {"trained_parameters": num_trainable_parameters(model), "peak_bytes": peak, "checkpoint_bytes": written}
 
 
 def measure_demo(folder: Path) -> dict[str, dict[str, float]]:
@@ -141,7 +142,7 @@ def measure_demo(folder: Path) -> dict[str, dict[str, float]]:
 def accuracy_of(folder: Path, arguments: list[str]) -> float:
     """The last validation accuracy of a run with this command line, on the CPU in fp32."""
     with redirect_stdout(StringIO()):
-        run_job(read_arguments([*arguments, "--device", "cpu", "--precision", "fp32", "--output-dir", str(folder)]))
+        fine_tune(read_arguments([*arguments, "--device", "cpu", "--precision", "fp32", "--output-dir", str(folder)]))
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return float([event["eval_accuracy"] for event in events if "eval_accuracy" in event][-1])
 

@@ -18,7 +18,7 @@ import transformers
 
 from benchmarks.common import markdown_table, write_result
 from benchmarks.synthetic import SIZES, write_model
-from ft.language_model import LanguageModel, load_language_model
+from ft.inference.language_model import LanguageModel, load_language_model
 
 REVIEW = (
     "a gorgeous , witty , seductive film that holds the interest from its first scene to its last , and a good deal "

@@ -32,8 +32,9 @@ from benchmarks.step import (
     timed_steps,
 )
 from benchmarks.synthetic import SIZES, write_model
-from ft.data import Split, encode, label_tokens, read_tokenizer
-from ft.machine import keep_freed_memory
+from ft.data.examples import encode, label_tokens, read_tokenizer
+from ft.data.splits import Split
+from ft.device import disable_malloc_trim
 
 SHORT = 32  # the job's --max-length
 OURS = ("none", "selective", "full")
@@ -114,7 +115,7 @@ def measure_ours(
     model_dir: Path, rows: Sequence[dict[str, Any]], max_length: int, batch_size: int, size: str, mode: str
 ) -> dict[str, float]:
     """Seconds per step and memory of the product's loop. The process is measured just before the model is made."""
-    keep_freed_memory()
+    disable_malloc_trim()
     rehearse()
     tokenizer = read_tokenizer(model_dir / "tokenizer.json")
     split = Split("train", [row["text"] for row in rows], [row["label"] for row in rows])

@@ -35,10 +35,11 @@ from benchmarks.step import (
     timed_steps,
 )
 from benchmarks.synthetic import SIZES
-from ft import matmul
-from ft.data import Example, encode, epoch_order, label_tokens, read_tokenizer
-from ft.gpt2 import GPT2Config
-from ft.machine import keep_freed_memory
+from ft.data.batches import epoch_order
+from ft.data.examples import Example, encode, label_tokens, read_tokenizer
+from ft.device import disable_malloc_trim
+from ft.model import matmul
+from ft.model.gpt2 import GPT2Config
 
 PASSES = ("forward", "input gradient", "weight gradient")
 ADAMW_BYTES = 28  # per parameter: read weight, gradient and two moments, write all but the gradient
@@ -94,7 +95,7 @@ def main() -> None:
     if (options.dataset is None) != (options.tokenizer is None):
         parser.error("--dataset and --tokenizer belong together")
 
-    keep_freed_memory()
+    disable_malloc_trim()
     model, optimizer, config = build(options.size)
     count = options.batch_size * (options.steps + WARM_UP)
     if options.dataset is None:

@@ -57,8 +57,8 @@ from benchmarks.common import RESULTS, markdown_table, write_result
 from benchmarks.roofline import ADAMW_BYTES, needed_flops
 from benchmarks.step import parameter_count
 from benchmarks.synthetic import model_config
-from ft.data import Example
-from ft.gpt2 import GPT2, GPT2Config
+from ft.data.examples import Example
+from ft.model.gpt2 import GPT2, GPT2Config
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DEVICES = tuple(2**power for power in range(11))

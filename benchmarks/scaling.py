@@ -32,8 +32,9 @@ from benchmarks.step import (
     timed_steps,
 )
 from benchmarks.synthetic import SIZES
-from ft.data import Split, encode, label_tokens, read_tokenizer
-from ft.machine import keep_freed_memory
+from ft.data.examples import encode, label_tokens, read_tokenizer
+from ft.data.splits import Split
+from ft.device import disable_malloc_trim
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -97,7 +98,7 @@ def main() -> None:
 
 def measure_step(size: str, batch_size: int, length: int) -> dict[str, float]:
     """Median seconds of a step and the process's peak memory, for reviews of `length` tokens with their label."""
-    keep_freed_memory()
+    disable_malloc_trim()
     model, optimizer, config = build(size)
     parameters = parameter_count(model)
     dear = parameters * batch_size * length > 100e9  # then a step takes seconds, and three give a median

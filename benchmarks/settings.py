@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table, write_result
-from ft.demo import SETTINGS, SPLITS
+from ft.data.demo import SETTINGS, SPLITS
 
 LEARNING_RATE = float(str(SETTINGS["learning_rate"]))
 GIVEN = {name: SETTINGS[name] for name in ("learning_rate", "batch_size", "epochs")}

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.synthetic import model_config
-from ft import hub
 from ft.config import Config
-from ft.data import Example, Split, collate
-from ft.distributed import ALONE, Ranks
-from ft.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
-from ft.machine import Precision
-from ft.optim import AdamW, build_optimizer
-from ft.state import State
-from ft.tables import read_split
-from ft.train import train
+from ft.data import dataset_files
+from ft.data.batches import collate
+from ft.data.examples import Example
+from ft.data.splits import Split
+from ft.data.tables import read_split
+from ft.device import Precision
+from ft.distributed.ranks import ALONE, Ranks
+from ft.model.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
+from ft.train.loop import train
+from ft.train.optim import AdamW, build_optimizer
+from ft.train.state import State
 
 PARTS = ("data", "forward", "backward", "clip", "AdamW", "other")
 WARM_UP = 1  # the first step is left out: it allocates AdamW's moments
@@ -95,7 +97,7 @@ class ClockedScaler(torch.amp.GradScaler):
 def build(
     size: str, activation_checkpointing: ActivationCheckpointing = "none", **config_overrides: Any
 ) -> tuple[GPT2, AdamW, GPT2Config]:
-    """A model of random weights and its optimiser, made as the job makes them (after `keep_freed_memory`)."""
+    """A model of random weights and its optimiser, made as the job makes them (after `disable_malloc_trim`)."""
     config = GPT2Config.from_dict(model_config(size, **config_overrides))
     model = GPT2(config)
     model.init_weights(seed=42)
@@ -168,7 +170,7 @@ def random_examples(lengths: Sequence[int], vocab_size: int) -> list[Example]:
 
 def read_reviews(dataset: Path) -> Split:
     """The training split in a folder of parquet files."""
-    return read_split("train", hub.dataset_files(str(dataset))["train"])
+    return read_split("train", dataset_files.dataset_files(str(dataset))["train"])
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -183,9 +183,10 @@ def run_trainer(turns: Turns, row: Row, inputs: Inputs) -> None:
 
 def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
     """The program's own job and loop; only the report is another one, which takes turns."""
-    from ft import job
+    from ft import finetune
     from ft.config import Config
-    from ft.train import train
+    from ft.train import loop
+    from ft.train.loop import train
 
     class TakeTurns:
         def step(self, reviews: int, tokens: int) -> None:
@@ -202,7 +203,7 @@ def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
         turns.step_begins()
         train(*arguments, evaluate=evaluate, save=save, **others | {"report": TakeTurns()})
 
-    job.train = train_in_turns
+    loop.train = train_in_turns
     config = Config(
         model=str(inputs.model),
         dataset=str(inputs.dataset),
@@ -217,7 +218,7 @@ def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
         save_steps=NEVER,
         save_blocking=True,  # as the Trainer does
     )
-    job.run_job(config)
+    finetune.fine_tune(config)
 
 
 RUN = {"trainer": run_trainer, "ft": run_ft}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ft.errors import UsageError
-from ft.whole import write_whole
+from ft.io.atomic import atomic_write_text
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class Config:
     """AdamW's step size at its highest
 
     A step moves each weight by about this much or less, whatever the size of its gradient:
-    w <- w - lr m' / (sqrt(v') + eps) (`AdamW` in ft/optim.py). Too large: the loss jumps, stays where guessing is or is
+    w <- w - lr m' / (sqrt(v') + eps) (`AdamW`, ft/train/optim.py). Too large: the loss jumps, stays at guessing or is
     no number any more, and what the model had learnt before is lost. Too small: the loss falls evenly, and the run ends
     long before it is low.
     """
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """how the learning rate falls: to 0 on a line, to 0 on half a cosine, not at all
 
-    With p from 0 to 1 after the warm-up: lr (1 - p), lr (1 + cos(pi p)) / 2, or lr (`learning_rate_at` in ft/optim.py).
+    With p from 0 to 1 after the warm-up: lr (1 - p), lr (1 + cos(pi p)) / 2, or lr (ft/train/schedule.py).
     A rate that stays high ends with weights that the last few batches have pushed about; one that falls lets the steps
     average out. The cosine stays high for longer and falls faster in the middle.
     """
@@ -140,7 +140,7 @@ class Config:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this global norm if theirs is larger; 0 turns that off
 
-    g <- g min(1, max_grad_norm / |g|), with |g| over all parameters together (`clip_in_optimizer` in ft/optim.py): a
+    g <- g min(1, max_grad_norm / |g|), with |g| over all parameters together (ft/train/optim.py): a
     single odd batch cannot fill AdamW's moments. Too small: every step is clipped, and AdamW, which divides by the size
     of past gradients, hardly notices. Too large, or 0: nothing is clipped. The log shows the norm before clipping.
     """
@@ -157,7 +157,7 @@ class Config:
     train_only: tuple[str, ...] = ()
     """only those whose names match: wte.weight, h.11.*, *.bias, or last:N, the last N blocks and the final norm
 
-    The others stay as they are, without gradient and without AdamW's moments (ft/freeze.py). Too few: the model cannot
+    The others stay as they are, without gradient or moments (ft/model/freeze.py). Too few: the model cannot
     become what the labels ask for. All, as here: the most time and memory, and the most that a long run can overwrite.
     """
     freeze: tuple[str, ...] = ()
@@ -234,7 +234,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write all settings as JSON, in the order of this class; the file is the old one until it is the new one."""
-        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
+        atomic_write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
 # The value of `resume` that stands for the newest checkpoint in the output directory.

@@ -16,7 +16,7 @@ from typing import Any
 
 from ft.config import Config, field_types, flag
 from ft.errors import UsageError
-from ft.plain_files import read_regular
+from ft.io.plain_files import read_regular
 
 # What one run of a folder may have and another not, without being another run.
 NOT_OF_THE_RUN = ("resume", "overwrite", "save_dataset")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 HUB = ROOT.parent / "shared" / "hub"
@@ -38,7 +38,7 @@ def real_gpt2():
 @pytest.fixture(scope="session")
 def demo_inputs(tmp_path_factory):
     """The demo's model folder and data set folder: a stand-in for the real ones that is made in a second."""
-    from ft.demo import write_demo
+    from ft.data.demo import write_demo
 
     return write_demo(tmp_path_factory.mktemp("demo"))
 

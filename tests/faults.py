@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ft import disk
+from ft.io import direct_io
 
 
 class Fault(OSError):
@@ -18,8 +18,8 @@ class Faults:
         for name in ("fsync", "rename", "unlink", "rmdir", "mkdir", "open", "posix_fadvise"):
             if hasattr(os, name):
                 monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
-        monkeypatch.setattr(disk.fcntl, "fcntl", self.wrap(disk.fcntl.fcntl))
-        monkeypatch.setattr(disk, "open", self.open, raising=False)
+        monkeypatch.setattr(direct_io.fcntl, "fcntl", self.wrap(direct_io.fcntl.fcntl))
+        monkeypatch.setattr(direct_io, "open", self.open, raising=False)
 
     def tick(self):
         self.count += 1

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from ft import files, job  # noqa: F401  (imported before the fork, so that no fork has to)
-from ft.cli import main
+from ft import finetune  # noqa: F401  (imported before the fork, so that no fork has to)
+from ft.cli.main import main
 
 SLOWER = float(os.environ.get("SECONDS_PER_FSYNC", "0"))
 fsync = os.fsync

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp  # (imported before the fork, so that no fork has to)
 
-from ft import files, job  # noqa: F401
-from ft.cli import main
+from ft import finetune  # noqa: F401
+from ft.cli.main import main
 
 FOLDER = Path(os.environ["FOLDER"])
 

@@ -9,11 +9,7 @@ from importlib import import_module
 
 import pytest
 
-from ft.config import (
-    Config,
-    field_types,
-    flag,
-)
+from ft.config import Config, field_types, flag
 from ft.errors import FtError, UsageError
 from ft.settings import (
     FREE_ON_RESUME,

@@ -1,0 +1,59 @@
+"""What can go wrong in the middle of a run, turned into errors that say what helps."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ft.checkpoint import store
+from ft.config import Config
+from ft.data.splits import Split
+from ft.errors import FtError
+from ft.train.nonfinite import NonFiniteError
+from ft.train.schedule import rows_of_step
+
+
+@contextmanager
+def nonfinite_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
+    """Turn a loss or gradient that is not finite into an error that says what helps.
+
+    Raises:
+        FtError: there was one inside.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        numbers = split.rows or range(len(split.texts))
+        rows = ", ".join(str(numbers[row]) for row in rows_of_step(len(split.texts), config, error.step))
+        before = [path for path in store.checkpoints(run) if store.step_of(path) <= error.step]
+        newest = before[-1] if before else None
+        raise FtError(
+            f"{error}; it read the rows {rows} of the training split. The weights were not updated with it"
+            + (f", and {newest} is from before it" if newest else "")
+            + f". A lower --learning-rate (now {config.learning_rate}) or --precision fp32 may help; --on-nonfinite "
+            f"skip leaves out up to --max-skipped-steps {config.max_skipped_steps} such steps"
+        ) from error
+
+
+@contextmanager
+def memory_advice(config: Config) -> Iterator[None]:
+    """Turn memory that runs out into an error that says what helps.
+
+    Raises:
+        FtError: it ran out inside.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told = re.search("out of memory|allocate memory", str(error))
+        if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+            raise
+        detail = str(error).partition("\n")[0]
+        raise FtError(
+            f"out of memory with --batch-size {config.batch_size}, --max-length {config.max_length} and "
+            f"--activation-checkpointing {config.activation_checkpointing}: less is needed with "
+            "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
+            f"--gradient-accumulation-steps), or with --precision bf16. {detail}"
+        ) from error

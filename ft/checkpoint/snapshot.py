@@ -1,0 +1,173 @@
+"""The tensors and states of a run at one moment: taken, and put back on resume."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ft.checkpoint.store import _read_state
+from ft.distributed.ranks import ALONE, Ranks
+from ft.distributed.sharding import full_tensor, is_sharded, local_shard, reshard, rows_here
+from ft.errors import FtError
+from ft.model.gpt2 import GPT2, GPT2Config
+from ft.model.pretrained import read_tensors
+from ft.train.optim import AdamW
+from ft.train.state import State
+
+WEIGHTS, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, as it was at one moment."""
+
+    config: GPT2Config
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random_states: dict[str, Tensor]
+    state: State
+    grad_scaler: dict[str, Any]
+
+
+def gather_weights(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    """The parameters by name, not copied if they are whole; in the first of several processes, to which all must come.
+
+    Sharded ones are put together one at a time: the first process needs room for all of them on the CPU, every process
+    for the largest one on its device.
+    """
+    reshard(model)
+    return gather_tensors(dict(model.named_parameters()), ranks)
+
+
+def take_snapshot(
+    model: GPT2,
+    optimizer: AdamW,
+    scaler: torch.amp.GradScaler,
+    state: State,
+    *,
+    copy: bool,
+    ranks: Ranks = ALONE,
+) -> Snapshot:
+    """All that a checkpoint holds; with `copy` in memory of its own, so that training can go on meanwhile.
+
+    Of several processes all must come here, and the first gets the tensors: see `gather_weights`.
+    """
+    reshard(model)
+    weights, moments = dict(model.named_parameters()), _moments(model, optimizer)
+    trained = [name for name, weight in weights.items() if weight.requires_grad]  # the others never change
+    return Snapshot(
+        config=model.config,
+        weights=gather_tensors(weights, ranks, copied=trained if copy else ()),
+        optimizer=gather_tensors(moments, ranks, copied=moments if copy else ()),
+        random_states=_random_states(ranks),
+        state=replace(state),
+        grad_scaler=scaler.state_dict(),
+    )
+
+
+def gather_tensors(tensors: Mapping[str, Tensor], ranks: Ranks, copied: Collection[str] = ()) -> dict[str, Tensor]:
+    """The whole tensors, in the first process, and there on the CPU those that were sharded or are to be `copied`."""
+
+    def fetched(name: str, tensor: Tensor) -> Tensor | None:
+        full = full_tensor(tensor.detach())
+        if not ranks.is_rank_zero:
+            return None
+        if is_sharded(tensor):
+            return full.cpu()
+        return full.to("cpu", copy=True) if name in copied else full
+
+    kept = ((name, fetched(name, tensor)) for name, tensor in tensors.items())  # one by one, freed before the next
+    return {name: tensor for name, tensor in kept if tensor is not None}
+
+
+def load_training_state(
+    folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, ranks: Ranks = ALONE
+) -> State:
+    """Put optimiser, loss scale and random states back to where they were when the checkpoint was taken.
+
+    The weights are `load_weights`'s matter, before the model is sharded. A process that the run did not have then keeps
+    the random state that it has.
+
+    Raises:
+        FtError: a file is missing, unreadable or does not fit the model.
+    """
+    _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])), ranks)
+    state, loss_scale = _read_state(folder)
+    problem = FtError(f"{folder / STATE} or {RANDOM} does not fit this program")
+    try:
+        if loss_scale and scaler.is_enabled():  # it is empty where the run was not in fp16
+            if not _fits(loss_scale, scaler.state_dict()):
+                raise problem
+            scaler.load_state_dict(loss_scale)
+        _restore_random_states(dict(read_tensors([folder / RANDOM])), ranks)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise problem from error
+    return state
+
+
+def _fits(loss_scale: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a saved loss scale has the numbers that a scaler's own has, of the same kinds and within their bounds."""
+    kinds, own_kinds = ({name: type(number) for name, number in each.items()} for each in (loss_scale, own))
+    return kinds == own_kinds and all(0 <= x < (2**31 if type(x) is int else 3e38) for x in loss_scale.values())
+
+
+def _moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """AdamW's moments and step counts of all trained parameters, by name, not copied."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+@torch.no_grad()
+def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    moments = _moments(model, optimizer)
+    if superfluous := sorted(tensors.keys() - moments.keys()):
+        raise FtError(f"the checkpoint's {OPTIMIZER} has {superfluous[0]}, which this run does not train")
+    for name, value in moments.items():
+        saved = tensors.get(name)
+        if saved is None:
+            raise FtError(f"the checkpoint's {OPTIMIZER} has no {name}")
+        if saved.shape != value.shape:
+            raise FtError(
+                f"{name} in the checkpoint's {OPTIMIZER} has shape {tuple(saved.shape)}, the model says "
+                f"{tuple(value.shape)}"
+            )
+        local_shard(value).copy_(rows_here(saved, value, ranks))
+
+
+def _random_states(ranks: Ranks) -> dict[str, Tensor]:
+    """The states of all generators that a run draws from. Python's own and NumPy's are none of them."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()  # of the current device: a process has one
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return {
+        f"{name}{_ending(rank)}": each
+        for name, state in states.items()
+        for rank, each in enumerate(ranks.gather(state))
+    }
+
+
+def _restore_random_states(states: dict[str, Tensor], ranks: Ranks) -> None:
+    set_state = {"cpu": torch.set_rng_state}
+    if torch.cuda.is_available():
+        set_state["cuda"] = torch.cuda.set_rng_state
+    if torch.backends.mps.is_available():
+        set_state["mps"] = torch.mps.set_rng_state
+    if "cpu" not in states:
+        raise KeyError("cpu")
+    for name, put in set_state.items():
+        saved = states.get(f"{name}{_ending(ranks.rank)}")
+        if saved is not None:
+            put(saved.clone())
+
+
+def _ending(rank: int) -> str:
+    return f".{rank}" if rank else ""

@@ -1,0 +1,175 @@
+"""What a run leaves on disk: checkpoints to continue from, and the finished model in the Hub's layout.
+
+Every folder written here is a complete model folder; a checkpoint adds what training needs besides the weights:
+
+    config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json
+    optimizer.safetensors    AdamW's moments and step counts, by the names of the parameters that are trained
+    rng.safetensors          the random states that dropout draws from; those of process n under names that end in .n
+    state.json               step, sums, best figures, loss scale: see `State`
+    manifest.json            the size and SHA-256 of each of these
+
+Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot
+from ft.data.examples import END_OF_TEXT
+from ft.errors import FtError
+from ft.io.atomic import Executor, StagedDirectory, atomic_directory, run_now
+from ft.io.json_file import read_json
+from ft.io.lock import UNFINISHED
+from ft.io.manifest import verify_manifest
+from ft.io.plain_files import remove
+from ft.model.gpt2 import GPT2Config
+from ft.train.state import State
+
+SUPERSEDED = ".superseded-"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What is copied into every saved model folder unchanged, or nearly so.
+
+    Attributes:
+        config: the published config.json.
+        tokenizer: the content of tokenizer.json, as its file may be gone when the run is saved.
+        label_names: the words of the labels, kept in config.json as `id2label`.
+    """
+
+    config: dict[str, Any]
+    tokenizer: bytes
+    label_names: Sequence[str]
+
+
+def save_model(folder: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
+    """Write what `transformers` loads as it is: AutoModelForCausalLM and AutoTokenizer."""
+    own = {field.name: getattr(config, field.name) for field in fields(GPT2Config)}
+    labels = {
+        "id2label": {str(label): name for label, name in enumerate(source.label_names)},
+        "label2id": {name: label for label, name in enumerate(source.label_names)},
+    }
+    # `transformers` notes under `_name_or_path` where a model was loaded from, a path that is nobody else's business.
+    dropped = {*labels, "_name_or_path"}
+    published = {key: value for key, value in source.config.items() if key not in dropped}
+    published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own}
+    if source.label_names:  # and none where completions were learnt
+        published |= labels
+    end_of_text_id = source.config.get("eos_token_id", config.vocab_size - 1)
+    generation = {"bos_token_id": source.config.get("bos_token_id", end_of_text_id), "eos_token_id": end_of_text_id}
+    tokenizer = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": config.n_positions,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "add_prefix_space": False,
+    }
+    folder.write_json("config.json", published)
+    folder.write_json("generation_config.json", generation)
+    folder.write_json("tokenizer_config.json", tokenizer)
+    folder.write("tokenizer.json", [source.tokenizer])
+    folder.write_tensors(WEIGHTS, weights, metadata={"format": "pt"})
+
+
+def write_checkpoint(
+    run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool, do: Executor = run_now
+) -> None:
+    """Write `checkpoint-<step>` below `run`, and once it has proved whole, delete those that are no longer kept.
+
+    Kept are the newest `keep`, and with `keep_best` that of the best evaluation. `do` does the pieces of the work.
+
+    Raises:
+        OSError: the disk is full, or refuses; the checkpoints that were there are there.
+    """
+    state = snapshot.state
+    with atomic_directory(checkpoint_path(run, state.step), do) as new:
+        save_model(new, snapshot.config, snapshot.weights, source)
+        new.write_tensors(OPTIMIZER, snapshot.optimizer)
+        new.write_tensors(RANDOM, snapshot.random_states)
+        new.write_json(STATE, {**asdict(state), "grad_scaler": snapshot.grad_scaler})
+        new.write_manifest()
+    delete_old(run, state, keep=keep, keep_best=keep_best)
+    for superseded in run.glob(f"{SUPERSEDED}*"):
+        remove(superseded)
+
+
+def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
+    """Delete the checkpoints that are no longer kept when that of `state` is the newest: see `write_checkpoint`."""
+    old = [path for path in checkpoints(run) if step_of(path) <= state.step][:-keep]
+    old = [path for path in old if not (keep_best and step_of(path) == state.best_step)]
+    for path in old:
+        # Under another name first: what is half deleted must not pass for a checkpoint. What cannot be deleted now may
+        # be after the next save, and is no reason to call this one a failure.
+        with suppress(OSError):
+            path.rename(path.with_name(UNFINISHED + path.name))
+    for doomed in run.glob(f"{UNFINISHED}checkpoint-*"):
+        remove(doomed)
+
+
+def supersede_later(run: Path, step: int) -> None:
+    """Take the name from the checkpoints of later steps, as the run goes on from `step` and will not come from them.
+
+    They are deleted when it has saved for the first time.
+    """
+    for path in checkpoints(run):
+        if step_of(path) > step:
+            remove(run / (SUPERSEDED + path.name))
+            path.rename(run / (SUPERSEDED + path.name))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first by step."""
+    return sorted((path for path in run.glob("checkpoint-*") if is_checkpoint(path)), key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name of a finished checkpoint."""
+    return re.fullmatch(r"checkpoint-[0-9]{1,18}", folder.name) is not None and folder.is_dir()
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """The checkpoint that is saved after a step."""
+    return run / f"checkpoint-{step}"
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None if they are whole and the state makes sense."""
+    damage = verify_manifest(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    if damage is None:
+        try:
+            _read_state(folder)
+        except FtError as error:
+            damage = str(error)
+    return damage
+
+
+def _read_state(folder: Path) -> tuple[State, dict[str, Any]]:
+    """The state in a checkpoint, and its loss scale, which is empty where the run was not in fp16.
+
+    Raises:
+        FtError: it cannot be read, or a value of it cannot be that of a run at this step.
+    """
+    saved = read_json(folder / STATE)
+    loss_scale = saved.pop("grad_scaler", None)
+    if not isinstance(loss_scale, dict):
+        raise FtError(f"{folder / STATE} has no grad_scaler")
+    try:
+        state = State.from_dict(saved)
+    except FtError as error:
+        raise FtError(f"{folder / STATE}: {error}") from error
+    if state.step != step_of(folder):
+        raise FtError(f"{folder / STATE} is of step {state.step}, its folder of step {step_of(folder)}")
+    return state, loss_scale

@@ -1,0 +1,106 @@
+"""The command `data`: what a run would read, before a minute is spent on training.
+
+python run.py data --dataset ./my-reviews --max-length 64
+"""
+
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ft.config import Config
+from ft.data.examples import read_tokenizer
+from ft.data.load import read_data, with_demo_inputs
+from ft.data.splits import Split
+from ft.io.json_file import read_json
+from ft.model import pretrained
+from ft.model.pretrained import model_config_of
+
+BARS = 12  # lines of a histogram at most
+WIDTH = 40  # characters of its longest bar
+UNCUT = 2**62  # a --max-length that cuts nothing
+
+
+def describe(config: Config) -> None:
+    """Print the rows of each class and split, how many tokens they have, and how many are cut off or occur twice.
+
+    Raises:
+        FtError: the data or the tokenizer cannot be read, or do not fit each other.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = "the demo" if config.demo else config.dataset
+        if config.demo:
+            config = with_demo_inputs(config, Path(folder))
+        files = pretrained.model_files(config.model, config.model_revision, with_weights=False)
+        tokenizer = read_tokenizer(files.tokenizer)
+        model_config = model_config_of(read_json(files.config), files.config, config)
+        data = read_data(replace(config, max_length=UNCUT), tokenizer, model_config)
+    splits = data.splits
+    lengths = {
+        name: [len(example.input_ids) + len(example.target_ids) for example in examples]
+        for name, examples in data.examples.items()
+    }
+
+    print(f"{source}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
+    for note in data.notes:
+        print(f"Note: {note}.")
+    if data.label_names:
+        words = [tokenizer.decode([token]) for token in data.label_ids]
+        print("\n" + _class_table(splits, data.label_names, words))
+    print("\n" + _histogram(lengths["train"], config.max_length))
+    for name, counts in lengths.items():
+        cut = sum(length > config.max_length for length in counts)
+        print(
+            f"{name}: {sum(counts):,} tokens; {cut:,} of {len(counts):,} rows ({cut / len(counts):.1%}) have more than "
+            f"--max-length {config.max_length} and lose their beginning"
+        )
+    print(_repeated(splits))
+
+
+def _class_table(splits: dict[str, Split], names: Sequence[str], words: Sequence[str]) -> str:
+    """Rows per class and split, and the token that stands for each class."""
+    counts = {name: Counter(split.labels) for name, split in splits.items()}
+    width = max(5, *map(len, names))
+    lines = ["  ".join(["label".ljust(width), "token".ljust(10), *(name.rjust(16) for name in splits)])]
+    for label, (name, word) in enumerate(zip(names, words, strict=True)):
+        cells = [
+            f"{counts[split][label]:,} ({counts[split][label] / len(splits[split].labels):.1%})".rjust(16)
+            for split in splits
+        ]
+        lines.append("  ".join([name.ljust(width), repr(word).ljust(10), *cells]))
+    absent = [name for label, name in enumerate(names) if counts["train"][label] == 0]
+    if absent:
+        lines.append(f"WARNING: no training row is labelled {', '.join(absent)}: that cannot be learnt.")
+    return "\n".join(lines)
+
+
+def _histogram(lengths: Sequence[int], max_length: int) -> str:
+    """Tokens per row of the training split, with what a row is cut to."""
+    ranked = sorted(lengths)
+    step = max(1, -(-ranked[-1] // BARS))
+    bins = Counter((length - 1) // step for length in lengths)
+    top = max(bins.values())
+    lines = ["tokens per training row, end-of-text and what follows it included"]
+    for i in range(min(bins), max(bins) + 1):
+        first, last = i * step + 1, (i + 1) * step
+        mark = "  <- --max-length" if first <= max_length <= last else ""
+        bar = "#" * -(-bins[i] * WIDTH // top)
+        lines.append(f"{first:>6,} to {last:<6,} {bins[i]:>8,} {bar}{mark}")
+    half, most = (ranked[(len(ranked) * share - 1) // 100] for share in (50, 95))
+    lines.append(f"half have at most {half:,}, 95 % at most {most:,}, the longest {ranked[-1]:,}")
+    return "\n".join(lines)
+
+
+def _repeated(splits: dict[str, Split]) -> str:
+    """Texts that occur more than once, and those that a run would be trained on and judged by."""
+    train = Counter(splits["train"].texts)
+    lines = [f"texts that occur more than once in train: {sum(count > 1 for count in train.values()):,}"]
+    for name, split in splits.items():
+        if name != "train":
+            both = sum(text in train for text in split.texts)
+            lines.append(
+                f"texts of {name} that are in train too: {both:,}"
+                + ("" if both == 0 else "; its accuracy will look better than it is")
+            )
+    return "\n".join(lines)

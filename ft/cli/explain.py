@@ -1,0 +1,325 @@
+"""One review on its way through one optimiser step, told in the order of the eight steps in `ft/finetune.py`.
+
+What is shown is not computed here: the functions of the training do it, and the step itself is one of `train`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import fill, shorten
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ft.config import Config, flag
+from ft.data.batches import IGNORED, Batch, collate
+from ft.data.examples import Example, read_tokenizer
+from ft.data.load import Data, read_data, with_demo_inputs
+from ft.device import Precision, choose_device, choose_precision
+from ft.errors import FtError, UsageError
+from ft.io.json_file import read_json
+from ft.model import pretrained
+from ft.model.freeze import freeze
+from ft.model.gpt2 import GPT2
+from ft.model.pretrained import load_weights, model_config_of
+from ft.train.loop import train
+from ft.train.metrics import Report
+from ft.train.nonfinite import NonFiniteError
+from ft.train.optim import build_optimizer
+from ft.train.schedule import total_steps, windows
+from ft.train.state import State
+
+WIDTH = 100  # columns
+SHOWN_TOKENS = 32  # of a longer example the middle is left out
+SHOWN_LABELS = 8  # where there are more, the likeliest, and the right one
+
+HYPER_PARAMETERS = (
+    "learning_rate",
+    "lr_schedule",
+    "warmup_steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "epochs",
+    "max_length",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+
+
+def explain(config: Config, row: int | None) -> None:
+    """Print what becomes of the review in this row of the training split. Nothing is written but the Hub's cache.
+
+    Args:
+        config: the settings of the run that would train on it.
+        row: its number in the split, from 0; left out, the first that a step at the full learning rate reads.
+
+    Raises:
+        UsageError: there is no such row, or no such device.
+        FtError: the inputs cannot be read, or the run would end before it reads that row.
+    """
+    with TemporaryDirectory() as folder:
+        if config.demo:
+            config = with_demo_inputs(config, Path(folder))
+        _walk(replace(config, save_dataset=None, logging_steps=1), row)
+
+
+def _walk(config: Config, row: int | None) -> None:
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    files = pretrained.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
+    tokenizer = read_tokenizer(files.tokenizer)
+    model_config = model_config_of(read_json(files.config), files.config, config)
+    data = read_data(config, tokenizer, model_config)
+    examples = data.examples["train"]
+    step, window, row = _place(examples, config, row)
+    model = GPT2(model_config)
+    if config.init == "pretrained":
+        load_weights(model, files.weights)
+    else:
+        model.init_weights(config.seed)
+    freeze(model, config.train_only, config.freeze)
+    model.to(device)
+
+    split, target_ids = data.splits["train"], examples[row].target_ids
+    target = target_ids[-1]  # the label, or end-of-text behind a completion
+    print(f"Row {row:,} of the {len(examples):,} reviews to train on, and one step of the training with it.")
+
+    _stage(1, "Data", "ft/data/dataset_files.py dataset_files, ft/data/tables.py read_split")
+    _tell("text", repr(split.texts[row]))
+    if split.completions is None:
+        _tell("label", f"{split.labels[row]}, which is called {data.label_names[split.labels[row]]!r}")
+    else:
+        _tell("follows", repr(split.completions[row]))
+
+    _stage(2, "Model", "ft/model/gpt2.py GPT2")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _tell("weights", f"{config.model}" + (", at random" if config.init == "random" else ""))
+    _tell(
+        "size",
+        f"{parameters:,} parameters in {model_config.n_layer} blocks; each token is {model_config.n_embd} numbers wide",
+    )
+
+    _stage(3, "Tokenizer", "ft/data/examples.py read_tokenizer")
+    ids = tokenizer.encode(split.texts[row], add_special_tokens=False).ids
+    _tell("tokens", f"{len(ids)}: {_tokens(ids, tokenizer)}")
+    _tell("ids", " ".join(map(str, ids)))
+
+    _stage(4, "Example", "ft/data/examples.py encode")
+    completion = "" if split.completions is None else split.completions[row]
+    following = tokenizer.encode(completion, add_special_tokens=False).ids or target_ids
+    _show_example(examples[row], [*ids, *following], config, tokenizer)
+
+    _stage(5, "Collate", "ft/data/batches.py collate, ft/model/packing.py Packing and Selection")
+    rows = next(rows for rows in window if row in rows)
+    batch = collate([examples[number] for number in rows])
+    _tell(
+        "order",
+        f"that of torch.randperm with the seed {config.seed} (ft/data/batches.py epoch_order); step {step + 1:,} of "
+        f"{total_steps(len(examples), config):,} reads this row",
+    )
+    _tell("batch", shorten(f"the rows {' '.join(map(str, rows))}", 3 * WIDTH, placeholder=" ..."))
+    _show_place(batch, [len(examples[number].input_ids) for number in rows], rows.index(row))
+
+    _stage(6, "Hyper-parameters", "ft/config.py Config")
+    _tell("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPER_PARAMETERS))
+
+    _stage(7, "Loop", "ft/train/loop.py train; forward: ft/model/gpt2.py GPT2.forward; clip, AdamW: ft/train/optim.py")
+    read = [number for numbers in window for number in numbers]
+    first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
+    own = slice(first, first + len(target_ids))  # this review's among the targets of the step
+    batches = [collate([examples[number] for number in numbers]).to(device) for numbers in window]
+    embedding = model.wte.weight[target].detach().clone()
+    before = _logits(model, batches, precision)
+    figures = _one_step(model, examples, config, step, precision)
+    after = _logits(model, batches, precision)
+    targets = torch.cat([batch.target_ids for batch in batches])
+    _show_logits(before[own], after[own], target_ids, data)
+    _show_losses(before[own], after[own], targets[own], "of this review")
+    _show_losses(before, after, targets, f"of the {len(read)} reviews of the step")
+    if any((model_config.embd_pdrop, model_config.attn_pdrop, model_config.resid_pdrop)):
+        _tell("dropout", f"the step drops numbers at random, and its loss is {figures['loss']:.4f}; above is none")
+    _show_gradient(figures["grad_norm"], config.max_grad_norm)
+    _tell("rate", f"the learning rate of this step is {figures['learning_rate']:.3g}")
+    change = (model.wte.weight[target].detach() - embedding).abs().mean().item()
+    _tell(
+        "update",
+        f"AdamW moves each number of the embedding of {_tokens([target], tokenizer)} by {change:.2e} on average",
+    )
+
+    _stage(8, "Training", "ft/finetune.py fine_tune")
+    _tell(
+        "all of it",
+        f"{total_steps(len(examples), config):,} such steps, each from the weights that the one before has left; "
+        "here it was one, from the weights that a run starts with, and it is forgotten now",
+    )
+
+
+def _place(examples: Sequence[Example], config: Config, row: int | None) -> tuple[int, list[Sequence[int]], int]:
+    """The step (from 0) that first reads a row, the batches of that step, and the row.
+
+    Raises:
+        UsageError: there is no such row.
+        FtError: the run ends before it reads it.
+    """
+    last_step = total_steps(len(examples), config)
+    if row is None:
+        step = min(config.warmup_steps, last_step - 1)
+        window = next(windows(len(examples), config, step))
+        return step, window, window[0][0]
+    if row >= len(examples):
+        raise UsageError(f"--row is {row}, the training split has the rows 0 to {len(examples) - 1}")
+    for step, window in enumerate(windows(len(examples), config, 0)):
+        if any(row in rows for rows in window):
+            return step, window, row
+    raise FtError(f"--row is {row}, which the run's {last_step} steps do not read: take another row, or more --epochs")
+
+
+class _Figures(Report):
+    """A report that keeps what the loop tells of a step, and shows and writes nothing."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, float] = {}
+
+    def step(self, reviews: int, tokens: int) -> None:
+        """The speed is nobody's concern here."""
+
+    def training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Keep the figures of the step."""
+        self.told = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+
+
+def _one_step(
+    model: GPT2, examples: Sequence[Example], config: Config, step: int, precision: Precision
+) -> dict[str, float]:
+    """Train `model` in place by the step with this number (from 0): its loss, learning rate and gradient norm.
+
+    Raises:
+        FtError: a loss or gradient is not finite.
+    """
+    torch.manual_seed(config.seed)
+    report = _Figures()
+    try:
+        train(
+            model,
+            build_optimizer(model, config.learning_rate, config.weight_decay),
+            precision.grad_scaler(),
+            examples,
+            config,
+            State(step=step),
+            precision=precision,
+            collate=collate,
+            report=report,
+            evaluate=lambda state: None,
+            save=lambda state: None,
+            stopping=lambda: True,  # after the step in hand
+        )
+    except NonFiniteError as error:
+        raise FtError(f"{error}: nothing can be shown after it; a lower --learning-rate or fp32 may help") from error
+    return report.told
+
+
+@torch.inference_mode()
+def _logits(model: GPT2, batches: Sequence[Batch], precision: Precision) -> Tensor:
+    """(S, V): what the model says where there is a target, without dropout."""
+    model.eval()
+    with precision.autocast():
+        return torch.cat([model(batch.input_ids, batch.packing, batch.selection).float() for batch in batches])
+
+
+# --- how it is shown --------------------------------------------------------------------------------------------------
+
+
+def _stage(number: int, name: str, where: str) -> None:
+    print(f"\n{number}. {name} ({where})")
+
+
+def _tell(name: str, what: str) -> None:
+    """A line with a name before it, or several lines of at most `WIDTH` columns."""
+    indent = f"   {name:<10}"
+    print(fill(what, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False))
+
+
+def _tokens(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Each token between bars, its space with it; escaped where it cannot be printed."""
+    return "|" + "|".join(repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1] for token in ids) + "|"
+
+
+def _show_example(example: Example, ids: Sequence[int], config: Config, tokenizer: Tokenizer) -> None:
+    """The input tokens with their targets, and which of `ids`, the whole text with what should follow, were cut off."""
+    cut_off = ids[: max(0, len(ids) + 1 - config.max_length)]  # 1 is end-of-text, between them or behind
+    _tell("cut off", f"the first {len(cut_off)} tokens: {_tokens(cut_off, tokenizer)}" if cut_off else "nothing")
+    _tell("limit", f"--max-length {config.max_length} tokens, end-of-text and all targets counted")
+    ignored = [IGNORED] * (len(example.input_ids) - len(example.target_ids))
+    print("   position      id  token                 should be followed by")
+    for position, (token, target) in enumerate(zip(example.input_ids, [*ignored, *example.target_ids], strict=True)):
+        if len(example.input_ids) > SHOWN_TOKENS and position == SHOWN_TOKENS // 2:
+            print("        ...")
+        if SHOWN_TOKENS // 2 <= position < len(example.input_ids) - SHOWN_TOKENS // 2:
+            continue
+        wanted = "ignored" if target == IGNORED else _tokens([target], tokenizer)
+        print(f"   {position:8}  {token:6}  {_tokens([token], tokenizer)[:40]:20}  {target:6} {wanted}")
+
+
+def _show_place(batch: Batch, lengths: Sequence[int], place: int) -> None:
+    """Where example number `place` of a batch lies in it."""
+    count, longest = batch.packing.shape
+    start = sum(lengths[:place])
+    own = slice(start, start + lengths[place])
+    positions, slots = batch.packing.positions[own].tolist(), batch.packing.slots[own].tolist()
+    _tell(
+        "packed",
+        f"{count} reviews end to end are {len(batch.input_ids):,} rows; padded to {longest} tokens each, as only "
+        f"attention sees them, they would be {count * longest:,}",
+    )
+    _tell("rows", f"{own.start} to {own.stop - 1} are this review's, number {place + 1} of the batch")
+    _tell("positions", f"{positions[0]} to {positions[-1]}, counted anew in each review")
+    _tell("slots", f"{slots[0]} to {slots[-1]} of attention's grid of {count} x {longest}")
+    selected = [(n, row) for n, row in enumerate(batch.selection.rows.tolist()) if own.start <= row < own.stop]
+    for number, selected_row in selected:
+        _tell(
+            "selected",
+            f"row {selected_row} is number {number + 1} of the {len(batch.selection.rows)} whose logits are computed; "
+            f"its target is {int(batch.target_ids[number])}",
+        )
+
+
+def _show_logits(before: Tensor, after: Tensor, target_ids: Sequence[int], data: Data) -> None:
+    """The logits, (targets, V) each, before and after the step: of the label tokens, or of a completion's tokens."""
+    has_labels = bool(data.label_ids)
+    columns = f"{'logit':>10}{'of all':>11}" + (f"{'of labels':>11}" if has_labels else "")
+    print(f"{'before the step':>{18 + len(columns)}}{'after it':>{3 + len(columns)}}")
+    print(f"   {'token':15}{columns}   {columns}")
+    if has_labels:
+        likeliest = before[0, data.label_ids].argsort(descending=True)[:SHOWN_LABELS].tolist()
+        shown = [(0, token) for label, token in enumerate(data.label_ids) if label in likeliest or token in target_ids]
+    else:
+        shown = list(enumerate(target_ids))[:SHOWN_TOKENS]
+    for number, token in shown:
+        cells = []
+        for logits in (before[number], after[number]):
+            cells.append(f"{logits[token]:10.4f}{logits.softmax(-1)[token]:11.3%}")
+            if has_labels:
+                cells[-1] += f"{(logits[token] - logits[data.label_ids].logsumexp(-1)).exp():11.3%}"
+        right = "  the right one" if has_labels and token in target_ids else ""
+        print(f"   {_tokens([token], data.tokenizer)[:15]:15}{'   '.join(cells)}{right}")
+
+
+def _show_losses(before: Tensor, after: Tensor, targets: Tensor, of_what: str) -> None:
+    """The mean loss of these logits, (S, V) each, against their targets, before and after the step."""
+    losses = [F.cross_entropy(logits, targets).item() for logits in (before, after)]
+    _tell("loss", f"{losses[0]:.4f} before the step, {losses[1]:.4f} after it, {of_what}")
+
+
+def _show_gradient(norm: float, limit: float) -> None:
+    """The gradient's norm, and what clipping makes of it."""
+    if not math.isfinite(norm):
+        _tell("gradient", "it overflowed in fp16: this step is left out, and the loss scale halved for the next")
+    elif norm > limit > 0:
+        _tell("gradient", f"its norm is {norm:.4f}, above {limit:g}: all are multiplied by {limit / norm:.3f}")
+    else:
+        _tell("gradient", f"its norm is {norm:.4f}, which is not clipped")

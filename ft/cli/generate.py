@@ -1,0 +1,96 @@
+"""The command that has a model write: `python run.py generate RUN [PROMPT]`."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from ft.cli.parsers import CommandParser
+from ft.errors import FtError, UsageError
+from ft.inference.sampling import Sampling
+
+EXAMPLES = """\
+examples:
+  python run.py generate runs/rotten_tomatoes "the film"
+  python run.py generate openai-community/gpt2 "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
+  cat prompt.txt | python run.py generate runs/rotten_tomatoes --max-new-tokens 20
+"""
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Read the command line and the prompt, and print what follows it, as it is written.
+
+    Raises:
+        UsageError: the command line is wrong, or there is no prompt.
+        FtError: the model cannot be read, or the prompt is too long for it.
+    """
+    parser = CommandParser("generate", "What a model writes after a prompt.", EXAMPLES)
+    parser.add_argument("model", metavar="RUN", help="a run, a checkpoint, or a folder or Hub id of a GPT-2")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="left out: the input, without the newline at its end"
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=100, help="stop after N tokens at the latest (default 100)"
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest token each time, 1 draws as the model says, less draws the likely ones more often "
+        "(default 0)",
+    )
+    parser.add_argument("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens only")
+    parser.add_argument(
+        "--top-p", metavar="X", type=float, help="draw from as few tokens as together have the probability X"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, help="draw the same again (default: another each time)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; left out: the best present")
+    options = parser.parse_args(arguments)
+    problems = []
+    if options.max_new_tokens < 1:
+        problems.append(f"--max-new-tokens is {options.max_new_tokens}, it must be at least 1")
+    if options.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        problems.append("there is no prompt: give it as an argument, or through a pipe")
+    chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    try:
+        sampling = Sampling(**{name: value for name, value in chosen.items() if value is not None})
+    except UsageError as error:
+        problems += error.problems
+    if problems:
+        raise UsageError(*problems)
+    prompt = _piped_prompt() if options.prompt is None else options.prompt
+
+    from ft.inference.language_model import (
+        load_language_model,  # here, since --help and a mistake need not wait for PyTorch
+    )
+
+    model = load_language_model(options.model, device=options.device)
+    generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    started = time.perf_counter()
+    for piece in generation:
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - started
+    print()
+    count = len(generation.token_ids)
+    drawn = f", drawn with --seed {sampling.seed}" if sampling.temperature else ""
+    print(
+        f"{count:,} tokens{drawn}, stopped by {generation.stopped_by}; {count / seconds:,.1f} tokens/s, by "
+        f"{model.source}",
+        file=sys.stderr,
+    )
+
+
+def _piped_prompt() -> str:
+    """The standard input as a prompt.
+
+    Raises:
+        FtError: it is empty, or no UTF-8.
+    """
+    try:
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FtError(f"the prompt from the input is not UTF-8: {error.reason} in byte {error.start}") from error
+    prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if not prompt:
+        raise FtError("the input is empty, so that there is no prompt")
+    return prompt

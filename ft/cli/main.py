@@ -1,0 +1,95 @@
+"""The command line: flags made from `Config`, and every problem with them told at once."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from io import TextIOWrapper
+
+from ft.cli.arguments import COMMANDS, WITH_THE_JOBS_FLAGS, read_arguments
+from ft.cli.parsers import CommandParser
+from ft.errors import FtError, Stopped, UsageError
+
+EXPLAIN_EXAMPLES = """\
+examples:
+  python run.py explain --demo
+  python run.py explain --row 17 --learning-rate 2e-4
+  python run.py explain --config runs/rotten_tomatoes/config.json --model runs/rotten_tomatoes/final
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 128 + n for signal n."""
+    # A file name may hold bytes that are no text: they are shown escaped, where printing would fail otherwise.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    place = "while reading or writing"
+    advice = ""
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            module, function = COMMANDS[arguments[0]]
+            getattr(import_module(module), function)(arguments[1:])
+            return 0
+        module, function = "ft.finetune", "fine_tune"
+        if arguments and arguments[0] in WITH_THE_JOBS_FLAGS:
+            (module, function), arguments = WITH_THE_JOBS_FLAGS[arguments[0]], arguments[1:]
+        config = read_arguments(arguments)
+        place = config.output_dir
+        advice = "; --resume continues from the newest checkpoint" if function == "fine_tune" else ""
+        getattr(import_module(module), function)(
+            config
+        )  # imported now, as --help and a mistake need not wait for torch
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except FtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at its end
+        return 128 + 13  # as if SIGPIPE had ended the process
+    except OSError as error:  # what the disk or its permissions refuse; files that are read have messages of their own
+        print(f"error: {error.strerror or error}: {error.filename or place}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        with suppress(OSError):  # as in ft/train/signals.py
+            print(stopped, end="\n" if str(stopped) else "", file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{advice}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def explain(arguments: Sequence[str]) -> None:
+    """Read the command line, which has the flags of the job and a row, and show what a step does with that row.
+
+    Raises:
+        UsageError: with one sentence for every problem there is.
+        FtError: the inputs cannot be read.
+    """
+    parser = CommandParser("explain", "One review on its way through one step of the training.", EXPLAIN_EXAMPLES)
+    parser.epilog = "All flags of a run are taken too, such as --model and --learning-rate: python run.py --help"
+    parser.add_argument(
+        "--row", nargs="?", const="", help="its number in the training split (default: one read at the full rate)"
+    )
+    options, rest = parser.parse_known_args(arguments)
+    problems: list[str] = []
+    row = options.row
+    if row is not None and not re.fullmatch("[0-9]{1,18}", row):
+        problems.append(f"--row is {row!r}, it must be a whole number from 0" if row else "--row needs a value")
+    try:
+        config = read_arguments(rest)
+        if config.resume is not None:
+            problems.append("--resume continues a run, and explain trains none: give its config.json by --config")
+    except UsageError as error:
+        problems += error.problems
+    if problems:
+        raise UsageError(*problems)
+    from ft.cli.explain import explain  # here, since --help and a wrong flag need not wait for torch
+
+    explain(config, None if row is None else int(row))

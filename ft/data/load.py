@@ -1,0 +1,225 @@
+"""What a run reads: the model's configuration, and its data set as examples."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ft.config import Config
+from ft.data import dataset_files
+from ft.data.examples import Example, encode, label_tokens
+from ft.data.splits import Split, stratified
+from ft.data.tables import WHOLE_NUMBER, Columns, listed, read_split
+from ft.errors import FtError, UsageError
+from ft.model.gpt2 import GPT2Config
+
+VALIDATION_FRACTION = 0.1  # of the training rows, to validate on where there is no split for it
+MOST_NOTES = 4  # on labels of several tokens; of more there is one for all
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits as read, the same as examples, and what the labels are called and encoded as.
+
+    Attributes:
+        splits: the rows, by split.
+        examples: what the model sees of them, in the same order.
+        label_names: empty where there are completions instead of labels.
+        label_ids: the token that stands for each label.
+        tokenizer: that of the model.
+        notes: what the user should know of how the data were read, a sentence each.
+    """
+
+    splits: dict[str, Split]
+    examples: dict[str, list[Example]]
+    label_names: tuple[str, ...]
+    label_ids: list[int]
+    tokenizer: Tokenizer
+    notes: list[str]
+
+    def sha256(self) -> str:
+        """What tells these examples from others."""
+        digest = hashlib.sha256()
+        for name, examples in self.examples.items():
+            digest.update(name.encode())
+            for example in examples:
+                digest.update(repr(example).encode())
+        return digest.hexdigest()
+
+
+def with_demo_inputs(config: Config, folder: Path, *, write: bool = True) -> Config:
+    """The same configuration on a small model and reviews in `folder`, made there on the spot by whom `write` tells."""
+    from ft.data.demo import write_demo  # here, as the real job has no use for it
+
+    if write:
+        write_demo(folder)
+    return replace(config, model=str(folder / "model"), dataset=str(folder / "dataset"))
+
+
+def columns_of(config: Config) -> Columns:
+    """The columns that a run reads.
+
+    Raises:
+        UsageError: there is a column of prompts and none of completions.
+    """
+    if config.completion_column is None and config.prompt_column != Config.prompt_column:
+        raise UsageError(
+            f"--prompt-column is {config.prompt_column!r} without --completion-column: give both or neither"
+        )
+    if config.completion_column is not None:
+        return Columns(text=config.prompt_column, completion=config.completion_column)
+    return Columns(text=config.text_column, label=config.label_column)
+
+
+def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tuple[dict[str, Split], list[str]]:
+    """Fetch and read the data set, set validation rows aside where it has none, and take what is to be trained on.
+
+    Args:
+        config: the run's settings.
+        label_names: the words of the labels; those of `config` or of the training split when left out.
+
+    Returns:
+        The splits, and what the user should know of how they came about.
+
+    Raises:
+        FtError: the data cannot be read.
+    """
+    columns = columns_of(config)
+    files = dataset_files.dataset_files(config.dataset, config.dataset_revision, config.dataset_config)
+    if config.save_dataset is not None:
+        dataset_files.save_dataset(files, Path(config.save_dataset))
+    if label_names is None and config.label_names is not None:
+        label_names = [name.strip() for name in config.label_names.split(",")]
+    splits: dict[str, Split] = {}
+    for name, paths in files.items():  # the training split first, whose words are the labels of all
+        splits[name] = read_split(
+            name, paths, columns, label_names or (splits["train"].label_names if splits else None)
+        )
+    if columns.completion is None:
+        _refuse_labels_of_two_kinds(splits, files, label_names)
+    notes = []
+    train = splits["train"]
+    if "validation" not in splits:
+        count = round(VALIDATION_FRACTION * len(train.texts))
+        if not 0 < count < len(train.texts):
+            raise FtError(
+                f"{config.dataset} has no validation split, and its {len(train.texts)} training rows are too few to "
+                "set some aside: add a split or rows"
+            )
+        aside = set(stratified(train.labels, count, config.seed))
+        splits["validation"] = train.only(sorted(aside), "validation")
+        train = train.only([row for row in range(len(train.texts)) if row not in aside])
+        notes.append(f"there is no validation split: {count:,} training rows, drawn by --seed, are set aside for it")
+    count = round(config.train_fraction * len(train.texts))
+    count = min(count, config.max_train_samples or count)
+    if count == 0:
+        raise FtError(
+            f"--train-fraction is {config.train_fraction}, of {len(train.texts):,} training rows that is none: raise it"
+        )
+    if count < len(train.texts):
+        notes.append(f"{count:,} of {len(train.texts):,} training rows are taken")
+        train = train.only(stratified(train.labels, count, config.seed))
+    ordered = {"train": train, "validation": splits["validation"], **splits}
+    return {**ordered, "train": train}, notes
+
+
+def _refuse_labels_of_two_kinds(
+    splits: dict[str, Split], files: dict[str, list[Path]], label_names: Sequence[str] | None
+) -> None:
+    """See that a label is the same class in every split.
+
+    One split may tell words and another numbers only where it is known which word belongs to which number: by the
+    `label_names` that the user or the model gives, or by those that the training files give to their own numbers.
+    Names that are numbers themselves make that known to nobody.
+
+    Raises:
+        FtError: it is not known, or a name belongs to two numbers.
+    """
+    train = splits["train"]
+    names = label_names or (None if train.in_words else train.label_names)
+    known = names is not None and not any(map(WHOLE_NUMBER.fullmatch, names))
+    for name, split in splits.items():
+        here, there = files["train"][0], files[name][0]
+        if split.in_words != train.in_words and not known:
+            kinds = [
+                f"{'the word' if each.in_words else 'the number'} {_first_label(each)!r}" for each in (train, split)
+            ]
+            raise FtError(
+                f"the label in row 0 of {here} is {kinds[0]}, that in row 0 of {there} {kinds[1]}: write the labels of "
+                "both alike, or name the words of the numbers 0, 1, ... in their order by --label-names neg,pos"
+            )
+        if not train.in_words and not split.in_words:
+            first, second = (_number_of_each_name(each) for each in (train, split))
+            for word in sorted(first.keys() & second.keys()):
+                if first[word] != second[word]:
+                    raise FtError(
+                        f"{word!r} is the label {first[word]} in {here}, and {second[word]} in {there}: give each name "
+                        "the same number in both"
+                    )
+
+
+def _number_of_each_name(split: Split) -> dict[str, int]:
+    return {name: number for number, name in enumerate(split.label_names or ())}
+
+
+def _first_label(split: Split) -> str | int:
+    """The label of the first row as the file tells it."""
+    label = split.labels[0]
+    return split.label_names[label] if split.in_words and split.label_names else label
+
+
+def read_data(config: Config, tokenizer: Tokenizer, model_config: GPT2Config) -> Data:
+    """Fetch and read the data set, and make the examples.
+
+    Raises:
+        FtError: the data cannot be read or do not fit the labels or the model.
+    """
+    if tokenizer.get_vocab_size() > model_config.vocab_size:
+        raise FtError(
+            f"the tokenizer of {config.model} has {tokenizer.get_vocab_size()} tokens, the model embeds only "
+            f"{model_config.vocab_size}: they do not belong together"
+        )
+    splits, notes = read_splits(config)
+    names: tuple[str, ...] = ()
+    label_ids: list[int] = []
+    if config.completion_column is None:
+        names = names_of(config, splits["train"])
+        label_ids = label_tokens(names, tokenizer, or_numbers=config.label_names is None)
+        notes += _notes_on_tokens(names, label_ids, tokenizer)
+    examples = {name: encode(split, tokenizer, label_ids, config.max_length) for name, split in splits.items()}
+    return Data(splits, examples, names, label_ids, tokenizer, notes)
+
+
+def names_of(config: Config, train: Split) -> tuple[str, ...]:
+    """What the labels are called.
+
+    Raises:
+        FtError: nobody says.
+    """
+    if config.label_names is not None:
+        return tuple(name.strip() for name in config.label_names.split(","))
+    if train.label_names is None:
+        numbers = sorted(set(train.labels))
+        raise FtError(
+            f"{config.dataset} does not say what its labels {listed(list(map(str, numbers)))} are called; say "
+            "it by --label-names neg,pos, a word for each number from 0, or these numbers as they are"
+        )
+    return train.label_names
+
+
+def _notes_on_tokens(names: Sequence[str], label_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Which labels are not their own word's single token."""
+    words = [tokenizer.decode([token]) for token in label_ids]
+    if words == [str(number) for number in range(len(names))] != list(names):
+        return [
+            f"several labels begin alike, so that numbers stand for them: 0 for {names[0]}, 1 for {names[1]} and so on"
+        ]
+    longer = [(name, word) for name, word in zip(names, words, strict=True) if word != name]
+    if len(longer) > MOST_NOTES:
+        (name, word), count = longer[0], len(longer)
+        return [
+            f"{count} labels are several tokens, of which the first stands for each: {word!r} for {name!r}, and so on"
+        ]
+    return [f"the label {name!r} is several tokens; its first, {word!r}, stands for it" for name, word in longer]

@@ -1,0 +1,118 @@
+"""What the machine offers: the device, the number format of matrix products, and an allocator that keeps its memory."""
+
+import ctypes
+import re
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ft.errors import UsageError
+
+
+def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device that `--device` names; without a name CUDA, else Apple's MPS, else the CPU.
+
+    Of several processes on a machine each takes the CUDA device of its number among them, `local_rank`; None is for a
+    process by itself.
+
+    Raises:
+        UsageError: there is no such device here, or several processes cannot share it.
+    """
+    if name is None:
+        has_mps = torch.backends.mps.is_available() and local_rank is None
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if local_rank is not None:
+        if name.startswith(("cuda:", "mps")):
+            raise UsageError(f"--device is {name!r}, which several processes cannot share: it must be cuda or cpu")
+        present = torch.cuda.device_count() if name == "cuda" else 0
+        if local_rank >= present > 0:
+            raise UsageError(
+                f"torchrun has started {local_rank + 1} processes or more here, where PyTorch finds {present} CUDA "
+                f"devices: --nproc-per-node must be at most {present}"
+            )
+        name = f"cuda:{local_rank}" if name == "cuda" else name
+    # By pattern, as torch.device() takes names of other accelerators too and lets an index beyond 127 wrap around.
+    kind = re.fullmatch(r"cpu|mps|cuda(:(?P<index>0|[1-9][0-9]{0,8}))?", name)
+    if kind is None:
+        raise UsageError(f"--device is {name!r}, it must be cpu, cuda, cuda:N or mps")
+    if name.startswith("cuda"):
+        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(kind["index"] or 0) >= present:
+            raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds {present} CUDA devices here")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"--device is {name!r}, PyTorch {torch.__version__} finds no MPS device here")
+    return torch.device(name)
+
+
+def read_synchronizes(device: torch.device) -> bool:
+    """Whether reading a number from the device waits until all work that is queued on it is done."""
+    return device.type != "cpu"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format in which matrix products are computed; weights and the optimiser always stay in fp32."""
+
+    name: str
+    reason: str
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of this format."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A context in which matrix products take this format and sums that need range stay in fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for fp16, whose smallest gradients would round to 0; for other formats it does nothing.
+
+        Micikevicius et al., "Mixed Precision Training" (2018), section 3.2.
+        """
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def choose_precision(setting: str, device: torch.device) -> Precision:
+    """The format that `--precision` names, or for `auto` the fastest that the device computes in hardware."""
+    if setting != "auto":
+        return Precision(setting, "as --precision says", device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # the question is put to the current GPU, which need not be the one meant
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if has_bf16:
+            return Precision("bf16", "this GPU computes bf16 in hardware", device)
+        return Precision("fp16", "this GPU computes fp16 but no bf16 in hardware", device)
+    if device.type == "mps":
+        return Precision("fp32", "the format that MPS computes most reliably", device)
+    if device.type == "cpu" and _has_bf16_matrix_instructions():
+        return Precision("bf16", "this processor has bf16 matrix instructions", device)
+    return Precision("fp32", "this processor has no bf16 matrix instructions", device)
+
+
+def _has_bf16_matrix_instructions() -> bool:
+    """Whether this processor has AMX; the bf16 dot products of AVX-512 alone do not pay for the conversions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+
+
+def disable_malloc_trim() -> bool:
+    """Tell glibc to keep freed memory for the next step instead of handing it back to the kernel.
+
+    A step frees as much memory for gradients as the model has weights and takes it again at once. By default glibc
+    returns blocks of that size to the kernel, which must clear every page anew.
+
+    Returns:
+        Whether the C library took the setting; others than glibc have no such call, and nothing is lost.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))

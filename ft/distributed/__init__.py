@@ -1,0 +1,1 @@
+"""Several processes: ranks, sharding, launch by torchrun."""

@@ -1,0 +1,166 @@
+"""A fine-tuned model ready for use: found, loaded, asked.
+
+import ft
+
+classifier = ft.load("runs/rotten_tomatoes")
+print(classifier.predict(["a gorgeous , witty film", "two hours that i want back"]))
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ft.config import Config
+from ft.data.batches import by_length, in_batches
+from ft.data.examples import encode, label_tokens, require_utf8
+from ft.data.splits import Split
+from ft.errors import FtError
+from ft.inference.language_model import LanguageModel, load_language_model
+from ft.io.plain_files import read_regular
+from ft.model.gpt2 import GPT2
+
+
+class Prediction(NamedTuple):
+    """The likeliest label of a text, and the probability of each label; they add up to 1."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Classifier(LanguageModel):
+    """A model with what is needed to ask it about texts.
+
+    Attributes:
+        named_labels: the labels in the order of their numbers; None where neither the model nor the caller named them.
+        label_ids: the token that stands for each; none where they have no names.
+        max_length: tokens of a text that are read, end-of-text and label included; of a longer one the end is kept.
+    """
+
+    named_labels: tuple[str, ...] | None
+    label_ids: list[int]
+    max_length: int
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels in the order of their numbers.
+
+        Raises:
+            FtError: they are not known.
+        """
+        if self.named_labels is None:
+            raise FtError(f"{self.source} does not say what its labels are called; say it by --label-names neg,pos")
+        return self.named_labels
+
+    def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[Prediction]:
+        """What the model says of each text, in their order.
+
+        Raises:
+            FtError: it is not known what the labels are called.
+        """
+        names = self.label_names
+        rows = predict(
+            self.model, self.tokenizer, texts, self.label_ids, max_length=self.max_length, batch_size=batch_size
+        )
+        predictions = []
+        for row in rows.tolist():
+            probabilities = dict(zip(names, row, strict=True))
+            predictions.append(Prediction(max(probabilities, key=probabilities.__getitem__), probabilities))
+        return predictions
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
+    revision: str | None = None,
+) -> Classifier:
+    """Load a fine-tuned model.
+
+    Args:
+        source: a run, whose finished model or else newest checkpoint is taken; a checkpoint; any folder or Hub id with
+            config.json, tokenizer.json and model.safetensors of a GPT-2.
+        device: as for `--device`; the best present when left out.
+        label_names: the words of the labels, where the model's config.json does not tell.
+        max_length: tokens per text; that of the run when left out, and where there is no run the recipe's 32.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        FtError: there is no such model, it is damaged, or its labels cannot be told apart.
+    """
+    loaded = load_language_model(source, device=device, revision=revision)
+    names = tuple(label_names) if label_names is not None else _label_names(loaded.published)
+    return Classifier(
+        **vars(loaded),
+        named_labels=names,
+        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=label_names is None),
+        max_length=min(max_length or _max_length_of_run(Path(loaded.source)), loaded.model.config.n_positions),
+    )
+
+
+def _label_names(published: dict[str, object]) -> tuple[str, ...] | None:
+    """The labels in `id2label`, but for the LABEL_0 that transformers writes where nobody named them."""
+    entries = published.get("id2label")
+    if not isinstance(entries, dict):
+        return None
+    names = [entries.get(str(label)) for label in range(len(entries))]
+    if not all(isinstance(name, str) for name in names) or names == [f"LABEL_{i}" for i in range(len(names))]:
+        return None
+    return tuple(map(str, names))
+
+
+def _max_length_of_run(folder: Path) -> int:
+    """--max-length of the run that a finished model or a checkpoint lies in; the recipe's where it lies in none."""
+    if not folder.is_dir():  # a Hub id
+        return Config.max_length
+    try:
+        length = json.loads(read_regular(folder.parent / "config.json"))["max_length"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        length = None
+    return length if type(length) is int and length >= 2 else Config.max_length
+
+
+@torch.inference_mode()
+def predict(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    label_ids: Sequence[int],
+    *,
+    max_length: int,
+    batch_size: int = 64,
+) -> Tensor:
+    """The probability of each label for each text, shape (texts, labels): the label tokens' logits through softmax.
+
+    No other token's logit is computed. The model is left in the mode it was found in.
+
+    Raises:
+        FtError: a text cannot be written as UTF-8.
+    """
+    if not texts:
+        return torch.empty(0, len(label_ids))
+    for number, text in enumerate(texts, start=1):
+        require_utf8(text, f"text {number:,}")
+    device = model.wte.weight.device
+    # The label of an example is only its target, so that any will do here.
+    examples = encode(Split("given", list(texts), [0] * len(texts)), tokenizer, label_ids, max_length)
+    candidates = torch.tensor(label_ids, device=device)
+    order = by_length(examples)
+    was_training = model.training
+    model.eval()
+    logits = [
+        model(batch.input_ids, batch.packing, batch.selection, candidates)
+        for batch in (batch.to(device) for batch in in_batches(examples, order, batch_size))
+    ]
+    model.train(was_training)
+    probabilities = torch.empty(len(texts), len(label_ids))
+    probabilities[order] = torch.cat(logits).float().softmax(dim=-1).cpu()
+    return probabilities

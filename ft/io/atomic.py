@@ -1,0 +1,232 @@
+"""Folders that are on the disk as a whole or not at all, the manifest that proves it, and a lock on a run's folder.
+
+Nothing here knows what is in the files.
+"""
+
+import ctypes
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ft.errors import FtError
+from ft.io.direct_io import BufferPair, write_verified
+from ft.io.plain_files import is_at, open_to_write, remove
+
+if sys.platform != "win32":
+    pass
+
+from ft.io.lock import LOCK, REPLACED, UNFINISHED, _take
+from ft.io.manifest import MANIFEST
+
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+
+
+Executor = Callable[[Callable[[], None]], None]  # does a piece of work, and returns or raises when it is done
+
+
+def run_now(work: Callable[[], None]) -> None:
+    """Do a piece of work here and now."""
+    work()
+
+
+class StagedDirectory:
+    """A folder that is being written: every file goes to the disk at once, is read back, and its SHA-256 is noted."""
+
+    def __init__(self, path: Path, do: Executor = run_now) -> None:
+        """`do` may choose when and where each piece of the work is done."""
+        self.path, self._do, self._desk = path, do, BufferPair()
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a file.
+
+        Raises:
+            OSError: the disk is full, or refuses, or gives back other bytes.
+        """
+        size, sha256 = write_verified(self.path / name, chunks, self._desk, self._do)
+        self._files[name] = {"size": size, "sha256": sha256}
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON object."""
+        self.write(name, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Write tensors as safetensors."""
+        self.write(name, _safetensors(tensors, metadata))
+
+    def write_manifest(self) -> None:
+        """Write what each file must be, for `verify_manifest`."""
+        self.write_json(MANIFEST, {"files": dict(self._files)})
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
+    """The format of https://huggingface.co/docs/safetensors: the header's length, the header as JSON, the numbers.
+
+    Written here, and read by the library: this way each byte is hashed as it is written, and the numbers are never
+    copied but a piece at a time.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the numbers begin at a multiple of their size
+    yield len(encoded).to_bytes(8, "little")
+    yield encoded
+    for tensor in tensors.values():
+        numbers = tensor.detach().cpu().contiguous()
+        size = numbers.numel() * numbers.element_size()
+        array: Any = (ctypes.c_char * size).from_address(numbers.data_ptr())
+        array.owner = numbers  # which must live as long as a view of it does
+        yield memoryview(array).cast("B")
+
+
+@contextmanager
+def atomic_directory(folder: Path, do: Executor = run_now) -> Iterator[StagedDirectory]:
+    """A folder to write into that takes the name `folder` only when all of it is on the disk.
+
+    A folder that had the name keeps it until then. If the process dies, `remove_stale_staging` cleans up.
+    `do` is that of `StagedDirectory`.
+
+    Raises:
+        OSError: the disk is full, or refuses; `folder` is as it was.
+    """
+    unfinished, replaced = (folder.with_name(prefix + folder.name) for prefix in (UNFINISHED, REPLACED))
+    remove(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        yield StagedDirectory(unfinished, do)
+        fsync(unfinished)
+        if os.path.lexists(folder):
+            remove(replaced)
+            folder.rename(replaced)
+        unfinished.rename(folder)
+        fsync(folder.parent)
+    except BaseException:
+        if os.path.lexists(replaced) and not os.path.lexists(folder):
+            replaced.rename(folder)
+        remove(unfinished)
+        raise
+    remove(replaced)
+
+
+def remove_stale_staging(parent: Path) -> None:
+    """Put right what is left in `parent` of a process that died in `atomic_directory` or in `atomic_write_text`."""
+    for replaced in parent.glob(f"{REPLACED}*"):
+        folder = parent / replaced.name.removeprefix(REPLACED)
+        if os.path.lexists(folder):
+            remove(replaced)
+        else:
+            replaced.rename(folder)
+    for unfinished in parent.glob(f"{UNFINISHED}*"):
+        remove(unfinished)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk itself."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # which Windows cannot be asked for
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """A folder that this process has for itself, by a lock on a file in it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder if need be, and lock it.
+
+        Raises:
+            FtError: another process has it, or seems to on a file system without locks; the file is a link or a FIFO.
+            OSError: the folder cannot be made or written.
+        """
+        self.folder, self._file = folder, _locked_file(folder)
+
+    def restore(self) -> bool:
+        """Take the lock again if the folder or the file has been moved or deleted; says whether it has.
+
+        Raises:
+            FtError: another process has taken it meanwhile.
+            OSError: the folder cannot be made or written.
+        """
+        if is_at(self._file.fileno(), self.folder / LOCK):
+            return False
+        try:
+            file = _locked_file(self.folder)
+        except FtError as error:
+            raise FtError(f"{self.folder} was moved or deleted during the run, which ends here: {error}") from error
+        self._close()
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give the folder back, and delete it if it was empty all along."""
+        with suppress(OSError):  # another process may be coming in, or the folder is gone
+            if [entry.name for entry in self.folder.iterdir()] == [LOCK] and is_at(
+                self._file.fileno(), self.folder / LOCK
+            ):
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):
+            self._file.truncate(0)  # so that a number stands only there where a process has died
+        self._file.close()
+
+
+def _locked_file(folder: Path) -> io.FileIO:
+    """The file of a folder's lock, which this process has locked and put its number into."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        file = os.fdopen(open_to_write(path), "r+b", buffering=0)
+        try:
+            _take(file, folder)
+        except FtError:
+            file.close()
+            raise
+        if is_at(file.fileno(), path):
+            break
+        file.close()  # its owner deleted it just now: once more with a new one
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    return file
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 under another name, and rename it when all of it is on the disk.
+
+    Raises:
+        OSError: the disk is full, or refuses; `path` is as it was.
+    """
+    unfinished = path.with_name(f".unfinished-{os.getpid()}")
+    try:
+        unfinished.unlink(missing_ok=True)  # which a link may have been put at, to be written through
+        with unfinished.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,27 @@
+"""Reading JSON objects from files."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ft.errors import FtError
+from ft.io.plain_files import read_regular
+
+if sys.platform != "win32":
+    pass
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FtError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(read_regular(path).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FtError(f"cannot read {path} as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FtError(f"{path} must hold a JSON object")
+    return value

@@ -1,0 +1,1 @@
+"""What a run reports: console text, model card, HTML report."""

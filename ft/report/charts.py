@@ -1,0 +1,171 @@
+"""Curves and bars by matplotlib, as SVG that takes its colours and its type from the page around it.
+
+No text from outside enters a picture: what comes from files is said in the page, where it is escaped.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+COLORS = 8  # the page has this many for runs and for parts; more runs take them again with other dashes
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
+# Colours that stand for those of the page: matplotlib writes them down, `_for_page` puts the page's in their place.
+TEXT, GRID = "#010101", "#020202"
+_STAND_INS = {TEXT: "var(--soft)", GRID: "var(--line)"}
+_STAND_INS |= {f"#0100{i:02x}": f"var(--colour-{i})" for i in range(COLORS)}
+
+_STYLE: dict[str, object] = {
+    "svg.fonttype": "none",  # text stays text
+    "path.simplify_threshold": 0.5,
+    "font.size": 11,  # as wide as the page's type is at most
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart: `number` decides colour and dashes; `marked` has a dot at each point, others are thin."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    number: int
+    marked: bool = False
+
+
+def color(number: int) -> str:
+    """What stands for the page's colour of a run or part."""
+    return f"#0100{number % COLORS:02x}"
+
+
+def line_chart(curves: Sequence[Curve], axis: str, description: str, *, percent: bool = False) -> str:
+    """Curves over steps or epochs as an SVG element that says `description` to whoever cannot see it."""
+    with _style(description):
+        figure, axes = _figure(2.3)
+        for curve in curves:
+            dashes = DASHES[curve.number // COLORS % len(DASHES)]
+            axes.plot(
+                curve.x,
+                curve.y,
+                color=color(curve.number),
+                linestyle=dashes,
+                linewidth=1.7 if curve.marked else 1.2,
+                marker="o" if curve.marked or len(curve.x) == 1 else None,  # a single point makes no line
+                markersize=3.2,
+            )
+        axes.set_xlabel(axis)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=axis == "step"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None) if percent else FuncFormatter(_tick))
+        return _svg(figure, description)
+
+
+def bar_chart(parts: Sequence[float], description: str) -> str:
+    """One bar from parts that follow each other, in the colours 0, 1, ... of the page."""
+    with _style(description):
+        figure, axes = _figure(0.32)
+        start = 0.0
+        for number, part in enumerate(parts):
+            axes.barh(0, part, left=start, color=color(number), height=1)
+            start += part
+        axes.set_xlim(0, start)
+        axes.set_axis_off()
+        figure.set_layout_engine("none")
+        axes.set_position((0, 0, 1, 1))
+        return _svg(figure, description, preserveAspectRatio="none")  # as high as the page likes
+
+
+def calibration_chart(bins: Sequence[Sequence[float]], description: str) -> str:
+    """Accuracy over stated probability, with the diagonal on which both are the same."""
+    with _style(description):
+        figure, axes = _figure(2.3)
+        axes.plot((0, 1), (0, 1), color=TEXT, linewidth=1, linestyle=(0, (3, 3)))
+        axes.plot([row[0] for row in bins], [row[1] for row in bins], color=color(0), marker="o", markersize=4)
+        axes.set_xlabel("stated probability")
+        axes.set_ylim(-0.03, 1.03)
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_formatter(PercentFormatter(1))
+        return _svg(figure, description)
+
+
+def _style(description: str) -> AbstractContextManager[None]:
+    """Matplotlib's settings for a picture: the same picture is the same bytes, and shares no identifier with others."""
+    settings: Any = {**_STYLE, "svg.hashsalt": description}
+    return matplotlib.rc_context(settings)
+
+
+def _figure(height: float) -> "tuple[Figure, Axes]":
+    figure = Figure(figsize=(4.4, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _short(value: float) -> str:
+    return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
+
+
+def _tick(value: float, _: int) -> str:
+    """A number at the side of a chart, in at most five characters or so."""
+    if abs(value) >= 1e4:
+        return _short(value)
+    if 0 < abs(value) < 1e-3:
+        digits, exponent = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def _svg(figure: Figure, description: str, **attributes: str) -> str:
+    """The figure as an SVG element without what a page has no use for: prolog, date, sizes, names of groups."""
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    root = ElementTree.fromstring(file.getvalue())
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description, **attributes}
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{SVG}metadata", f"{SVG}style") or (child.tag == f"{SVG}defs" and not len(child)):
+                parent.remove(child)
+    return _for_page(root)
+
+
+def _for_page(root: ElementTree.Element) -> str:
+    """Markup with the page's colours. Identifiers that nothing refers to go, as several pictures would share them."""
+    for element in root.iter():
+        target = element.attrib.pop(f"{XLINK}href", None)
+        if target is not None:
+            element.set("href", target)
+        if element.tag in (f"{SVG}g", f"{SVG}text"):
+            element.attrib.pop("id", None)
+        element.tag = element.tag.removeprefix(SVG)
+    root.set("xmlns", SVG.strip("{}"))
+    markup = ElementTree.tostring(root, encoding="unicode")
+    return re.sub("|".join(_STAND_INS), lambda found: _STAND_INS[found[0]], markup)

@@ -1,0 +1,127 @@
+"""What a run says of itself in prose: what it is going to do, and what came out."""
+
+from datetime import timedelta
+from pathlib import Path
+from textwrap import shorten
+
+from ft.checkpoint import resume
+from ft.config import Config
+from ft.data.load import Data
+from ft.data.tables import listed
+from ft.device import Precision
+from ft.evaluation.evaluate import Evaluation
+from ft.evaluation.perplexity import GeneralText, perplexity
+from ft.inference.classifier import predict
+from ft.inference.generation import Generation
+from ft.inference.sampling import Sampling
+from ft.model.freeze import num_trainable_parameters
+from ft.model.gpt2 import GPT2
+from ft.train.state import State
+
+SHOWN_TOKENS = 24  # of a completion
+VERB = {"train": "train on", "validation": "validate", "test": "test"}
+
+
+def count_parameters(model: GPT2) -> int:
+    """How many numbers training adjusts; the head is the embeddings and counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def opening(
+    config: Config, model: GPT2, precision: Precision, data: Data, general_text: GeneralText | None, last_step: int
+) -> str:
+    """The paragraph at the start of a run."""
+    sizes = {name: len(examples) for name, examples in data.examples.items()}
+    start = "" if config.init == "pretrained" else ", from random weights"
+    trained, parameters = num_trainable_parameters(model), count_parameters(model)
+    share = "" if trained == parameters else f"{trained:,} of "
+    return (
+        f"Fine-tuning {config.model}{start}: {share}{parameters:,} parameters, on {precision.device} in "
+        f"{precision.name} ({precision.reason}).\n"
+        f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
+        f"{_answers(config, data)}.\n"
+        + (f"General text, to see what is forgotten: {general_text}.\n" if general_text else "")
+        + f"Plan: {last_step:,} steps of {_global_batch(config)}; every "
+        f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
+        f"checkpoint, in {config.output_dir}."
+        + (
+            f"\nWARNING: --warmup-steps {config.warmup_steps:,} is no less than the {last_step:,} steps of the run: "
+            "the learning rate rises to the end, and is never as high as --learning-rate says."
+            if config.warmup_steps >= last_step
+            else ""
+        )
+    )
+
+
+def _global_batch(config: Config) -> str:
+    """The examples of an optimiser step, and who computes them."""
+    if config.processes == 1:
+        return f"{config.rows_per_step} examples"
+    what = "each with a part of the model" if config.shard else "each with the whole model"
+    return f"{config.rows_per_step} examples in all, shared by {config.processes} processes, {what}"
+
+
+def _answers(config: Config, data: Data) -> str:
+    """What the model is to say: the labels, or the column of completions."""
+    if config.completion_column is not None:
+        return f"completions from the column {config.completion_column}; accuracy counts their tokens"
+    return f"labels {listed(data.label_names)}"
+
+
+def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
+    """The summary at the end of a run."""
+    reviews = state.step * config.rows_per_step
+    return (
+        ("" if state.step >= last_step else f"\nStopped early: {resume.reason_of_end(state, last_step)}.")
+        + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
+        f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
+        f"Mean training loss {state.mean_train_loss:.4f}.\n"
+        f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best"
+        + (f" (step {state.best_step:,})" if state.best_step is not None else ", with no loss that was finite")
+        + (f"; test accuracy {test.accuracy:.2%}" if test else "")
+        + ".\n"
+        + _forgotten(state)
+        + f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in "
+        f"{run / 'metrics.jsonl'}. "
+        f'To ask it: python run.py {"predict" if config.completion_column is None else "generate"} {run} "a text"'
+    )
+
+
+def _forgotten(state: State) -> str:
+    """How the general text's perplexity has changed; nothing where it was not measured."""
+    if state.general_loss_before is None or state.general_loss is None:
+        return ""
+    before, after = perplexity(state.general_loss_before), perplexity(state.general_loss)
+    return f"Perplexity on general text {before:,.2f} before, {after:,.2f} after.\n"
+
+
+def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
+    """Three validation examples with what the model says of them."""
+    split = data.splits["validation"]
+    rows = [len(split.texts) * third // 3 for third in range(3)]
+    probabilities = predict(
+        model, data.tokenizer, [split.texts[row] for row in rows], data.label_ids, max_length=max_length
+    )
+    lines = ["\nThree validation examples:"]
+    for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
+        said, true = data.label_names[int(label)], data.label_names[split.labels[row]]
+        verdict = "right" if said == true else f"wrong, it is {true}"
+        lines.append(f"  {said} ({probability:.1%}, {verdict}): {shorten(split.texts[row], 90, placeholder=' ...')}")
+    return "\n".join(lines)
+
+
+def three_completions(model: GPT2, data: Data) -> str:
+    """Three validation prompts with what the model goes on with, greedily. Leaves the model in evaluation mode."""
+    split = data.splits["validation"]
+    model.eval()
+    lines = ["\nThree validation examples:"]
+    for third in range(3):
+        # Of a prompt that leaves no room for an answer the beginning is cut off, as it was in training.
+        ids = data.tokenizer.encode(split.texts[len(split.texts) * third // 3], add_special_tokens=False).ids
+        prompt = data.tokenizer.decode(
+            ids[-max(1, model.config.n_positions - SHOWN_TOKENS) :], skip_special_tokens=False
+        )
+        answer = Generation(model, data.tokenizer, prompt, max_new_tokens=SHOWN_TOKENS, sampling=Sampling(seed=0))
+        shown = shorten(prompt, 60, placeholder=" ...")
+        lines.append(f"  {shown} -> {shorten(''.join(answer), 60, placeholder=' ...')}")
+    return "\n".join(lines)

@@ -1,0 +1,232 @@
+"""The model card of a finished model, README.md with the Hub's metadata header: `final/` can be shared as it is.
+
+The header's fields are those of https://huggingface.co/docs/hub/model-cards. What nobody told this program, such as a
+language or a licence, is left out, and so is every local path: a card says where a model comes from only by Hub ids.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from ft.config import NO_FLAGS, Config, flag
+from ft.data.load import Data
+from ft.evaluation.evaluate import Evaluation
+from ft.evaluation.perplexity import perplexity
+from ft.settings import field_groups
+from ft.train.state import State
+
+SETTINGS = ("How long, and in what portions", "The optimiser")  # the headings in `Config` whose fields are told
+
+CLASSIFY = """\
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+source = "."  # this folder, or the model's id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(source)
+model = AutoModelForCausalLM.from_pretrained(source).eval()
+labels = {labels}
+label_ids = {label_ids}  # the token that stands for each
+
+text = "a text of the kind it was trained on"
+ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][-{length}:]
+with torch.inference_mode():
+    logits = model(torch.tensor([ids])).logits[0, -1, label_ids]
+print(dict(zip(labels, logits.softmax(dim=-1).tolist())))
+```
+
+The same with ft:
+
+```python
+import ft
+
+classifier = ft.load(".", max_length={max_length})
+print(classifier.predict(["a text of the kind it was trained on"]))
+```
+"""
+
+COMPLETE = """\
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+source = "."  # this folder, or the model's id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(source)
+model = AutoModelForCausalLM.from_pretrained(source).eval()
+
+prompt = tokenizer("a text of the kind it was trained on", return_tensors="pt")
+with torch.inference_mode():
+    ids = model.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to tell: where it stands, the test split's figures if there is one, and its seconds."""
+
+    state: State
+    test: Evaluation | None
+    seconds: float
+
+
+def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: int, device: str) -> str:
+    """The text of README.md.
+
+    Args:
+        config: the run's settings.
+        data: what was read.
+        outcome: what came of it.
+        num_parameters: the model's size.
+        device: where it was trained, and in which number format.
+    """
+    base, dataset = hub_id(config.model), hub_id(config.dataset)
+    base_name, dataset_name = _short_name(base, "GPT-2"), _short_name(dataset, "own data")
+    start = "random weights" if config.init == "random" else _linked(base, "", "a local GPT-2")
+    sizes = ", ".join(f"{len(examples):,} {name}" for name, examples in data.examples.items())
+    answers = (
+        f"Labels: {', '.join(map(_escaped, data.label_names))}." if data.label_names else "Completions of prompts."
+    )
+    task = "says which label a text has" if data.label_names else "completes a prompt"
+    length = config.max_length
+    usage = CLASSIFY if data.label_names else COMPLETE
+    snippet = usage.format(
+        labels=repr(list(data.label_names)), label_ids=data.label_ids, length=length - 1, max_length=length
+    )
+    return "\n".join(
+        [
+            "---",
+            _header(config, data, outcome, name=f"{base_name}-{dataset_name}".replace(" ", "-")),
+            "---",
+            "",
+            f"# {_escaped(base_name)} fine-tuned on {_escaped(dataset_name)}",
+            "",
+            f"A GPT-2 of {num_parameters:,} parameters that {task}. It was trained from {start} with ft, which "
+            "fine-tunes GPT-2 in plain PyTorch.",
+            "",
+            "## Data",
+            "",
+            f"{_linked(dataset, 'datasets/', 'A local data set')}: {sizes} examples. {answers}",
+            "",
+            "## Figures",
+            "",
+            *_figures(outcome),
+            "",
+            f"{outcome.state.step:,} steps in {timedelta(seconds=round(outcome.seconds))} on {device}, evaluation and "
+            f"saving included. Mean training loss {outcome.state.mean_train_loss:.4f}.",
+            *_forgotten(outcome.state),
+            "",
+            "## Settings",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *(
+                f"| `{name if name in NO_FLAGS else flag(name)}` | {_escaped(str(getattr(config, name)))} |"
+                for name, heading in field_groups().items()
+                if heading in SETTINGS and getattr(config, name) is not None
+            ),
+            "",
+            "## How to use it",
+            "",
+            snippet,
+            "## Limits",
+            "",
+            *_limits(config, data),
+            "",
+        ]
+    )
+
+
+def hub_id(name: str) -> str | None:
+    """A model's or data set's id on the Hub; None for what lies on this machine, whose path is nobody's business."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)
+    return name if is_id and not Path(name).exists() else None
+
+
+def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
+    """The metadata as YAML, by the Hub's own client."""
+    from huggingface_hub import EvalResult, ModelCardData  # here: half a second, and only when a run is finished
+
+    dataset = hub_id(config.dataset)
+    kind = "text-classification" if data.label_names else "text-generation"
+    figures = {"validation": (outcome.state.last_accuracy, outcome.state.last_loss)}
+    if outcome.test is not None:
+        figures["test"] = (outcome.test.accuracy, outcome.test.loss)
+    results = [
+        EvalResult(
+            task_type=kind,
+            dataset_type=dataset or "local",
+            dataset_name=_short_name(dataset, "own data"),
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=round(value, 6),
+        )
+        for split, values in figures.items()
+        for metric, value in zip(("accuracy", "loss"), values, strict=True)
+        if value is not None
+    ]
+    card = ModelCardData(
+        library_name="transformers",
+        # Of labels too: they are the next token of a language model, and a pipeline for classification would put a
+        # head on it that nobody has trained.
+        pipeline_tag="text-generation",
+        base_model=hub_id(config.model),
+        datasets=[dataset] if dataset else None,
+        tags=["gpt2", "fine-tuned", kind],
+        model_name=name,
+        eval_results=results,
+    )
+    return card.to_yaml()
+
+
+def _figures(outcome: Outcome) -> list[str]:
+    state, test = outcome.state, outcome.test
+    rows = [f"| validation, at the end | {state.last_accuracy:.2%} | {_number(state.last_loss)} |"]
+    if state.best_step is not None:
+        best = f"validation, at best (step {state.best_step:,})"
+        rows.append(f"| {best} | {state.best_accuracy:.2%} | {_number(state.best_loss)} |")
+    if test is not None:
+        rows.append(f"| test | {test.accuracy:.2%} | {_number(test.loss)} |")
+    return ["| split | accuracy | loss (nats per token) |", "|---|---:|---:|", *rows]
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.4f}"
+
+
+def _forgotten(state: State) -> list[str]:
+    if state.general_loss_before is None or state.general_loss is None:
+        return []
+    before, after = perplexity(state.general_loss_before), perplexity(state.general_loss)
+    return ["", f"Perplexity on a general text: {before:,.2f} before training, {after:,.2f} after."]
+
+
+def _limits(config: Config, data: Data) -> list[str]:
+    kept = f"Of a text of more than {config.max_length} tokens only the end was seen in training."
+    if not data.label_names:
+        return [
+            f"- {kept}",
+            "- What it completes is likely, not true; it has GPT-2's biases besides those of the data.",
+        ]
+    return [
+        f"- Every text gets one of the {len(data.label_names)} labels, also one that has nothing to do with the data.",
+        f"- {kept}",
+        "- The probabilities compare the labels' tokens with each other and with nothing else.",
+        "- It has GPT-2's biases besides those of the data, and it has forgotten some of what GPT-2 could do.",
+    ]
+
+
+def _short_name(identifier: str | None, otherwise: str) -> str:
+    return identifier.rpartition("/")[2] if identifier else otherwise
+
+
+def _linked(identifier: str | None, kind: str, otherwise: str) -> str:
+    return f"[{_escaped(identifier)}](https://huggingface.co/{kind}{identifier})" if identifier else otherwise
+
+
+def _escaped(text: str) -> str:
+    """A text in Markdown that stays what it is: no markup, no HTML, no line of its own, no character unseen."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$:@-])", r"\\\1", " ".join(printable.split()))

@@ -1,0 +1,154 @@
+"""A run as its files tell it, whatever state they are in: going on, broken off, finished, damaged."""
+
+import json
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ft.config import Config, field_types, flag
+from ft.errors import UsageError
+from ft.io.plain_files import read_regular
+from ft.settings import NOT_OF_THE_RUN
+
+Events = list[dict[str, Any]]
+PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What lies in a run's folder.
+
+    Attributes:
+        folder: where.
+        config: the settings, as in config.json; empty if it cannot be read.
+        events: the lines of metrics.jsonl that are whole.
+        scores: scores.json (ft/evaluation/classification.py `write_scores`); None if it is absent or no such file.
+        finished: the finished model is there.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    events: Events
+    scores: dict[str, Any] | None
+    finished: bool
+
+    def curve(self, name: str, axis: str = "step") -> tuple[list[float], list[float]]:
+        """A figure over steps or epochs: where it was noted, and what it was. What is no number is left out."""
+        points = [
+            (event[axis], event[name])
+            for event in self.events
+            if is_number(event.get(axis)) and is_number(event.get(name))
+        ]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a figure; None if it was never noted."""
+        values = self.curve(name)[1]
+        return values[-1] if values else None
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """Seconds of the whole run by part (ft/train/timing.py), in the order of a step; empty if not noted."""
+        total: dict[str, float] = {}
+        for event in self.events:
+            parts = event.get("seconds_by_part")
+            for part, seconds in parts.items() if isinstance(parts, dict) else ():
+                if is_number(seconds) and seconds >= 0:
+                    total[part] = total.get(part, 0.0) + seconds
+        return {part: total[part] for part in dict.fromkeys((*PARTS, *total)) if part in total}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number that can be drawn: no text, no truth value, nothing beyond all limits."""
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
+
+
+def read_run(folder: Path) -> Recorded:
+    """Read what there is.
+
+    Raises:
+        UsageError: the folder is none, or holds neither settings nor figures of a run.
+    """
+    config = _json(folder / "config.json", lambda value: isinstance(value, dict))
+    metrics = folder / "metrics.jsonl"
+    if folder.is_file():
+        raise UsageError(
+            f"RUN is {str(folder)!r}, which is a file: it must be the folder of a run (runs/*/ are folders only)"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"RUN is {str(folder)!r}, there is no such folder")
+    if not metrics.is_file():
+        raise UsageError(f"RUN is {str(folder)!r}, which has no metrics.jsonl: it must be the folder of a run")
+    events: Events = []
+    for line in read_regular(metrics).splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):  # the last line may be half written
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    finished = (folder / "final" / "model.safetensors").is_file()
+    return Recorded(folder, config or {}, events, _json(folder / "scores.json", _are_scores), finished)
+
+
+def _json(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
+    """A JSON value from a file; None if it cannot be read or does not fit."""
+    try:
+        value = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if fits(value) else None
+
+
+def _are_scores(value: Any) -> bool:  # noqa: ANN401
+    """Whether a value has the form that `write_scores` gives it, as far as the report reads it."""
+    try:
+        k = len(value["labels"])
+        per_class = (value["precision"], value["recall"], value["f1"], *value["confusion"])
+        numbers = [value["accuracy"], value["macro_f1"], value["calibration_error"], value["step"]]
+        numbers += [number for row in (*per_class, *value["bins"]) for number in row]
+        numbers += [mistake["probability"] for mistake in value["mistakes"]]
+        return (
+            all(map(is_number, numbers))
+            and all(math.isfinite(number) and number >= 0 for number in numbers)
+            and len(value["confusion"]) == k > 0
+            and all(len(row) == k for row in per_class)
+            and all(len(row) == 3 for row in value["bins"])
+            and all({"row", "true", "label", "text"} <= set(mistake) for mistake in value["mistakes"])
+        )
+    except (KeyError, TypeError):
+        return False
+
+
+def settings_given(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not the defaults, of a --demo those that are not the demo's."""
+    usual = json.loads(json.dumps(asdict(Config())))  # as a file tells it, with lists for tuples
+    left_out = set(NOT_OF_THE_RUN)
+    if config.get("demo") is True:
+        from ft.data.demo import SETTINGS  # here, as it brings PyTorch along
+
+        usual.update(SETTINGS)
+        left_out |= {"model", "dataset"}  # which it makes itself
+    return {
+        name: value
+        for name, value in config.items()
+        if name in field_types() and name not in left_out and value != usual[name]
+    }
+
+
+def command_of(config: dict[str, Any]) -> str:
+    """The command line that makes a run with these settings, quoted for a POSIX shell."""
+    settings = settings_given(config)
+    processes = settings.pop("processes", 1)
+    words = ["python", "run.py"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "run.py"]
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words += [flag(name)] if value else []
+        elif isinstance(value, list):
+            words += [flag(name), *map(str, value)]
+        else:
+            text = str(value)
+            words += [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]
+    return shlex.join(words)

@@ -1,0 +1,60 @@
+"""How many steps a run has, and the learning rate of each."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from ft.config import Config
+from ft.data.batches import epoch_order
+
+
+def learning_rate_at(
+    step: int,
+    total_steps: int,
+    peak: float,
+    warmup_steps: int = 0,
+    schedule: Literal["linear", "cosine", "constant"] = "linear",
+) -> float:
+    """The learning rate of optimiser step `step` (from 0): a rise over the warm-up, then the schedule.
+
+    A pure function of the step, so that a resumed run needs no scheduler's state. The linear schedule ends at 0 one
+    step after the last: the last step still learns.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return peak
+
+
+def steps_per_epoch(num_examples: int, config: Config) -> int:
+    """Optimiser steps in one pass over the data; the last window of batches may be a short one."""
+    return math.ceil(math.ceil(num_examples / config.rows_per_batch) / config.gradient_accumulation_steps)
+
+
+def total_steps(num_examples: int, config: Config) -> int:
+    """Optimiser steps in the whole run."""
+    return config.max_steps or math.ceil(config.epochs * steps_per_epoch(num_examples, config))
+
+
+def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list[Sequence[int]]]:
+    """For each optimiser step from `first_step` on, the batches it accumulates, each as the examples' row numbers.
+
+    With several processes these are the batches of all of them, which `Ranks.share` divides.
+    """
+    per_epoch, last_step = steps_per_epoch(num_examples, config), total_steps(num_examples, config)
+    for epoch in range(first_step // per_epoch, math.ceil(last_step / per_epoch)):
+        order = epoch_order(num_examples, config.seed, epoch)
+        first_of_epoch = epoch * per_epoch
+        for step in range(max(first_step, first_of_epoch), min(first_of_epoch + per_epoch, last_step)):
+            start = (step - first_of_epoch) * config.rows_per_step
+            window = order[start : start + config.rows_per_step]
+            yield [window[i : i + config.rows_per_batch] for i in range(0, len(window), config.rows_per_batch)]
+
+
+def rows_of_step(num_examples: int, config: Config, step: int) -> list[int]:
+    """The row numbers of the examples that optimiser step `step` (from 0) reads."""
+    return [row for rows in next(windows(num_examples, config, step)) for row in rows]

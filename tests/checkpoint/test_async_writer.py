@@ -1,0 +1,398 @@
+"""Saving beside the training, and what a run does when the disk refuses."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ft.checkpoint import snapshot as snapshots
+from ft.checkpoint import store
+from ft.checkpoint.async_writer import Saver
+from ft.checkpoint.snapshot import load_training_state, take_snapshot
+from ft.checkpoint.store import checkpoints, verify_checkpoint, write_checkpoint
+from ft.cli.main import main
+from ft.io import atomic, json_file
+from ft.model import pretrained
+from ft.model.gpt2 import GPT2, GPT2Config
+from ft.train.optim import build_optimizer
+from ft.train.state import State
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
+FULL = OSError(28, "No space left on device")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the system has no such rank")
+
+
+class Step:
+    """Stands for a snapshot."""
+
+    def __init__(self, step):
+        self.state = State(step=step)
+
+
+def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_next():
+    written, lines, may_end = [], [], threading.Event()
+
+    def write(snapshot, do):
+        assert may_end.wait(30)
+        written.append(snapshot.state.step)
+
+    saver = Saver(write, lines.append, blocking=False)
+    saver.save(Step(1))
+    assert written == [], "the call returned before the write ended"
+    threading.Timer(0.05, may_end.set).start()
+    saver.save(Step(2))
+    assert written[0] == 1, "one at a time"
+    saver.wait()
+    assert (written, lines, saver.failure) == ([1, 2], [], None)
+
+
+def test_a_blocking_save_has_ended_when_it_returns():
+    written = []
+    Saver(lambda snapshot, do: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
+    assert written
+
+
+def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
+    errors, lines = [FULL, None], []
+
+    def write(snapshot, do):
+        if error := errors.pop(0):
+            raise error
+
+    saver = Saver(write, lines.append, blocking=False)
+    saver.save(Step(1))
+    saver.wait()
+    assert saver.failure is FULL
+    assert lines == [
+        "WARNING: checkpoint 1 could not be written: No space left on device. The run goes on and tries again at the "
+        "next one; those written before are untouched."
+    ]
+    saver.save(Step(2))
+    saver.wait()
+    assert saver.failure is None
+
+
+def test_a_defect_in_the_thread_is_raised_in_the_run():
+    def write(snapshot, do):
+        raise ZeroDivisionError("a defect")
+
+    saver = Saver(write, print, blocking=False)
+    saver.save(Step(1))
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        saver.wait()
+    saver.wait()
+
+
+def test_a_snapshot_does_not_follow_the_training(demo_inputs, tmp_path):
+    folder, _ = demo_inputs
+    published = json_file.read_json(folder / "config.json")
+    model = GPT2(GPT2Config.from_dict(published))
+    model.init_weights(1)
+    optimizer, scaler = build_optimizer(model, 1e-3, 0.0), torch.amp.GradScaler("cpu", enabled=False)
+    state = State(step=3)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    snapshot = take_snapshot(model, optimizer, scaler, state, copy=True)
+    state.step = 4
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+            optimizer.state[parameter]["exp_avg"].add_(1.0)
+    source = store.ModelSource(published, (folder / "tokenizer.json").read_bytes(), ("neg", "pos"))
+    write_checkpoint(tmp_path, snapshot, source, keep=1, keep_best=False)
+    pretrained.load_weights(model, [tmp_path / "checkpoint-3" / snapshots.WEIGHTS])
+    assert load_training_state(tmp_path / "checkpoint-3", model, optimizer, scaler) == State(step=3)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    assert all((state["exp_avg"] == 0).all() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("blocking", [[], ["--save-blocking"]])
+def test_a_save_that_fails_costs_no_step(inputs, tmp_path, monkeypatch, capsys, blocking):
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    assert main([*inputs, *SETTINGS, "--output-dir", str(calm)]) == 0
+    seen = []
+
+    def write_manifest(self):
+        seen.append(1)
+        if len(seen) in (1, 3):
+            raise FULL
+        original(self)
+
+    original = atomic.StagedDirectory.write_manifest
+    monkeypatch.setattr(atomic.StagedDirectory, "write_manifest", write_manifest)
+    capsys.readouterr()
+    assert main([*inputs, *SETTINGS, *blocking, "--output-dir", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert "WARNING: checkpoint 5 could not be written: No space left on device." in output
+    assert "WARNING: checkpoint 15 could not be written" in output
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-20"]
+    last = "checkpoint-20/optimizer.safetensors"
+    assert (run / last).read_bytes() == (calm / last).read_bytes()
+
+
+def test_a_last_save_that_fails_is_a_failure_and_the_one_before_stays(inputs, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def write_manifest(self):
+        seen.append(1)
+        if len(seen) == 4:
+            raise FULL
+        original(self)
+
+    original = atomic.StagedDirectory.write_manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.StagedDirectory, "write_manifest", write_manifest)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "the last checkpoint could not be written (No space left on device)" in error
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-10", "checkpoint-15"]
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert all(verify_checkpoint(path) is None for path in checkpoints(tmp_path / "run"))
+
+
+def test_a_folder_that_vanishes_costs_no_step(inputs, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+
+    def vanish(*arguments, **keywords):
+        seen.append(1)
+        if len(seen) == 2:
+            shutil.rmtree(run)
+        return original(*arguments, **keywords)
+
+    from ft import finetune
+    from ft.evaluation import evaluate
+
+    original, seen = evaluate.evaluate, []
+    monkeypatch.setattr(finetune, "evaluate", vanish)
+    assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
+    assert (run / "final" / "model.safetensors").exists()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
+
+
+LIMITED = """
+import resource, sys
+from ft.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_told_and_does_not_end_the_run(inputs, tmp_path):
+    run = tmp_path / "run"
+    weights = (Path(inputs[1]) / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", LIMITED, str(weights + 5000), *inputs, *SETTINGS, "--output-dir", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.count("could not be written: File too large.") == 4
+    assert done.returncode == 1
+    assert "the last checkpoint could not be written (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoints(run) == []
+    assert (run / "final" / "model.safetensors").exists(), "the finished model is smaller than the limit"
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, tmp_path, monkeypatch, capsys):
+    from ft.checkpoint import run_dir
+
+    arguments = [*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]
+    usage = shutil.disk_usage(tmp_path)
+    each = 12 * 1_000_000 / 1e9
+    parameters = 1_000_000
+    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: usage._replace(free=int(2 * each * 1e9)))
+    from ft.config import Config
+
+    text = run_dir.check_disk_space(tmp_path, parameters, parameters, Config())
+    assert text == (
+        "Disk: a checkpoint takes 12.0 MB, all that are kept at most 40.0 MB; 24.0 MB are free. WARNING: that is too "
+        "little; saves will fail when the disk is full."
+    )
+    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "has 0.0 MB free, a checkpoint and the finished model need" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_checkpoint_is_kept(inputs, tmp_path, monkeypatch):
+    from ft import finetune
+    from ft.evaluation.evaluate import Evaluation
+
+    # By accuracy, then by loss; the seventh is that of the last step, the eighth that of the test split.
+    results = iter([(0.9, 0.5), (0.8, 0.7), (0.7, 0.7), (0.7, 0.7), (0.5, 0.6), (0.9, 0.7), (0.1, 0.2), (0.1, 0.9)])
+    monkeypatch.setattr(finetune, "evaluate", lambda *_, **__: Evaluation(*next(results)))
+    run = tmp_path / "run"
+    flags = ["--keep-best", "--keep-checkpoints", "1", "--eval-steps", "3", "--output-dir", str(run)]
+    assert main([*inputs, *SETTINGS, *flags]) == 0
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-9", "checkpoint-20"]
+    state = json.loads((run / "checkpoint-20" / "state.json").read_text())
+    assert (state["best_step"], state["best_accuracy"], state["best_loss"]) == (9, 0.7, 0.7)
+
+
+# --- while the processor has nothing else to do -----------------------------------------------------------------------
+
+
+class Pieces:
+    """Writes pieces and notes how the thread of each is scheduled; the first one may be let wait."""
+
+    def __init__(self, count):
+        self.policies, self.count = [], count
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, snapshot, do):
+        for _ in range(self.count):
+            do(self.piece)
+
+    def piece(self):
+        self.policies.append(os.sched_getscheduler(0))
+        self.begun.set()
+        assert self.may_go_on.wait(30)
+
+
+@linux
+def test_pieces_are_done_by_an_idle_thread_until_somebody_waits():
+    pieces = Pieces(3)
+    saver = Saver(pieces, print, blocking=False)
+    saver.save(Step(1))
+    assert pieces.begun.wait(30)
+    threading.Timer(0.1, pieces.may_go_on.set).start()
+    saver.wait()
+    assert pieces.policies == [os.SCHED_IDLE, os.SCHED_OTHER, os.SCHED_OTHER]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "the training's own thread"
+    saver.save(Step(2))
+    while saver.is_writing:
+        time.sleep(0.01)
+    assert pieces.policies[3:] == [os.SCHED_IDLE] * 3, "the hurry was the first save's"
+
+
+@linux
+def test_a_blocking_save_and_one_without_patience_left_do_not_wait_for_idle_processors(monkeypatch):
+    from ft.checkpoint import async_writer as module
+
+    for blocking, patience in ((True, 60.0), (False, 0.0)):
+        monkeypatch.setattr(module, "PATIENCE", patience)
+        pieces = Pieces(2)
+        pieces.may_go_on.set()
+        saver = Saver(pieces, print, blocking=blocking)
+        saver.save(Step(1))
+        while saver.is_writing:
+            time.sleep(0.01)
+        assert pieces.policies == [os.SCHED_OTHER] * 2
+
+
+def test_an_error_in_the_idle_thread_is_the_saves():
+    def write(snapshot, do):
+        do(fail)
+
+    def fail():
+        raise FULL
+
+    saver = Saver(write, lambda line: None, blocking=False)
+    saver.save(Step(1))
+    while saver.is_writing:
+        time.sleep(0.01)
+    saver.wait()
+    assert saver.failure is FULL
+
+
+@linux
+def test_a_thread_that_may_not_change_its_rank_writes_all_the_same(monkeypatch):
+    def refuse(*_):
+        refusals.append(1)
+        raise PermissionError(1, "Operation not permitted")
+
+    refusals, pieces = [], Pieces(2)
+    pieces.may_go_on.set()
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    saver = Saver(pieces, print, blocking=False)
+    saver.save(Step(1))
+    while saver.is_writing:
+        time.sleep(0.01)
+    saver.wait()
+    assert len(refusals) == 2
+    assert pieces.policies == [os.SCHED_OTHER] * 2
+    assert saver.failure is None
+
+
+def test_metrics_that_a_full_disk_does_not_take_are_written_later(inputs, tmp_path, monkeypatch, capsys):
+    from ft.train.metrics import Report
+
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    assert main([*inputs, *SETTINGS, "--output-dir", str(calm)]) == 0
+
+    class FullFor:
+        """A file on a disk that is full for some writes, and takes only half of the next one."""
+
+        def __init__(self, file):
+            self.file, self.writes = file, 0
+
+        def write(self, data):
+            self.writes += 1
+            if 2 <= self.writes <= 6:
+                raise FULL
+            return self.file.write(data[: len(data) // 2 + 1])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def init(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        self._file = FullFor(self._file)
+
+    original = Report.__init__
+    monkeypatch.setattr(Report, "__init__", init)
+    capsys.readouterr()
+    assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
+    assert "WARNING: checkpoint 5 could not be written: No space left on device." in capsys.readouterr().out
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
+    assert_same_metrics(run, calm)
+
+
+def assert_same_metrics(run, calm):
+    from tests.integration.test_kill import metrics_without_clock
+
+    assert metrics_without_clock(run) == metrics_without_clock(calm)
+
+
+def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+
+    def fsync_on_a_bad_disk(descriptor):
+        fsync(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith("checkpoint-20/rng.safetensors"):
+            with open(path, "r+b") as file:
+                file.seek(100)
+                byte = file.read(1)[0]
+                file.seek(100)
+                file.write(bytes([byte ^ 1]))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
+    assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 1
+    assert "checkpoint 20 could not be written: what was written reads back otherwise" in capsys.readouterr().out
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(inputs, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+
+    def rename(self, target):
+        if self.name == "checkpoint-5":
+            raise PermissionError(1, "Operation not permitted")
+        return original(self, target)
+
+    original = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-5", "checkpoint-15", "checkpoint-20"]

@@ -1,0 +1,417 @@
+"""The command line: what wins, what is refused and in which words, and that no mistake ends in a traceback."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ft.finetune
+from ft.cli.arguments import COMMANDS, read_arguments
+from ft.cli.main import main
+from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
+from ft.data.demo import SETTINGS
+from ft.errors import FtError, UsageError
+from ft.settings import NOT_OF_THE_RUN, field_groups, field_help
+from tests.test_config import EVERY_FIELD, FIELDS, other_value
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Run every test in a folder of its own, in which no earlier run lies."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_json(path, **content):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def problems_of(*arguments):
+    with pytest.raises(UsageError) as raised:
+        read_arguments(arguments)
+    return list(raised.value.problems)
+
+
+# --- the flags --------------------------------------------------------------------------------------------------------
+
+
+def test_without_flags_every_setting_has_its_default():
+    assert read_arguments([]) == Config()
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NO_FLAGS])
+@pytest.mark.parametrize("form", ["two words", "one word"])
+def test_every_field_has_a_flag(name, form):
+    value = other_value(name)
+    if field_types()[name][0] is bool:
+        arguments = [flag(name)]
+    elif field_types()[name][0] is tuple:
+        value = value if form == "two words" else value[:1]
+        arguments = [flag(name), *value] if form == "two words" else [f"{flag(name)}={value[0]}"]
+    else:
+        arguments = [flag(name), str(value)] if form == "two words" else [f"{flag(name)}={value}"]
+    follows = {"demo": SETTINGS, "resume": {"output_dir": value}}.get(name, {})
+    assert read_arguments(arguments) == Config(**{name: value, **follows})
+
+
+def test_what_a_run_notes_by_itself_cannot_be_asked_for():
+    assert problems_of("--processes", "2") == ["there is no flag --processes, is it --process-timeout?"]
+
+
+def test_resume_needs_no_value():
+    assert read_arguments(["--resume"]) == Config(resume=NEWEST)
+    assert read_arguments(["--resume", "--seed", "1"]) == Config(resume=NEWEST, seed=1)
+
+
+def test_a_flag_of_several_values_takes_all_up_to_the_next_flag():
+    config = read_arguments(["--freeze", "wte.weight", "h.[01].*", "--seed", "7", "--train-only", "last:2"])
+    assert config == Config(freeze=("wte.weight", "h.[01].*"), seed=7, train_only=("last:2",))
+
+
+def test_of_a_flag_given_twice_the_last_counts():
+    assert read_arguments(["--seed", "1", "--seed", "2"]) == Config(seed=2)
+
+
+@pytest.fixture
+def help_text(capsys, monkeypatch):
+    """What --help prints, each run of white space as one space."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as raised:
+        main(["--help"])
+    assert raised.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return " ".join(out.split()) + " "
+
+
+def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
+    for name, field in FIELDS.items():
+        if name in NO_FLAGS:
+            assert f" {flag(name)} " not in help_text
+            continue
+        kind, choices = field_types()[name]
+        value = " " + ("|".join(choices) or {int: "N", float: "X", str: "TEXT", tuple: "PATTERN ..."}.get(kind, ""))
+        value = {"resume": " [TEXT]"}.get(name, "" if kind is bool else value)
+        default = "" if kind is bool or field.default in (None, ()) else f" (default {field.default})"
+        assert f" {flag(name)}{value} {field_help()[name]}{default} " in help_text
+    assert " --config FILE take settings from" in help_text
+    assert "no value" not in help_text
+
+
+def test_the_help_has_the_examples_first_and_the_flags_under_headings(help_text):
+    headings = list(dict.fromkeys(field_groups().values()))
+    assert set(field_groups()) == set(FIELDS)
+    assert len(headings) >= 5
+    places = [help_text.index(text) for text in ("examples:", *(f" {heading}: --" for heading in headings))]
+    assert places == sorted(places)
+    assert help_text.index(" --learning-rate X") > help_text.index(f" {field_groups()['learning_rate']}: ")
+
+
+@pytest.mark.parametrize(("word", "command"), [("predct", "predict"), ("evalute", "evaluate")])
+def test_a_misspelt_command_is_told_with_the_nearest(word, command, capsys):
+    assert main([word, "runs/x"]) == 2
+    assert f"error: {word!r} belongs to no flag; the command is {command}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_flag_of_a_command_is_told_with_the_nearest(command, capsys):
+    assert main([command, "runs/x", "--jsonn"]) == 2
+    assert "there is no flag --jsonn" in capsys.readouterr().err
+
+
+def test_the_help_shows_flags_that_exist(help_text):
+    known = {"--help", "--config", *map(flag, FIELDS)}
+    known |= {"--split", "--nproc-per-node"}  # in examples of `evaluate` and of torchrun
+    assert {word.rstrip(":;,.") for word in help_text.split() if word.startswith("--")} <= known
+
+
+# --- what wins --------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_configuration_comes_back_through_its_file():
+    left_out = (*NOT_OF_THE_RUN, "completion_column", "shard")  # which go with no --label-names and no --compile
+    saved = Config(**{name: other_value(name) for name in FIELDS if name not in left_out})
+    saved.save(Path("saved.json"))
+    assert read_arguments(["--config", "saved.json"]) == saved
+
+
+@EVERY_FIELD
+def test_each_setting_comes_back_through_its_file(name):
+    saved = Config(**{name: other_value(name)})
+    saved.save(Path("saved.json"))
+    assert read_arguments(["--config", "saved.json"]) == (Config() if name in NOT_OF_THE_RUN else saved)
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default():
+    mine = write_json("mine.json", batch_size=5, seed=5)
+    assert read_arguments(["--config", mine]) == Config(batch_size=5, seed=5)
+    assert read_arguments(["--batch-size", "3", "--config", mine]) == Config(batch_size=3, seed=5)
+    assert read_arguments(["--config", mine, "--batch-size", "8"]) == Config(batch_size=8, seed=5), "even the default's"
+
+
+def test_flag_and_file_win_over_the_demo():
+    assert SETTINGS.items() <= dataclasses.asdict(read_arguments(["--demo"])).items()
+    assert set(SETTINGS) <= set(FIELDS)
+    mine = write_json("mine.json", batch_size=5, epochs=1.5)
+    expected = {**SETTINGS, "batch_size": 3, "epochs": 1.5}
+    assert read_arguments(["--demo", "--config", mine, "--batch-size", "3"]) == Config(demo=True, **expected)
+    asks_for_demo = write_json("demo.json", demo=True, batch_size=5)
+    assert read_arguments(["--config", asks_for_demo]) == Config(demo=True, **{**SETTINGS, "batch_size": 5})
+
+
+def test_flag_and_file_win_over_the_resumed_run():
+    write_json("runs/a/config.json", batch_size=6, seed=6, epochs=6.0, output_dir="where/it/was")
+    mine = write_json("mine.json", batch_size=5, seed=5)
+    resumed = {"resume": NEWEST, "output_dir": "runs/a", "epochs": 6.0}
+    arguments = ["--resume", "--output-dir", "runs/a"]
+    assert read_arguments(arguments) == Config(**resumed, batch_size=6, seed=6)
+    assert read_arguments([*arguments, "--config", mine]) == Config(**resumed, batch_size=5, seed=5)
+    assert read_arguments([*arguments, "--config", mine, "--seed", "3"]) == Config(**resumed, batch_size=5, seed=3)
+
+
+def test_resume_finds_the_run_in_the_default_folder():
+    write_json(f"{Config.output_dir}/config.json", seed=6, output_dir="where/it/was")
+    assert read_arguments(["--resume"]) == Config(resume=NEWEST, seed=6)
+    assert read_arguments([]) == Config(), "without --resume an earlier run says nothing"
+
+
+@pytest.mark.parametrize("path", ["runs/a", "runs/a/checkpoint-200"])
+def test_resume_takes_a_run_or_one_of_its_checkpoints(path):
+    write_json("runs/a/config.json", seed=6, output_dir="where/it/was")
+    assert read_arguments(["--resume", path]) == Config(resume=path, seed=6, output_dir="runs/a")
+    elsewhere = read_arguments(["--resume", path, "--output-dir", "runs/b"])
+    assert elsewhere == Config(resume=path, seed=6, output_dir="runs/b")
+
+
+def test_a_resumed_demo_goes_on_in_its_folder():
+    resumed = read_arguments(["--demo", "--resume"])
+    assert resumed == Config(resume=NEWEST, demo=True, **SETTINGS)
+    in_b = {**SETTINGS, "output_dir": "runs/b"}
+    assert read_arguments(["--demo", "--resume", "--output-dir", "runs/b"]) == Config(resume=NEWEST, demo=True, **in_b)
+    assert read_arguments(["--demo", "--resume", "runs/b"]) == Config(resume="runs/b", demo=True, **in_b)
+
+
+def test_that_a_run_was_resumed_or_overwrote_another_is_not_inherited():
+    mine = write_json("mine.json", resume=NEWEST, overwrite=True, seed=5)
+    assert read_arguments(["--config", mine]) == Config(seed=5)
+    write_json("runs/a/config.json", overwrite=True, seed=6)
+    assert read_arguments(["--resume", "runs/a"]) == Config(resume="runs/a", output_dir="runs/a", seed=6)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command_line", "problems"),
+    [
+        ("--batch-sze 3", ["there is no flag --batch-sze, is it --batch-size?"]),
+        ("--batch-sze=3", ["there is no flag --batch-sze, is it --batch-size?"]),
+        ("--learning_rate 1e-3", ["there is no flag --learning_rate, is it --learning-rate?"]),
+        ("--epoch 3", ["there is no flag --epoch, is it --epochs?"]),
+        ("--batch 3", ["there is no flag --batch, is it --batch-size?"]),
+        ("--conifg x.json", ["there is no flag --conifg, is it --config?"]),
+        ("--xyzzy", ["there is no flag --xyzzy; --help lists all flags"]),
+        ("--xyzzy --plugh 2", ["there is no flag --xyzzy; --help lists all flags",
+                               "there is no flag --plugh; --help lists all flags"]),
+        ("-b 3", ["there is no flag -b; --help lists all flags"]),
+        ("train", ["'train' belongs to no flag"]),
+        ("--seed 1 2", ["'2' belongs to no flag"]),
+        ("--overwrite yes", ["'yes' belongs to no flag"]),
+        ("--seed", ["--seed needs a value"]),
+        ("--seed --epochs 2", ["--seed needs a value"]),
+        ("--seed --epochs --config", ["--epochs needs a value", "--seed needs a value", "--config needs a value"]),
+        ("--freeze", ["--freeze needs a value"]),
+        ("--freeze --train-only --seed x", ["--freeze needs a value", "--train-only needs a value",
+                                            "--seed is 'x', it must be a whole number"]),
+        ("--freeze= --train-only wte.weight", ["--freeze is empty"]),
+        ("--seed x", ["--seed is 'x', it must be a whole number"]),
+        ("--seed=", ["--seed is '', it must be a whole number"]),
+        ("--batch-size 8.0", ["--batch-size is '8.0', it must be a whole number"]),
+        ("--batch-size 0", ["--batch-size is 0, it must be at least 1"]),
+        ("--batch-size -8", ["--batch-size is -8, it must be at least 1"]),
+        ("--max-length 1", ["--max-length is 1, it must be at least 2"]),
+        ("--epochs nan", ["--epochs is nan, it must be finite"]),
+        ("--epochs inf", ["--epochs is inf, it must be finite"]),
+        ("--epochs 0", ["--epochs is 0.0, it must be above 0"]),
+        ("--learning-rate NaN", ["--learning-rate is nan, it must be finite"]),
+        ("--learning-rate 1e999", ["--learning-rate is inf, it must be finite"]),
+        ("--learning-rate -1e-3", ["--learning-rate is -0.001, it must be at least 0.0"]),
+        ("--learning-rate -.5e+2 --seed 1", ["--learning-rate is -50.0, it must be at least 0.0"]),
+        ("--epochs -inf", ["--epochs is -inf, it must be finite"]),
+        ("--epochs 1e308", ["--epochs is 1e+308, it must be at most 1000000"]),
+        ("--xyzzy -1e3", ["there is no flag --xyzzy; --help lists all flags"]),
+        ("--foo=4 stray", ["there is no flag --foo; --help lists all flags", "'stray' belongs to no flag"]),
+        ("--demo=1 --batch-size 0", ["--demo takes no value, leave '1' out",
+                                     "--batch-size is 0, it must be at least 1"]),
+        ("--overwrite -1", ["--overwrite takes no value, leave '-1' out"]),
+        ("--learning-rate fast", ["--learning-rate is 'fast', it must be a number"]),
+        ("--dropout 1", ["--dropout is 1.0, it must be below 1"]),
+        ("--precision fp8", ["--precision is 'fp8', it must be one of auto, fp32, bf16, fp16"]),
+        ("--init Random", ["--init is 'Random', it must be one of pretrained, random"]),
+        ("--output-dir=", ["--output-dir is empty"]),
+        ("--resume=", ["--resume is empty"]),
+        ("--resume --overwrite", ["--resume continues a run and --overwrite deletes it: give one of them"]),
+        ("--overwrite --resume runs/a", ["--resume continues a run and --overwrite deletes it: give one of them"]),
+        ("--config absent.json", ["cannot read the configuration absent.json: No such file or directory"]),
+        ("--config .", ["cannot read the configuration .: Is a directory"]),
+        (
+            "train --batch-sze 3 --epochs --seed x --precision fp8 --max-steps 0 --config absent.json",
+            [
+                "'train' belongs to no flag",
+                "there is no flag --batch-sze, is it --batch-size?",
+                "--epochs needs a value",
+                "--seed is 'x', it must be a whole number",
+                "cannot read the configuration absent.json: No such file or directory",
+                "--max-steps is 0, it must be at least 1",
+                "--precision is 'fp8', it must be one of auto, fp32, bf16, fp16",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_refused_with_everything_that_is_wrong(command_line, problems, capsys, monkeypatch):
+    monkeypatch.setattr(ft.finetune, "fine_tune", lambda config: pytest.fail("the job must not start"))
+    assert sorted(problems_of(*command_line.split())) == sorted(problems)
+    assert main(command_line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sorted(err.splitlines()) == sorted(f"error: {problem}" for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "the configuration mine.json is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("[8]", "the configuration mine.json must be a JSON object of settings"),
+        ('{"batch-size": 8, "lr": 1}', "the configuration mine.json has unknown settings: batch-size, lr"),
+        ('{"batch_size": 0}', "--batch-size is 0, it must be at least 1"),
+        ('{"batch_size": "8"}', "--batch-size is '8', it must be a whole number"),
+        ('{"batch_size": null}', "--batch-size is None, it must be a whole number"),
+        ('{"epochs": NaN}', "--epochs is nan, it must be finite"),
+        ('{"epochs": ' + "9" * 400 + "}", f"--epochs is {'9' * 20}... (400 digits), it must be finite"),
+        ('{"max_steps": ' + "9" * 400 + "}", f"--max-steps is {'9' * 20}... (400 digits), it must be below 2**63"),
+        ('{"output_dir": 3}', "--output-dir is 3, it must be a text"),
+        ('{"output_dir": null}', "--output-dir is None, it must be a text"),
+        ('{"output_dir": "a\\u0000b"}', "--output-dir is 'a\\x00b', it must not hold a NUL character"),
+        ('{"demo": "yes"}', "--demo is 'yes', it must be true or false"),
+    ],
+)
+def test_a_wrong_configuration_file_is_refused_like_a_wrong_flag(content, problem):
+    Path("mine.json").write_text(content)
+    assert problems_of("--config", "mine.json") == [problem]
+    assert sorted(problems_of("--config", "mine.json", "--seed", "-1")) == sorted(
+        [problem, "--seed is -1, it must be at least 0"]
+    )
+    if problem.startswith("the configuration"):
+        Path("mine.json").rename("config.json")
+        assert problems_of("--resume", ".") == [problem.replace("mine", "config")]
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_OF_THE_RUN])
+def test_every_setting_of_a_file_is_checked_for_its_type(name):
+    kind, _ = field_types()[name]
+    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a text"}[kind]
+    write_json("mine.json", **{name: [1]})
+    value = 1 if kind is tuple else [1]  # of several texts, the one that is none
+    assert problems_of("--config", "mine.json") == [f"{flag(name)} is {value}, it must be {wanted}"]
+
+
+WORDS = ["", "-", "--", "=", "0", "-1", "1e5", "nan", "8", "x", "-x", "--x=", "ü", "\0", "%s", "linear", "fp16", "*"]
+ARGUMENTS = st.sampled_from([*WORDS, "--config", "mine.json", *map(flag, FIELDS)])
+
+
+@given(st.lists(ARGUMENTS | st.builds("{}={}".format, ARGUMENTS, ARGUMENTS), max_size=8))
+@settings(derandomize=True, deadline=None, max_examples=300)
+def test_any_command_line_is_understood_or_refused(arguments):
+    try:
+        understood, problems = read_arguments(arguments), ()
+    except UsageError as error:
+        understood, problems = None, error.problems
+    assert isinstance(understood, Config) or problems
+    assert all(problem and "\n" not in problem for problem in problems)
+
+
+# --- the exit status --------------------------------------------------------------------------------------------------
+
+
+def test_the_job_gets_the_configuration_and_success_is_0(monkeypatch, capsys):
+    jobs = []
+    monkeypatch.setattr(ft.finetune, "fine_tune", jobs.append)
+    assert main(["--seed", "7"]) == 0
+    assert jobs == [Config(seed=7)]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (FtError("it is broken; mend it"), 1, "error: it is broken; mend it\n"),
+        (OSError(28, "No space left on device"), 1, f"error: No space left on device: {Config.output_dir}\n"),
+        (PermissionError(13, "Permission denied", "a/b"), 1, "error: Permission denied: a/b\n"),
+        (UsageError("one", "two"), 2, "error: one\nerror: two\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted; --resume continues from the newest checkpoint\n"),
+    ],
+)
+def test_how_a_job_ends_is_told_by_the_exit_status(monkeypatch, capsys, error, status, said):
+    def fine_tune(config):
+        raise error
+
+    monkeypatch.setattr(ft.finetune, "fine_tune", fine_tune)
+    assert main([]) == status
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch):
+    def fine_tune(config):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(ft.finetune, "fine_tune", fine_tune)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        main([])
+
+
+def test_the_door_tells_of_wrong_usage_and_exits_with_2(empty_folder):
+    command = [sys.executable, str(ROOT / "run.py"), "--batch-size", "0", "--epochs", "nan", "--sede", "1"]
+    done = subprocess.run(command, cwd=empty_folder, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: there is no flag --sede, is it --seed?",
+        "error: --epochs is nan, it must be finite",
+        "error: --batch-size is 0, it must be at least 1",
+    ]
+    assert list(empty_folder.iterdir()) == []
+
+
+WITHOUT_TORCH = """
+import sys
+from ft.cli.arguments import read_arguments
+from ft.cli.main import main
+read_arguments([])
+read_arguments(["--batch-size", "16", "--resume", "runs/a"])
+assert main(["--batch-size", "0", "--xyzzy"]) == 2
+assert main(["explain", "--row", "x"]) == 2
+for arguments in (["--help"], ["explain", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert stop.code == 0
+slow = {"torch", "numpy", "pyarrow", "tokenizers", "huggingface_hub"} & set(sys.modules)
+assert not slow, slow
+"""
+
+
+def test_help_and_mistakes_do_not_wait_for_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python run.py [FLAG ...]")

@@ -1,0 +1,403 @@
+"""`predict` and `evaluate` on finished runs, from the command line and from Python."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+
+import ft
+from ft.checkpoint.store import checkpoints
+from ft.cli.main import main
+from ft.data.examples import END_OF_TEXT
+from ft.errors import FtError
+from ft.evaluation.classification import confident_mistakes, scores
+from ft.inference.classifier import load
+from tests.conftest import write_parquet
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["the plot is dull .", "the acting is superb , and the plot is gripping .", ""]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A finished run of two epochs; its texts may have at most 20 tokens."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    flags = ["--epochs", "2", "--max-length", "20", "--precision", "fp32", "--output-dir", str(run)]
+    assert main([*inputs, *flags]) == 0
+    return run
+
+
+def expected_probabilities(folder, texts, max_length=20):
+    """The same from `transformers`, one text at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    labels = [tokenizer(name)["input_ids"][0] for name in ("neg", "pos")]
+    rows = []
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.convert_tokens_to_ids(END_OF_TEXT)][-(max_length - 1) :]
+        with torch.no_grad():
+            rows.append(model(torch.tensor([ids])).logits[0, -1, labels].softmax(dim=-1))
+    return torch.stack(rows)
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def test_three_lines_of_python(finished):
+    classifier = ft.load(finished, device="cpu")
+    predictions = classifier.predict(TEXTS)
+    expected = expected_probabilities(finished / "final", TEXTS)
+    for prediction, row in zip(predictions, expected, strict=True):
+        assert list(prediction.probabilities) == ["neg", "pos"]
+        assert list(prediction.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-5)
+        assert prediction.label == ("neg", "pos")[int(row.argmax())]
+    assert classifier.max_length == 20, "that of the run"
+    assert classifier.predict([]) == []
+
+
+def test_a_long_text_is_read_as_in_training(finished):
+    text = "the plot is dull , " * 30 + "but the acting is superb ."
+    (prediction,) = load(finished, device="cpu").predict([text])
+    expected = expected_probabilities(finished / "final", [text])[0]
+    assert list(prediction.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_every_place_of_a_model_is_found(finished, inputs, tmp_path):
+    whole = load(finished, device="cpu").predict(TEXTS)
+    newest = checkpoints(finished)[-1]
+    assert load(finished / "final", device="cpu").predict(TEXTS) == whole
+    assert load(str(newest), device="cpu").predict(TEXTS) == whole
+    unfinished = tmp_path / "run"
+    shutil.copytree(finished, unfinished)
+    shutil.rmtree(unfinished / "final")
+    assert load(unfinished, device="cpu").predict(TEXTS) == whole
+    shutil.copytree(finished / "final", tmp_path / "moved")
+    moved = load(tmp_path / "moved", device="cpu")
+    assert (moved.max_length, moved.label_names) == (32, ("neg", "pos"))
+    untrained = load(inputs[1], device="cpu", label_names=["neg", "pos"], max_length=9)
+    assert untrained.max_length == 9
+    assert untrained.predict(TEXTS) != whole
+
+
+def test_what_cannot_be_loaded_is_refused(finished, inputs, tmp_path):
+    with pytest.raises(FtError, match=r"does not say what its labels are called; say it by --label-names neg,pos"):
+        load(inputs[1]).predict(TEXTS)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "final")
+    for folder in checkpoints(run):
+        (folder / "state.json").unlink()
+        with pytest.raises(FtError, match=r"is damaged: state.json is missing"):
+            load(folder)
+    with pytest.raises(FtError, match=r"no finished model and no whole checkpoint yet"):
+        load(run)
+    with pytest.raises(FtError, match=r"begin with the same token"):
+        load(finished, label_names=["pos", "positive"])
+
+
+def test_the_package_has_nothing_else():
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        ft.lode  # noqa: B018
+
+
+# --- predict ----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_from_arguments_as_a_table(finished, capsys):
+    assert main(["predict", str(finished), *TEXTS[:2], "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    head, *rows = out.splitlines()
+    assert head.split() == ["label", "neg", "pos", "text"]
+    expected = expected_probabilities(finished / "final", TEXTS[:2])
+    for row, text, probabilities in zip(rows, TEXTS, expected, strict=False):
+        assert text in row
+        assert row.split()[0] == ("neg", "pos")[int(probabilities.argmax())]
+        assert row.split()[1] == f"{float(probabilities[0]):.2%}"
+    assert "2 texts, " in err
+    assert f"texts/s, by {finished / 'final'}" in err
+
+
+class Pipe(io.StringIO):
+    """A standard input that is no terminal."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.buffer = io.BytesIO(content)
+
+    def isatty(self):
+        return False
+
+
+@pytest.mark.parametrize("way", ["file", "pipe"])
+def test_texts_from_a_file_or_a_pipe_as_json(finished, tmp_path, monkeypatch, capsys, way):
+    content = "\ufeff" + "\n".join(["ein schöner film", "", 'it says "no" \U0001f3ac']) + "\n"
+    arguments = ["predict", str(finished), "--json", "--device", "cpu"]
+    if way == "file":
+        (tmp_path / "texts.txt").write_text(content, encoding="utf-8")
+        arguments += ["--file", str(tmp_path / "texts.txt")]
+    else:
+        monkeypatch.setattr(sys, "stdin", Pipe(content.encode()))
+    assert main(arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == ["ein schöner film", "", 'it says "no" \U0001f3ac']
+    assert all(sum(line["probabilities"].values()) == pytest.approx(1.0) for line in lines)
+    assert all(line["label"] == max(line["probabilities"], key=line["probabilities"].get) for line in lines)
+
+
+class Terminal(Pipe):
+    """A standard input at which a person sits."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "RUN"),
+        (["{run}"], 2, "there are no texts"),
+        (["{run}", "a", "--file", "x"], 2, "give texts or --file, not both"),
+        (["{run}", "a", "--batch-size", "0"], 2, "--batch-size is 0, it must be at least 1"),
+        (["{run}", "a", "--max-length", "1"], 2, "--max-length is 1, it must be at least 2"),
+        (["{run}", "a", "--batch-size", "x"], 2, "--batch-size is 'x', it must be a whole number"),
+        (["{run}", "a", "--jsn"], 2, "--jsn"),
+        (["{run}", "a", "--device", "gpu"], 2, "--device is 'gpu'"),
+        (["{run}", "--file", "absent.txt"], 1, "cannot read absent.txt: No such file"),
+        (["{run}", "--file", "/dev/null"], 1, "/dev/null has no lines"),
+        (["{run}", "--file", "{latin}"], 1, "is not UTF-8"),
+        (["./absent", "a"], 1, "./absent"),
+        (["{run}s", "a"], 1, "there is no run "),
+        (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a folder"),
+        (["{unnamed}", "a"], 1, "does not say what its labels are called; say it by --label-names neg,pos"),
+        (["{run}", "good", "sch\udcf6n"], 1, "text 2 is not UTF-8: it holds '\\udcf6' at character 3"),
+        (["{run}", "a", "--label-names", "good,goodness"], 1, "begin with the same token"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(finished, inputs, tmp_path, monkeypatch, capsys, arguments, status, message):
+    monkeypatch.setattr(sys, "stdin", Terminal(b""))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
+    places = {"run": finished, "latin": tmp_path / "latin.txt", "unnamed": inputs[1]}
+    assert main(["predict", *(argument.format(**places) for argument in arguments)]) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(finished, tmp_path):
+    (tmp_path / "texts.txt").write_text("a film\n" * 20_000)
+    command = f"{sys.executable} run.py predict {finished} --device cpu --file {tmp_path / 'texts.txt'} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["label", "neg", "pos", "text"]
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_agrees_with_the_run_and_counts_right(finished, inputs, capsys):
+    logged = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]
+    assert main(["evaluate", str(finished), "--split", "test", "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"] == pytest.approx(logged["test_accuracy"])
+    table = pq.read_table(Path(inputs[3]) / "test.parquet").to_pydict()
+    probabilities = expected_probabilities(finished / "final", table["text"])
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    for label, row in zip(table["label"], probabilities, strict=True):
+        confusion[label, row.argmax()] += 1
+    assert result["confusion"] == confusion.tolist()
+    wrong = {row for row, label in enumerate(table["label"]) if int(probabilities[row].argmax()) != label}
+    assert {mistake["row"] for mistake in result["mistakes"]} == wrong if len(wrong) <= 5 else True
+    assert result["labels"] == ["neg", "pos"]
+
+
+def test_a_run_leaves_the_scores_that_evaluate_finds(finished, capsys):
+    written = json.loads((finished / "scores.json").read_text())
+    assert written.pop("step") == json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert main(["evaluate", str(finished), "--device", "cpu", "--mistakes", "20", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(written) == list(found)
+    for part in ("split", "labels", "accuracy", "confusion", "macro_f1"):
+        assert written[part] == found[part]
+    assert len(written["mistakes"]) == sum(map(sum, written["confusion"])) - sum(
+        row[i] for i, row in enumerate(written["confusion"])
+    )
+    for mistake, expected in zip(written["mistakes"], found["mistakes"], strict=True):
+        assert mistake == {**expected, "probability": pytest.approx(expected["probability"], rel=1e-4)}
+
+
+def test_without_a_test_split_the_scores_are_of_the_last_validation(inputs, tmp_path):
+    folder, run = tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.parquet").write_bytes((Path(inputs[3]) / f"{split}.parquet").read_bytes())
+    flags = ["--dataset", str(folder), "--output-dir", str(run), "--max-steps", "2", "--eval-steps", "1"]
+    assert main([*inputs, *flags]) == 0
+    written = json.loads((run / "scores.json").read_text())
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (written["split"], written["step"], written["accuracy"]) == ("validation", 2, logged["eval_accuracy"])
+    (run / "scores.json").unlink()
+    (run / "final").rename(tmp_path / "elsewhere")
+    assert main(["--resume", str(run)]) == 0
+    assert json.loads((run / "scores.json").read_text()) == written, "a run that broke off after its last step"
+
+
+def test_evaluate_prints_tables(finished, capsys):
+    assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu", "--mistakes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("validation: 12 texts, accuracy ")
+    for part in ("macro F1", "calibration error", "precision", "true, said", "stated probability"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["{moved}"], 2, "does not say what it was trained on: name a --dataset"),
+        (["{run}x"], 2, "x, which is no folder here, does not say what it was trained on: name a --dataset"),
+        (["{run}x", "--dataset", "{two}"], 1, "there is no run "),
+        (["{run}", "--split", "dev"], 2, "invalid choice: 'dev'"),
+        (["{run}", "--mistakes", "-1"], 2, "--mistakes is -1"),
+        (["{run}", "--dataset", "{two}"], 1, "has no test split; it has train"),
+        (["{run}", "--label-names", "pos,neg,good"], 0, ""),
+    ],
+)
+def test_mistakes_of_evaluate_are_told(finished, inputs, tmp_path, capsys, arguments, status, message):
+    shutil.copytree(finished / "final", tmp_path / "moved" / "model")
+    (tmp_path / "two").mkdir()
+    shutil.copy(Path(inputs[3]) / "train.parquet", tmp_path / "two")
+    places = {"run": finished, "moved": tmp_path / "moved" / "model", "two": tmp_path / "two"}
+    assert main(["evaluate", *(argument.format(**places) for argument in arguments), "--device", "cpu"]) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+# --- many labels ------------------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmn"  # each a token of the demo's vocabulary
+
+
+@pytest.fixture(scope="module")
+def lettered(tmp_path_factory):
+    """A data set of 14 classes."""
+    path = tmp_path_factory.mktemp("letters") / "letters.csv"
+    path.write_text("text,label\n" + "".join(f"the plot {i},{LETTERS[i % 14]}\n" for i in range(280)))
+    return path
+
+
+def test_of_many_labels_the_likeliest_are_shown(inputs, capsys):
+    arguments = ["predict", inputs[1], *TEXTS[:2], "--label-names", ",".join(LETTERS), "--device", "cpu"]
+    assert main([*arguments, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(arguments) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["label", "the", "likeliest", "text"]
+    for row, answer in zip(rows, answers, strict=True):
+        ranked = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:3]
+        assert row.split()[0] == answer["label"] == ranked[0][0]
+        assert ", ".join(f"{name} {value:.2%}" for name, value in ranked) in row
+        assert len(row) < 150
+
+
+def test_of_many_labels_the_frequent_confusions_are_shown(inputs, lettered, capsys):
+    arguments = ["evaluate", inputs[1], "--dataset", str(lettered), "--split", "train", "--device", "cpu"]
+    arguments += ["--label-names", ",".join(LETTERS)]
+    assert main([*arguments, "--json"]) == 0
+    matrix = json.loads(capsys.readouterr().out)["confusion"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "true, said" not in out
+    assert max(map(len, out.splitlines())) < 160
+    shown = re.findall(r"^([a-n])  +([a-n])  +(\d+)$", out, re.MULTILINE)
+    counts = [int(count) for *_, count in shown]
+    assert len(shown) == min(
+        15, sum(count > 0 for i, row in enumerate(matrix) for j, count in enumerate(row) if i != j)
+    )
+    assert counts == sorted(counts, reverse=True)
+    for true, said, count in shown:
+        assert matrix[LETTERS.index(true)][LETTERS.index(said)] == int(count)
+
+
+def test_labels_in_another_order_are_refused_or_taken_by_name(finished, inputs, tmp_path, capsys):
+    table = pq.read_table(Path(inputs[3]) / "validation.parquet").to_pydict()
+    turned = [1 - label for label in table["label"]]
+    write_parquet(tmp_path / "train.parquet", table["text"], turned, names=("pos", "neg"))
+    write_parquet(tmp_path / "test.parquet", table["text"], turned, names=("pos", "neg"))
+    arguments = ["evaluate", str(finished), "--dataset", str(tmp_path), "--device", "cpu", "--json"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "the test split numbers its labels in the order pos, neg, the model in the order neg, pos" in error
+    assert main([*arguments, "--label-names", "pos,neg"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["confusion"] == [row[::-1] for row in expected["confusion"]][::-1]
+
+
+def test_of_another_data_set_all_rows_are_read(finished, inputs, tmp_path, capsys):
+    """The run's share of its own training rows is none of another's."""
+    shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "max_train_samples": 5}))
+    arguments = ["evaluate", str(tmp_path / "run"), "--split", "train", "--device", "cpu"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("train: 5 texts")
+    assert main([*arguments, "--dataset", inputs[3]]) == 0
+    assert capsys.readouterr().out.startswith("train: 77 texts")
+
+
+def test_what_would_command_a_terminal_is_shown_in_codes(finished, capsys):
+    assert main(["predict", str(finished), "a\x1b[31m film\u202e \x07", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[31m film\\u202e" in out
+    assert not {"\x1b", "\u202e", "\x07"} & set(out)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("predict", "there are no texts: give"), ("generate", "there is no prompt: give")]
+)
+def test_without_a_standard_input_there_is_nothing_to_read(finished, monkeypatch, capsys, command, message):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([command, str(finished), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_a_small_example_by_hand():
+    probabilities = torch.tensor(
+        [[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.1, 0.15, 0.75], [0.95, 0.05, 0]],
+        dtype=torch.float64,
+    )
+    result = scores(probabilities, torch.tensor([0, 1, 1, 1, 0]))
+    assert result.accuracy == pytest.approx(3 / 5)
+    assert result.confusion == [[2, 0, 0], [1, 1, 1], [0, 0, 0]]
+    assert result.precision == pytest.approx([2 / 3, 1.0, 0.0])
+    assert result.recall == pytest.approx([1.0, 1 / 3, 0.0])
+    assert result.f1 == pytest.approx([0.8, 0.5, 0.0])
+    assert result.macro_f1 == pytest.approx(1.3 / 3)
+    # Bins: (0.5, 0.6] holds 0.6 (wrong), (0.6, 0.7] 0.7 (right), (0.7, 0.8] 0.75 (wrong), (0.8, 0.9] 0.9, then 0.95.
+    assert [count for _, _, count in result.bins] == [1, 1, 1, 1, 1]
+    expected = (0.6 + 0.3 + 0.75 + 0.1 + 0.05) / 5
+    assert result.calibration_error == pytest.approx(expected, rel=1e-6)
+    assert confident_mistakes(probabilities, torch.tensor([0, 1, 1, 1, 0]), 5) == [3, 2]
+    assert confident_mistakes(probabilities, torch.tensor([0, 1, 1, 1, 0]), 1) == [3]
+
+
+def test_perfect_predictions_score_one():
+    result = scores(torch.eye(4), torch.arange(4))
+    assert (result.accuracy, result.macro_f1, result.calibration_error) == (1.0, 1.0, 0.0)
+    assert confident_mistakes(torch.eye(4), torch.arange(4), 3) == []

@@ -1,0 +1,375 @@
+"""Folders that are complete or absent, whatever fails; manifests, the safetensors written here, and the lock."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ft.errors import FtError
+from ft.io import atomic, direct_io
+from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
+from ft.io.json_file import read_json
+from ft.io.lock import locked
+from ft.io.manifest import MANIFEST, verify_manifest
+from tests.faults import Fault, Faults
+
+ROOT = Path(__file__).parents[2]
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_read_back_by_the_library(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(7, 5, generator=generator),
+        "transposed": torch.randn(3, 4, generator=generator).T,
+        "half": torch.randn(3, generator=generator).half(),
+        "brain": torch.randn(2, 2, generator=generator).bfloat16(),
+        "double": torch.randn(1, generator=generator).double(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "bytes": torch.arange(11, dtype=torch.uint8),
+        "whole": torch.arange(3),
+        "ünï": torch.zeros(1),
+    }
+    StagedDirectory(tmp_path).write_tensors("x.safetensors", tensors, {"format": "pt"})
+    back = load_file(tmp_path / "x.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor), name
+
+
+def test_tensors_of_many_chunks_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(direct_io, "CHUNK", 16)
+    tensors = {"a": torch.arange(101.0), "b": torch.arange(5.0)}
+    StagedDirectory(tmp_path).write_tensors("x.safetensors", tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(tmp_path / "x.safetensors").items())
+
+
+# --- complete or absent -----------------------------------------------------------------------------------------------
+
+
+def write_good(folder, content=b"good"):
+    with atomic_directory(folder) as new:
+        new.write("a", [content, b"!"])
+        new.write_json("b.json", {"x": 1})
+        new.write_manifest()
+
+
+def test_a_whole_folder_has_no_damage(tmp_path):
+    write_good(tmp_path / "f")
+    assert verify_manifest(tmp_path / "f", ["a", "b.json"]) is None
+    assert sorted(os.listdir(tmp_path / "f")) == ["a", "b.json", MANIFEST]
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 39])
+def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(direct_io, "PIECE", 16)
+    fsync = os.fsync
+
+    def fsync_on_a_bad_disk(descriptor):
+        fsync(descriptor)
+        if os.fstat(descriptor).st_size > place:
+            with open(tmp_path / ".unfinished-f" / "a", "r+b") as file:
+                file.seek(place)
+                file.write(b"!")
+
+    monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
+    with pytest.raises(OSError, match=r"reads back otherwise: .*a'"), atomic_directory(tmp_path / "f") as new:
+        new.write("a", [b"."] * 40)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_gives_back_less_is_found(tmp_path, monkeypatch):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), os.ftruncate(descriptor, 3)))
+    with pytest.raises(OSError, match="reads back otherwise"):
+        StagedDirectory(tmp_path).write("a", [b"\0" * 5])
+
+
+def test_a_system_that_refuses_advice_writes_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        refusals.append(1)
+        raise OSError(22, "Invalid argument")
+
+    refusals = []
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    write_good(tmp_path / "f")
+    monkeypatch.delattr(os, "posix_fadvise")
+    write_good(tmp_path / "g")
+    assert refusals
+    assert all(verify_manifest(tmp_path / name, ["a", "b.json"]) is None for name in "fg")
+
+
+def test_each_file_is_read_once(tmp_path, monkeypatch):
+    import hashlib
+
+    write_good(tmp_path / "f")
+    digests, original = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *content: digests.append(1) or original(*content))
+    assert verify_manifest(tmp_path / "f", ["a", "b.json"]) is None
+    assert len(digests) == 2
+
+
+def rewrite_manifest(change):
+    def do(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest["files"])
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return do
+
+
+def lead_outside(folder):
+    (folder.parent / "outside").write_bytes(b"good!")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["../outside"] = manifest["files"]["a"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def make_link(folder):
+    (folder.parent / "elsewhere").write_bytes((folder / "a").read_bytes())
+    (folder / "a").unlink()
+    (folder / "a").symlink_to(folder.parent / "elsewhere")
+
+
+def make_link_of_the_manifest(folder):
+    (folder / MANIFEST).rename(folder.parent / "elsewhere")
+    (folder / MANIFEST).symlink_to(folder.parent / "elsewhere")
+
+
+def make_pipe_of_the_manifest(folder):
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)  # reading it would wait for ever
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "a").write_bytes(b"goof!"), "a has other bytes than were written"),
+        (lambda f: (f / "a").write_bytes(b"good"), "a has 4 bytes, not 5"),
+        (lambda f: (f / "a").write_bytes(b""), "a has 0 bytes, not 5"),
+        (lambda f: (f / "a").unlink(), "a is missing or no plain file"),
+        (lambda f: ((f / "a").unlink(), (f / "a").mkdir()), "a is missing or no plain file"),
+        (make_link, "a is missing or no plain file"),
+        (lead_outside, "../outside is missing or no plain file"),
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing or no plain file"),
+        (make_link_of_the_manifest, "manifest.json is missing or no plain file"),
+        (make_pipe_of_the_manifest, "manifest.json is missing or no plain file"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff"), "manifest.json is unreadable"),
+        (lambda f: (f / MANIFEST).write_text("{"), "manifest.json is unreadable"),
+        (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is unreadable"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is unreadable"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json is no list of files"),
+        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), "manifest.json is no list of files"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a": null}}'), "manifest.json is no list of files"),
+        (rewrite_manifest(lambda entries: entries.pop("a")), "manifest.json does not list a"),
+        (rewrite_manifest(lambda entries: entries["a"].update(sha256=None)), "a has other bytes than were written"),
+        (rewrite_manifest(lambda entries: entries["a"].update(size="5")), "a has 5 bytes, not 5"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    write_good(tmp_path / "f")
+    damage(tmp_path / "f")
+    assert verify_manifest(tmp_path / "f", ["a", "b.json"]) == message
+
+
+def test_a_name_that_no_file_can_have_is_damage(tmp_path):
+    for name in ("x" * 5000, "a\0b", "\ud800"):
+        write_good(tmp_path / "f")
+        rewrite_manifest(lambda entries, name=name: entries.update({name: entries["a"]}))(tmp_path / "f")
+        assert verify_manifest(tmp_path / "f", ["a", "b.json"]).startswith(name)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["files", "a", "size", ".."]), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["files", "a"]), JSON) | JSON)
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_no_manifest_makes_a_traceback(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("f") / "f"
+    write_good(folder)
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert verify_manifest(folder, ["a"])
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["past the cache", "through the cache"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_whatever_operation_fails_the_folder_is_old_or_new_and_whole(
+    tmp_path, monkeypatch, replaces, direct, record_property
+):
+    if not direct:
+        monkeypatch.setattr(direct_io, "_set_direct_io", lambda file, wanted: False)
+    failures = 0
+    for fails_at in range(1, 300):
+        parent = tmp_path / str(fails_at)
+        parent.mkdir()
+        if replaces:
+            write_good(parent / "f", b"old")
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, fails_at)
+            try:
+                write_good(parent / "f", b"new")
+                failed = False
+            except Fault:
+                failed = True
+        failures += failed
+        remove_stale_staging(parent)
+        if replaces or not failed:
+            assert verify_manifest(parent / "f", ["a", "b.json"]) is None
+            assert (parent / "f" / "a").read_bytes() in ((b"old!", b"new!") if failed else (b"new!",))
+        else:
+            assert not (parent / "f").exists() or verify_manifest(parent / "f", ["a", "b.json"]) is None
+        assert set(os.listdir(parent)) <= {"f"}
+        if faults.count < fails_at:
+            break
+    else:
+        pytest.fail("there is always one more operation")
+    assert failures > 20, "some are advice, and some have another way"
+    record_property("file operations made to fail", fails_at - 1)
+
+
+def test_a_process_that_dies_between_the_two_renames_loses_nothing(tmp_path):
+    write_good(tmp_path / "f", b"old")
+    (tmp_path / "f").rename(tmp_path / ".replaced-f")
+    (tmp_path / ".unfinished-f").mkdir()
+    remove_stale_staging(tmp_path)
+    assert os.listdir(tmp_path) == ["f"]
+    assert verify_manifest(tmp_path / "f", ["a"]) is None
+
+
+def test_a_file_that_was_half_written_is_cleared(tmp_path):
+    from ft.io.atomic import atomic_write_text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # as if the process had died before
+        patch.setattr(os, "fsync", lambda number: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            atomic_write_text(tmp_path / "config.json", "{}")
+    assert os.listdir(tmp_path) == [f".unfinished-{os.getpid()}"]
+    remove_stale_staging(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_was_replaced_is_cleared(tmp_path):
+    write_good(tmp_path / "f", b"new")
+    write_good(tmp_path / ".replaced-f", b"old")
+    remove_stale_staging(tmp_path)
+    assert os.listdir(tmp_path) == ["f"]
+    assert (tmp_path / "f" / "a").read_bytes() == b"new!"
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ft.io.lock import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_in_use_names_the_process_and_is_free_when_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        message = rf"another run is at work in .*run: process {holder.pid}\."
+        with pytest.raises(FtError, match=message), locked(tmp_path / "run"):
+            pytest.fail("two at once")
+        holder.kill()
+        holder.wait()
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
+    with locked(tmp_path / "a" / "run"):
+        pass
+    assert not (tmp_path / "a" / "run").exists()
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    assert (tmp_path / "run" / "file").exists()
+
+
+def test_a_folder_may_vanish_under_the_lock(tmp_path):
+    import shutil
+
+    with locked(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_no_number_is_left_in_the_lock_of_a_run_that_ended(tmp_path):
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    assert (tmp_path / "run" / ".lock").read_bytes() == b""
+
+
+def test_the_lock_does_not_empty_what_a_link_leads_to(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(FtError, match=r"\.lock is a link"), locked(tmp_path / "run"):
+        pytest.fail("through a link")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system that knows none."""
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", refuse)
+
+
+def test_without_locks_a_process_that_lives_is_taken_for_a_run(tmp_path, no_locks):
+    (tmp_path / ".lock").write_text(str(os.getppid()))
+    message = rf"whose file system has no locks: process {os.getppid()} began one.*delete .*\.lock"
+    with pytest.raises(FtError, match=message), locked(tmp_path):
+        pytest.fail("two at once")
+    assert (tmp_path / ".lock").read_text() == str(os.getppid())
+
+
+@pytest.mark.parametrize("content", [b"", b"999999999", b"0", b"-1", b"x", b"\xff", b"9" * 5000, None])
+def test_without_locks_what_is_no_living_process_keeps_nobody_out(tmp_path, no_locks, content):
+    (tmp_path / ".lock").write_bytes(str(os.getpid()).encode() if content is None else content)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_without_locks_a_process_of_somebody_else_lives(tmp_path, no_locks, monkeypatch):
+    def refuse(process, number):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    (tmp_path / ".lock").write_text("1")
+    with pytest.raises(FtError, match="process 1 began one"), locked(tmp_path):
+        pytest.fail("two at once")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[]", b"3", b"{", b"[" * 100_000, b"<html>", b"version https://git"]
+)
+def test_what_is_no_json_object_is_refused_by_name(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(FtError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")

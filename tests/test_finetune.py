@@ -1,0 +1,208 @@
+"""The whole program as a user meets it: `python run.py`, what it prints, where it leaves things, how it fails."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import transformers
+
+from ft.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def small(demo_inputs, tmp_path):
+    """Arguments for a short run on the demo's model and the first of its reviews."""
+    model, dataset = demo_inputs
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, rows in (("train", 40), ("validation", 20), ("test", 10)):
+        pq.write_table(pq.read_table(dataset / f"{split}.parquet").slice(0, rows), folder / f"{split}.parquet")
+    return {
+        "--model": str(model),
+        "--dataset": str(folder),
+        "--output-dir": str(tmp_path / "run"),
+        "--device": "cpu",
+        "--precision": "fp32",
+    }
+
+
+def command(arguments):
+    return [part for item in arguments.items() for part in item]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_program_from_start_to_end(small, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "run.py", *command(small)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "quiet and plain where nobody watches a bar"
+    assert "135,232 parameters, on cpu in fp32 (as --precision says)" in done.stdout
+    assert "40 examples to train on, 20 examples to validate, 10 examples to test; labels neg, pos" in done.stdout
+    assert "Plan: 5 steps of 8 examples" in done.stdout
+    assert "Finished 5 steps in" in done.stdout
+    assert "samples/s" in done.stdout
+    assert "Three validation examples:" in done.stdout
+    run = tmp_path / "run"
+    names = [".lock", "checkpoint-5", "config.json", "final", "metrics.jsonl", "scores.json"]
+    assert sorted(path.name for path in run.iterdir()) == names
+    training, evaluation, test = metrics(run)
+    assert list(training) == [
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "samples_per_second",
+        "tokens_per_second",
+        "seconds_by_part",
+    ]
+    assert list(evaluation) == ["step", "epoch", "eval_loss", "eval_accuracy", "seconds_by_part"]
+    assert list(test) == ["step", "epoch", "test_loss", "test_accuracy", "seconds_by_part"]
+    assert list(training["seconds_by_part"]) == ["data", "forward", "backward", "update"]
+    assert "evaluating" in evaluation["seconds_by_part"]
+    assert {"saving", "evaluating"} <= set(test["seconds_by_part"])
+    assert transformers.AutoModelForCausalLM.from_pretrained(run / "final")
+
+
+def test_a_second_run_does_not_overwrite_the_first(small, capsys):
+    assert main(command(small)) == 0
+    before = metrics(small["--output-dir"])
+    capsys.readouterr()
+    assert main(command({**small, "--seed": "7"})) == 2
+    error = capsys.readouterr().err
+    assert "holds files already: --resume continues" in error
+    assert "Traceback" not in error
+    assert metrics(small["--output-dir"]) == before
+    assert main([*command({**small, "--seed": "7"}), "--overwrite"]) == 0
+    assert metrics(small["--output-dir"])[0]["loss"] != before[0]["loss"]
+
+
+def test_overwrite_deletes_only_what_a_run_wrote_and_only_once_the_new_one_can_start(small, capsys):
+    assert main(command(small)) == 0
+    run = Path(small["--output-dir"])
+    (run / "notes.txt").write_text("mine")
+    assert main([*command({**small, "--dataset": "./nowhere"}), "--overwrite"]) == 1
+    assert (run / "final" / "model.safetensors").exists()
+    assert main([*command({**small, "--max-steps": "1"}), "--overwrite"]) == 0
+    assert (run / "notes.txt").read_text() == "mine"
+    assert not (run / "checkpoint-5").exists()
+
+
+def test_save_dataset_keeps_a_copy_that_reads_back(small, tmp_path, capsys):
+    assert main([*command(small), "--save-dataset", str(tmp_path / "copy")]) == 0
+    again = {**small, "--dataset": str(tmp_path / "copy"), "--output-dir": str(tmp_path / "again")}
+    assert main(command(again)) == 0
+    assert metrics(tmp_path / "again")[0]["loss"] == metrics(small["--output-dir"])[0]["loss"]
+
+
+def test_resume_by_path_needs_no_other_flag(small, tmp_path, capsys):
+    assert main(command(small)) == 0
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert "Continuing after step 5" in capsys.readouterr().out
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert main(["--resume", "--output-dir", str(tmp_path / "run")]) == 0
+    assert "This run is finished" in capsys.readouterr().out
+
+
+def test_label_names_from_the_command_line_and_labels_of_several_tokens(small, capsys):
+    assert main([*command(small), "--label-names", "negative, good"]) == 0
+    output = capsys.readouterr().out
+    assert "labels negative, good" in output
+    assert "Note: the label 'negative' is several tokens; its first, 'neg', stands for it." in output
+
+
+def rewrite(small, split, columns, names=("neg", "pos")):
+    path = Path(small["--dataset"]) / f"{split}.parquet"
+    metadata = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}} if names else {}
+    pq.write_table(pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(metadata)}), path)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "flags", "message"),
+    [
+        (lambda s: rewrite(s, "train", {"text": ["a", None], "label": [0, 1]}), [], "text in row 1 of"),
+        (
+            lambda s: rewrite(s, "train", {"text": ["a", "b"], "label": [0, 2]}),
+            [],
+            "label in row 1 of the train split is 2",
+        ),
+        (lambda s: rewrite(s, "train", {"text": ["a"], "label": [0]}, names=None), [], "by --label-names"),
+        (lambda s: rewrite(s, "test", {"review": ["a"], "label": [0]}), [], "has no column 'text'"),
+        (lambda s: None, ["--label-names", "pos,positive"], "begin with the same token"),
+        (lambda s: None, ["--max-length", "200"], "--max-length is 200, but"),
+        (lambda s: None, ["--model", "./nowhere"], "no folder './nowhere'"),
+        (lambda s: None, ["--save-dataset", str(ROOT)], "is not empty"),
+    ],
+)
+def test_failures_say_what_is_wrong_and_leave_no_trace(small, prepare, flags, message, capsys):
+    prepare(small)
+    assert main([*command(small), *flags]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert not Path(small["--output-dir"]).exists()
+
+
+def test_a_device_that_is_not_there_is_wrong_usage(small, capsys):
+    assert main(command({**small, "--device": "cuda:99"})) == 2
+    assert "--device is 'cuda:99', PyTorch" in capsys.readouterr().err
+
+
+def test_an_output_directory_that_cannot_be_written_is_named(small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(command({**small, "--output-dir": str(tmp_path / "file" / "run")})) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file" / "run") in error
+    assert "Traceback" not in error
+
+
+def test_without_a_hub_the_error_names_what_helps(tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "run.py", "--output-dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for help_text in ("http://127.0.0.1:9", "HF_ENDPOINT", "--model DIR", "python run.py --demo"):
+        assert help_text in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_is_the_same_program_and_can_be_run_again(tmp_path, capsys):
+    for _ in range(2):
+        assert main(["--demo", "--max-steps", "3", "--output-dir", str(tmp_path / "demo")]) == 0
+        output = capsys.readouterr().out
+        assert "Finished 3 steps" in output
+        assert output.rstrip().endswith("python run.py --device cuda (or mps, or cpu)")
+    assert len(metrics(tmp_path / "demo")) == 5, "training, validation, test, and general text before and after"
+
+
+def test_a_resumed_demo_keeps_the_settings_of_its_run(tmp_path, capsys):
+    arguments = ["--demo", "--output-dir", str(tmp_path / "demo")]
+    assert main([*arguments, "--max-steps", "2", "--batch-size", "3", "--save-steps", "1"]) == 0
+    for name in ("final", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "demo" / name)
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "Continuing after step 1" in output
+    assert "Plan: 2 steps of 3 examples" in output

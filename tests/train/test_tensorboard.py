@@ -1,0 +1,53 @@
+"""Event files, read back by TensorBoard itself."""
+
+import json
+import sys
+
+import pytest
+
+from ft.cli.main import main
+
+
+def figures_of_metrics(run):
+    """(name, step) -> value, of everything in metrics.jsonl, the last one of each step."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        for name, value in event.items():
+            parts = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
+            found |= {(part, event["step"]): x for part, x in parts.items() if part not in ("step", "epoch")}
+    return found
+
+
+def figures_of_tensorboard(run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {(name, each.step): each.value for name in events.Tags()["scalars"] for each in events.Scalars(name)}
+
+
+def test_tensorboard_reads_the_same_figures_also_of_a_resumed_run(inputs, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    often = ["--logging-steps", "1", "--eval-steps", "2", "--save-steps", "2"]
+    arguments = [*inputs, *often, "--output-dir", str(run), "--epochs", "1"]
+    assert main([*arguments, "--max-steps", "5", "--tensorboard"]) == 0
+    found = figures_of_tensorboard(run)
+    assert {"loss", "eval_accuracy", "test_loss", "learning_rate", "seconds_by_part/forward"} <= {n for n, _ in found}
+    assert found == {key: pytest.approx(value, rel=1e-6) for key, value in figures_of_metrics(run).items()}
+
+    assert main(["--resume", str(run / "checkpoint-4"), "--max-steps", "7"]) == 0
+    found = figures_of_tensorboard(run)
+    assert max(step for _, step in found) == 7
+    assert not {name for name, step in found if step == 5} & {"test_loss"}, "which only the shorter run noted"
+    assert found == {key: pytest.approx(value, rel=1e-6) for key, value in figures_of_metrics(run).items()}
+
+    assert main([*arguments, "--max-steps", "1", "--overwrite"]) == 0
+    assert not (run / "tensorboard").exists()
+
+
+def test_without_the_package_it_is_told_at_the_start(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main([*inputs, "--output-dir", str(tmp_path / "run"), "--tensorboard"]) == 1
+    assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
