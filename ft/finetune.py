@@ -38,8 +38,9 @@ from ft.errors import FtError
 from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity, read_general_text
-from ft.io.atomic import Executor, FolderLock, atomic_directory
+from ft.io.atomic import Executor, atomic_directory
 from ft.io.json_file import read_json
+from ft.io.lock import FolderLock
 from ft.model import pretrained
 from ft.model.compile import compile_blocks, eager_mode
 from ft.model.freeze import freeze, num_trainable_parameters

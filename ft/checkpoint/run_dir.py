@@ -8,8 +8,8 @@ from pathlib import Path
 from ft.checkpoint import store
 from ft.config import NEWEST, Config
 from ft.errors import FtError, UsageError
-from ft.io.atomic import FolderLock, remove_stale_staging
-from ft.io.lock import LOCK, locked
+from ft.io.atomic import remove_stale_staging
+from ft.io.lock import LOCK, FolderLock, locked
 from ft.io.plain_files import remove
 from ft.settings import read_config_file, run_of
 

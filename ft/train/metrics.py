@@ -16,7 +16,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from ft.errors import FtError
-from ft.io.atomic import FolderLock
+from ft.io.lock import FolderLock
 from ft.io.plain_files import is_at, open_to_write
 from ft.train.tensorboard import EventFiles
 from ft.train.timing import StepTimes
