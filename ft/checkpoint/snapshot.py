@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ft.checkpoint.store import _read_state
 from ft.distributed.ranks import ALONE, Ranks
 from ft.distributed.sharding import full_tensor, is_sharded, local_shard, reshard, rows_here
 from ft.errors import FtError
+from ft.io.json_file import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.pretrained import read_tensors
 from ft.train.optim import AdamW
@@ -95,7 +95,7 @@ def load_training_state(
         FtError: a file is missing, unreadable or does not fit the model.
     """
     _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])), ranks)
-    state, loss_scale = _read_state(folder)
+    state, loss_scale = read_state(folder)
     problem = FtError(f"{folder / STATE} or {RANDOM} does not fit this program")
     try:
         if loss_scale and scaler.is_enabled():  # it is empty where the run was not in fp16
@@ -106,6 +106,25 @@ def load_training_state(
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise problem from error
     return state
+
+
+def read_state(folder: Path) -> tuple[State, dict[str, Any]]:
+    """The state in a checkpoint, and its loss scale, which is empty where the run was not in fp16.
+
+    Raises:
+        FtError: it cannot be read, or a value of it cannot be that of a run at this step.
+    """
+    saved = read_json(folder / STATE)
+    loss_scale = saved.pop("grad_scaler", None)
+    if not isinstance(loss_scale, dict):
+        raise FtError(f"{folder / STATE} has no grad_scaler")
+    try:
+        state = State.from_dict(saved)
+    except FtError as error:
+        raise FtError(f"{folder / STATE}: {error}") from error
+    if folder.name != f"checkpoint-{state.step}":
+        raise FtError(f"{folder / STATE} is of step {state.step}, which is not that of its folder")
+    return state, loss_scale
 
 
 def _fits(loss_scale: dict[str, Any], own: dict[str, Any]) -> bool:

@@ -20,11 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot
+from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot, read_state
 from ft.data.examples import END_OF_TEXT
 from ft.errors import FtError
 from ft.io.atomic import Executor, StagedDirectory, atomic_directory, run_now
-from ft.io.json_file import read_json
 from ft.io.lock import UNFINISHED
 from ft.io.manifest import verify_manifest
 from ft.io.plain_files import remove
@@ -150,26 +149,7 @@ def verify_checkpoint(folder: Path) -> str | None:
     damage = verify_manifest(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
     if damage is None:
         try:
-            _read_state(folder)
+            read_state(folder)
         except FtError as error:
             damage = str(error)
     return damage
-
-
-def _read_state(folder: Path) -> tuple[State, dict[str, Any]]:
-    """The state in a checkpoint, and its loss scale, which is empty where the run was not in fp16.
-
-    Raises:
-        FtError: it cannot be read, or a value of it cannot be that of a run at this step.
-    """
-    saved = read_json(folder / STATE)
-    loss_scale = saved.pop("grad_scaler", None)
-    if not isinstance(loss_scale, dict):
-        raise FtError(f"{folder / STATE} has no grad_scaler")
-    try:
-        state = State.from_dict(saved)
-    except FtError as error:
-        raise FtError(f"{folder / STATE}: {error}") from error
-    if state.step != step_of(folder):
-        raise FtError(f"{folder / STATE} is of step {state.step}, its folder of step {step_of(folder)}")
-    return state, loss_scale

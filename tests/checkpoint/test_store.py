@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": 2}, "is of step 2, its folder of step 1"),
+        ({"step": 2}, "is of step 2, which is not that of its folder"),
         ({"step": True}, "step is 'True', it must be of type int"),
         ({"step": 1.0}, "step is '1.0', it must be of type int"),
         ({"seconds": float("nan")}, "seconds is nan, it must be from 0 to 1e"),

@@ -46,6 +46,11 @@ def during_step(monkeypatch, number, action):
     monkeypatch.setattr(Report, "step", step)
 
 
+def delete(run):
+    while run.exists():  # a checkpoint may be being written there
+        shutil.rmtree(run, ignore_errors=True)
+
+
 def lines(run):
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in event.items() if "second" not in name} for event in events]
@@ -61,7 +66,7 @@ def test_what_is_lost_during_a_run_is_put_back_and_told_once(
 ):
     def lose():
         if lost == "deleted":
-            shutil.rmtree(run)
+            delete(run)
         elif lost == "moved":
             run.rename(tmp_path / "elsewhere")
         elif lost == "lock":
@@ -92,7 +97,7 @@ def test_what_is_lost_during_a_run_is_put_back_and_told_once(
 
 def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(inputs, tmp_path, monkeypatch, capsys):
     def take():
-        shutil.rmtree(run)
+        delete(run)
         others.enter_context(locked(run))
         (run / "theirs").touch()
 
@@ -109,7 +114,7 @@ def test_a_folder_that_is_lost_after_the_last_line_still_gets_all(inputs, finish
     from ft import finetune
 
     def lose(*arguments):
-        shutil.rmtree(run)
+        delete(run)
         return gather_weights(*arguments)
 
     run, gather_weights = tmp_path / "run", finetune.checkpoint.gather_weights
