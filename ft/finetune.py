@@ -40,6 +40,7 @@ from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity, read_general_text
 from ft.io.atomic import Executor, atomic_directory
+from ft.io.lock import FolderLock
 from ft.model import pretrained
 from ft.model.compile import compile_blocks, eager_mode
 from ft.model.freeze import freeze, num_trainable_parameters
@@ -83,11 +84,13 @@ def fine_tune(config: Config) -> None:
         run = Path(config.output_dir)
         with ranks.rank_zero_first() as first:
             if first:
-                stack.enter_context(run_dir.own_folder(config))
-        _run_in(run, config, device, precision, ranks)
+                lock = stack.enter_context(run_dir.own_folder(config))
+        _run_in(run, config, device, precision, ranks, lock if ranks.is_rank_zero else None)
 
 
-def _run_in(run: Path, config: Config, device: torch.device, precision: Precision, ranks: Ranks) -> None:
+def _run_in(
+    run: Path, config: Config, device: torch.device, precision: Precision, ranks: Ranks, lock: FolderLock | None
+) -> None:
     started = time.perf_counter()
     with ranks.rank_zero_first() as first:
         resume_from = resume.checkpoint_to_resume(run, config) if first else None
@@ -178,6 +181,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
             tensorboard=EventFiles(run / "tensorboard", first_step=state.step)
             if config.tensorboard and ranks.is_rank_zero
             else None,
+            lock=lock,
         ) as report,
         nonfinite_advice(config, run, data.splits["train"]),
     ):
@@ -186,8 +190,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
         def write(snapshot: Snapshot, do: Executor) -> None:
             keep, keep_best = config.keep_checkpoints, config.keep_best
             store.write_checkpoint(run, snapshot, source, keep=keep, keep_best=keep_best, do=do)
-            if not (run / "config.json").exists():  # the folder has vanished in between, and been made anew
-                config.save(run / "config.json")
+            _restore_config(run, config)
 
         collate_batch = _collate_function(config)
         if device.type == "cpu" and not config.shard:  # whose gradients arrive otherwise
@@ -304,6 +307,9 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     answers = three_predictions(model, data, config.max_length) if data.label_names else three_completions(model, data)
     if not ranks.is_rank_zero:
         return
+    if lock is not None:
+        lock.restore()
+        _restore_config(run, config)
     probabilities = evaluations[judged].probabilities
     if probabilities is not None:
         write_scores(run / "scores.json", state.step, probabilities, data.splits[judged], data.label_names)
@@ -326,6 +332,12 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     print(answers)
     if config.demo:
         print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
+
+
+def _restore_config(run: Path, config: Config) -> None:
+    """Write the settings again if the folder was moved or deleted meanwhile, and has been made anew."""
+    if not (run / "config.json").exists():
+        config.save(run / "config.json")
 
 
 def _collate_function(config: Config) -> Callable[[Sequence[Example]], Batch]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ft.config import Config, field_types, flag
 from ft.errors import UsageError, shown
+from ft.io.plain_files import read_regular
 
 # What one run of a folder may have and another not, without being another run.
 NOT_OF_THE_RUN = ("resume", "overwrite", "save_dataset")
@@ -104,14 +105,18 @@ def parse_value(name: str, text: str | list[str]) -> Any:  # noqa: ANN401
         raise UsageError(f"{flag(name)} is {shown(text)}, it must be {wanted}") from None
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]:
     """The settings in a `config.json` that `Config.save` wrote, or in one written by hand with fewer of them.
+
+    Args:
+        path: the file.
+        may_be_pipe: wait for what a FIFO gives, as the user has named it: `--config <(command)`.
 
     Raises:
         UsageError: the file is absent, no JSON object, or has a setting that does not exist.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads((path.read_bytes() if may_be_pipe else read_regular(path)).decode())
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

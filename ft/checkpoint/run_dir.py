@@ -9,7 +9,8 @@ from ft.checkpoint import store
 from ft.config import NEWEST, Config
 from ft.errors import FtError, UsageError, shown
 from ft.io.atomic import remove_stale_staging
-from ft.io.lock import LOCK, locked
+from ft.io.lock import LOCK, FolderLock, locked
+from ft.io.plain_files import remove
 from ft.settings import read_config_file, run_of
 
 BYTES_PER_WEIGHT, BYTES_PER_TRAINED = 4, 8  # in a checkpoint: the weight, and AdamW's two moments if it is trained
@@ -27,7 +28,7 @@ def _is_of_a_demo(run: Path) -> bool:
 
 
 @contextmanager
-def own_folder(config: Config) -> Iterator[Path]:
+def own_folder(config: Config) -> Iterator[FolderLock]:
     """The run's folder, for this process alone, without what a process that died there has left half done.
 
     Raises:
@@ -46,7 +47,7 @@ def own_folder(config: Config) -> Iterator[Path]:
                 f"--resume is {shown(config.resume)} and --output-dir {shown(str(run))}: a run is continued in its own "
                 "folder, leave --output-dir out"
             )
-    with locked(run):
+    with locked(run) as lock:
         if (
             config.resume is None
             and not config.overwrite
@@ -58,7 +59,7 @@ def own_folder(config: Config) -> Iterator[Path]:
                 "--overwrite replaces that run, another --output-dir keeps it"
             )
         remove_stale_staging(run)
-        yield run
+        yield lock
 
 
 def check_disk_space(run: Path, parameters: int, trained: int, config: Config) -> str:
@@ -71,7 +72,7 @@ def check_disk_space(run: Path, parameters: int, trained: int, config: Config) -
     each = final + BYTES_PER_TRAINED * trained
     most = each * (config.keep_checkpoints + config.keep_best + 1) + final  # one is written before the oldest goes
     # What an earlier part of the run has written lies there already.
-    present = sum(path.stat().st_size for folder in store.checkpoints(run) for path in folder.iterdir())
+    present = sum(map(_bytes_in, store.checkpoints(run)))
     free = shutil.disk_usage(run).free
     if free < each + final - present:
         raise FtError(
@@ -85,19 +86,25 @@ def check_disk_space(run: Path, parameters: int, trained: int, config: Config) -
     )
 
 
+def _bytes_in(folder: Path) -> int:
+    """The size of a folder's files; of a link its own, as it may lead nowhere. 0 if the folder may not be read."""
+    try:
+        return sum(path.lstat().st_size for path in folder.iterdir())
+    except OSError:
+        return 0
+
+
 def _size(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
-    for name in ("metrics.jsonl", "scores.json"):
-        (run / name).unlink(missing_ok=True)
-    for folder in (
+    written = ("metrics.jsonl", "scores.json", "tensorboard", "final")
+    for path in (
+        *(run / name for name in written),
         *store.checkpoints(run),
         *run.glob(f"{store.SUPERSEDED}*"),
-        run / "tensorboard",
-        run / "final",
     ):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(path)
     (run / "config.json").unlink(missing_ok=True)  # last, as checkpoints without it would be of an unknown run

@@ -1,7 +1,7 @@
 """The tensors and states of a run at one moment: taken, and put back on resume."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,9 @@ def load_training_state(
         FtError: a file is missing, unreadable or does not fit the model.
     """
     _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])), ranks)
-    saved = read_json(folder / STATE)
-    problem = FtError(f"{folder / STATE} is not a state of this program")
+    state, loss_scale = read_state(folder)
+    problem = FtError(f"{folder / STATE} or {RANDOM} does not fit this program")
     try:
-        loss_scale = dict(saved.pop("grad_scaler"))
-        state = State(**saved)
         if loss_scale and scaler.is_enabled():  # it is empty where the run was not in fp16
             if not _fits(loss_scale, scaler.state_dict()):
                 raise problem
@@ -125,16 +123,26 @@ def load_training_state(
         _restore_random_states(dict(read_tensors([folder / RANDOM])), model.wte.weight.device, ranks)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise problem from error
-    for field in fields(State):
-        value, default = getattr(state, field.name), field.default
-        optional = default is None and value is None
-        is_whole = isinstance(default, int) or field.name == "best_step"
-        kinds = (str,) if isinstance(default, str) else (int, bool) if is_whole else (int, float)
-        if not optional and type(value) not in kinds:
-            raise problem
-    if state.step < 0 or state.loss_steps < 0 or state.metrics_bytes < 0:
-        raise problem
     return state
+
+
+def read_state(folder: Path) -> tuple[State, dict[str, Any]]:
+    """The state in a checkpoint, and its loss scale, which is empty where the run was not in fp16.
+
+    Raises:
+        FtError: it cannot be read, or a value of it cannot be that of a run at this step.
+    """
+    saved = read_json(folder / STATE)
+    loss_scale = saved.pop("grad_scaler", None)
+    if not isinstance(loss_scale, dict):
+        raise FtError(f"{folder / STATE} has no grad_scaler")
+    try:
+        state = State.from_dict(saved)
+    except FtError as error:
+        raise FtError(f"{folder / STATE}: {error}") from error
+    if folder.name != f"checkpoint-{state.step}":
+        raise FtError(f"{folder / STATE} is of step {state.step}, which is not that of its folder")
+    return state, loss_scale
 
 
 def _fits(loss_scale: dict[str, Any], own: dict[str, Any]) -> bool:

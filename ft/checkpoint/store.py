@@ -12,7 +12,6 @@ Tensors are in safetensors and the rest in JSON, so that reading a checkpoint ne
 """
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,9 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot
+from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot, read_state
+from ft.errors import FtError
 from ft.io.atomic import UNFINISHED, Executor, StagedDirectory, atomic_directory, run_now
 from ft.io.manifest import verify_manifest
+from ft.io.plain_files import remove
 from ft.io.safetensors_file import safetensors_chunks
 from ft.model.gpt2 import GPT2Config
 from ft.train.state import State
@@ -93,7 +94,7 @@ def write_checkpoint(
         new.write_manifest()
     delete_old(run, state, keep=keep, keep_best=keep_best)
     for superseded in run.glob(f"{SUPERSEDED}*"):
-        shutil.rmtree(superseded, ignore_errors=True)
+        remove(superseded)
 
 
 def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
@@ -106,7 +107,7 @@ def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
         with suppress(OSError):
             path.rename(path.with_name(UNFINISHED + path.name))
     for doomed in run.glob(f"{UNFINISHED}checkpoint-*"):
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
 
 
 def supersede_later(run: Path, step: int) -> None:
@@ -116,7 +117,7 @@ def supersede_later(run: Path, step: int) -> None:
     """
     for path in checkpoints(run):
         if step_of(path) > step:
-            shutil.rmtree(run / (SUPERSEDED + path.name), ignore_errors=True)
+            remove(run / (SUPERSEDED + path.name))
             path.rename(run / (SUPERSEDED + path.name))
 
 
@@ -141,5 +142,11 @@ def step_of(folder: Path) -> int:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if they are as they were written."""
-    return verify_manifest(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    """What is wrong with a checkpoint's files, in a few words; None if they are whole and the state makes sense."""
+    damage = verify_manifest(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    if damage is None:
+        try:
+            read_state(folder)
+        except FtError as error:
+            damage = str(error)
+    return damage

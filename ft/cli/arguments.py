@@ -118,7 +118,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         if config_file == _NO_VALUE:
             problems.append("--config needs a value")
         elif config_file is not None:
-            settings = {**read_config_file(Path(expand_home(config_file))), **settings}
+            settings = {**read_config_file(Path(expand_home(config_file)), may_be_pipe=True), **settings}
         settings = {**_starting_point(settings), **settings}
     except UsageError as error:
         problems += error.problems

@@ -43,11 +43,13 @@ def report(arguments: Sequence[str]) -> None:
         problems.append(f"--output is {shown(str(output))}, there is no folder {shown(str(output.parent))}")
     if output.exists() and not output.is_file():
         problems.append(f"--output is {shown(str(output))}, it must be the name of a file")
+    elif output.is_symlink():
+        problems.append(f"--output is {shown(str(output))}, which is a link: delete it, or name the file itself")
     if problems:
         raise UsageError(*problems)
     try:
         from ft.report.html import page  # here, as matplotlib is not always there
     except ImportError as error:
         raise FtError(f"the report's curves need matplotlib ({error}): pip install -e '.[plot]'") from error
-    atomic_write_text(output.resolve(), page(runs))
+    atomic_write_text(output, page(runs))
     print(f"{printable(str(output))}: {len(runs)} run{'s' * (len(runs) > 1)}, {output.stat().st_size / 1000:.0f} kB")

@@ -12,7 +12,6 @@ Both folders have the Hub's layout, so that the program reads them as it reads G
 import json
 import math
 import random
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from ft.data.examples import END_OF_TEXT
+from ft.errors import FtError
+from ft.io.plain_files import remove
 from ft.model.gpt2 import GPT2, GPT2Config
 
 # What the demo changes of the run's defaults, by field of `Config`. Those suit a model that has read much already; one
@@ -185,7 +186,12 @@ def write_demo(directory: Path, seed: int = 0) -> tuple[Path, Path]:
 
     Returns:
         The model's folder and the data set's.
+
+    Raises:
+        FtError: `directory` is a link.
     """
+    if directory.is_symlink():
+        raise FtError(f"{directory} is a link, and the demo's files in it would be replaced: delete the link")
     directory.mkdir(parents=True, exist_ok=True)
     splits = compose_splits(random.Random(seed))
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=directory) as name:
@@ -195,6 +201,6 @@ def write_demo(directory: Path, seed: int = 0) -> tuple[Path, Path]:
         write_model(unfinished / "model", [text for text, _ in splits["train"]], seed)
         write_dataset(unfinished / "dataset", splits)
         for part in ("model", "dataset"):
-            shutil.rmtree(directory / part, ignore_errors=True)
+            remove(directory / part)
             (unfinished / part).rename(directory / part)
     return directory / "model", directory / "dataset"

@@ -22,6 +22,8 @@ from ft.data.examples import encode, label_tokens, require_utf8
 from ft.data.splits import Split
 from ft.errors import FtError
 from ft.inference.language_model import LanguageModel, load_language_model
+from ft.io.hub import is_path
+from ft.io.plain_files import read_regular
 from ft.model.gpt2 import GPT2
 
 
@@ -118,10 +120,10 @@ def _label_names(published: dict[str, object]) -> tuple[str, ...] | None:
 
 def _max_length_of_run(folder: Path) -> int:
     """--max-length of the run that a finished model or a checkpoint lies in; the recipe's where it lies in none."""
-    if not folder.is_dir():  # a Hub id
+    if not (folder.is_dir() or is_path(str(folder))):  # a Hub id
         return Config.max_length
     try:
-        length = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["max_length"]
+        length = json.loads(read_regular(folder.parent / "config.json"))["max_length"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         length = None
     return length if type(length) is int and length >= 2 else Config.max_length

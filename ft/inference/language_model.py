@@ -1,9 +1,11 @@
 """A model with its tokenizer, wherever it lies: found, loaded, and asked to continue a text."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
 from ft.checkpoint.model_folder import read_description
@@ -66,15 +68,34 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
     """
     chosen_device = use_device(device)
     source = expand_home(str(source))
-    folder = _model_folder(Path(source))
-    files = pretrained.model_files(str(folder or source), revision)
+    while True:
+        folder = _model_folder(Path(source))
+        before = _identity(folder)
+        try:
+            return _load(folder, source, chosen_device, revision)
+        except (FtError, OSError):
+            if folder is None or (before is not None and _identity(folder) == before):
+                raise  # and otherwise the run has deleted or replaced it meanwhile, and has another
+
+
+def _identity(folder: Path | None) -> tuple[int, int] | None:
+    """What tells a folder from another of the same name; None if there is none."""
+    try:
+        status = os.stat(folder or "")
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _load(folder: Path | None, source: str | Path, device: torch.device, revision: str | None) -> LanguageModel:
+    files = pretrained.model_files(folder or str(source), revision)
     described = read_description(files)
     try:
         model = GPT2(described.config)
     except RuntimeError as error:
         raise FtError(f"{files.config}: so large a model does not fit into memory: {error}") from error
     load_weights(model, files.weights)
-    model.to(chosen_device).eval()
+    model.to(device).eval()
     return LanguageModel(str(folder or source), described.published, model, described.tokenizer.tokenizer)
 
 
@@ -101,7 +122,9 @@ def _model_folder(source: Path) -> Path | None:
         return source / "final"
     if not (source / "metrics.jsonl").exists():
         return source
-    for folder in reversed(checkpoints(source)):
-        if verify_checkpoint(folder) is None:
-            return folder
+    judged: set[Path] = set()
+    while newer := [folder for folder in checkpoints(source) if folder not in judged]:  # a run may delete and add some
+        if verify_checkpoint(newer[-1]) is None:
+            return newer[-1]
+        judged.add(newer[-1])
     raise FtError(f"the run {source} has no finished model and no whole checkpoint yet")

@@ -5,15 +5,15 @@ Nothing here knows what is in the files.
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ft.io.direct_io import BufferPair, write_verified
 from ft.io.manifest import MANIFEST
+from ft.io.plain_files import remove
 
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
 
@@ -62,36 +62,34 @@ def atomic_directory(folder: Path, do: Executor = run_now) -> Iterator[StagedDir
         OSError: the disk is full, or refuses; `folder` is as it was.
     """
     unfinished, replaced = (folder.with_name(prefix + folder.name) for prefix in (UNFINISHED, REPLACED))
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         yield StagedDirectory(unfinished, do)
         fsync(unfinished)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(folder):
+            remove(replaced)
             folder.rename(replaced)
         unfinished.rename(folder)
         fsync(folder.parent)
     except BaseException:
-        if replaced.exists() and not folder.exists():
+        if os.path.lexists(replaced) and not os.path.lexists(folder):
             replaced.rename(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 def remove_stale_staging(parent: Path) -> None:
     """Put right what is left in `parent` of a process that died in `atomic_directory` or in `atomic_write_text`."""
     for replaced in parent.glob(f"{REPLACED}*"):
         folder = parent / replaced.name.removeprefix(REPLACED)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(folder):
+            remove(replaced)
         else:
             replaced.rename(folder)
     for unfinished in parent.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with suppress(OSError):  # if it is no folder, which is gone by now, but a file
-            unfinished.unlink()
+        remove(unfinished)
 
 
 def fsync(path: Path) -> None:
@@ -113,7 +111,8 @@ def atomic_write_text(path: Path, text: str) -> None:
     """
     unfinished = path.with_name(f".unfinished-{os.getpid()}")
     try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        unfinished.unlink(missing_ok=True)  # which a link may have been put at, to be written through
+        with unfinished.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

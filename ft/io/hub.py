@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ft.errors import FtError, shown
 from ft.io.formats import suffix_of
+from ft.io.stall import StalledError, unless_stalled
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 from ft.io.formats import check_first_bytes
 
 CONVERTED_REVISION = "refs/convert/parquet"
+STALL = 60.0  # seconds without a byte after which the Hub is given up
+CHUNK = 2**16  # bytes that the client downloads at a time: few enough that a slow line is not taken for a silent one
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Source:
     kind: Literal["model", "dataset"]
     name: str
     revision: str | None
+    is_folder: bool = False
+    """It was found on the disk: should it vanish, no Hub is asked for what has its name."""
 
 
 # Given the names that a source has, the names that are needed; raises FtError if one is missing.
@@ -44,6 +50,12 @@ def find_files(source: Source, choose: _Choice) -> dict[str, Path]:
     folder = Path(os.path.expanduser(source.name))
     try:
         if not (source.name and folder.is_dir()):
+            if source.is_folder or is_path(source.name):
+                beside = f", though there is {str(folder.parent)!r}" if folder.parent.is_dir() else ""
+                raise FtError(
+                    f"there is no folder {source.name!r}{beside}: that is a path, for which no Hub is asked: "
+                    f"check --{source.kind}."
+                )
             files = _hub_files(source, choose)
         elif source.revision is None:
             files = {name: folder / name for name in choose(_names_in(folder, source))}
@@ -54,6 +66,20 @@ def find_files(source: Source, choose: _Choice) -> dict[str, Path]:
     except OSError as error:
         raise FtError(f"cannot read {error.filename}, named by --{source.kind}: {error.strerror}.") from error
     return files
+
+
+def is_path(name: str) -> bool:
+    """Whether a name means a place on the disk and no repository, though it may have the form of a Hub id.
+
+    So it is with what begins like a path, with the checkpoint of a run, and with a name in a folder that exists.
+    """
+    path = Path(name)
+    return (
+        name.startswith((".", "~"))
+        or path.is_absolute()
+        or re.fullmatch("checkpoint-[0-9]+", path.name) is not None
+        or (len(path.parts) == 2 and path.parent.is_dir())
+    )
 
 
 def _names_in(folder: Path, source: Source) -> list[str]:
@@ -67,33 +93,64 @@ def _names_in(folder: Path, source: Source) -> list[str]:
 
 
 def _hub_files(source: Source, choose: _Choice) -> dict[str, Path]:
-    """Get files from the Hub: through its cache, and from the cache alone where the Hub does not answer."""
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
+    """Get files from the Hub: through its cache, and from the cache alone where the Hub does not give them.
 
-    api = HfApi()
-    describe = api.model_info if source.kind == "model" else api.dataset_info
+    The client waits for each answer by itself, again and again, and for some without an end. Here one limit holds for
+    all of it: the time in which no byte arrives.
+    """
+    from huggingface_hub import constants, errors
+
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK
+    seconds = max(STALL, 2.0 * constants.HF_HUB_ETAG_TIMEOUT, 2.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    cached = _cached_files(source, choose)  # before the client notes that the branch has moved
+    files: dict[str, Path] = {}
+    folder = Path(constants.HF_HUB_CACHE) / f"{source.kind}s--{source.name.replace('/', '--')}" / "blobs"
     try:
-        # By itself the client would wait for ever for a server that accepts a connection and then says nothing.
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = describe(source.name, revision=source.revision, files_metadata=True, timeout=timeout)
+        unless_stalled(
+            lambda: _fetch(source, choose, files),
+            lambda: len(files) + _bytes_in(folder),
+            seconds=seconds,
+            what=f"{source.name} from {constants.ENDPOINT}",
+        )
+    except FtError:
+        raise
     except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
         raise _failure(error, source) from error
     except Exception as error:  # the client's other errors, those of its HTTP library, an answer that is no JSON, ...
-        if cached := _cached_files(source, choose):
-            return cached
-        raise _failure(error, source) from error
+        if not cached:
+            raise _failure(error, source) from error
+        if isinstance(error, StalledError):
+            print(f"WARNING: {_failure(error, source)} The files in the cache are taken.", file=sys.stderr)
+        return cached
+    return files
+
+
+def _fetch(source: Source, choose: _Choice, files: dict[str, Path]) -> None:
+    """Put where the files are into `files`, one after the other, downloading those that the cache does not hold."""
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+
+    api = HfApi()
+    describe = api.model_info if source.kind == "model" else api.dataset_info
+    # By itself the client would wait for ever for a server that accepts a connection and then says nothing.
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = describe(source.name, revision=source.revision, files_metadata=True, timeout=timeout)
     described = {file.rfilename: file for file in info.siblings or []}
-    files = {}
     for name in choose(described):
         seen = try_to_load_from_cache(source.name, name, revision=info.sha, repo_type=source.kind)
-        try:
-            # By branch, not by commit: this tells the cache what the branch stands for, which it needs when offline.
-            files[name] = Path(hf_hub_download(source.name, name, revision=source.revision, repo_type=source.kind))
-        except Exception as error:
-            raise _failure(error, source) from error
+        # By branch, not by commit: this tells the cache what the branch stands for, which it needs when offline.
+        path = Path(hf_hub_download(source.name, name, revision=source.revision, repo_type=source.kind))
         if not isinstance(seen, str):  # once, after the download: half a gigabyte is not hashed at every start
-            _check_hash(files[name], described[name], source)
-    return files
+            _check_hash(path, described[name], source)
+        files[name] = path
+
+
+def _bytes_in(folder: Path) -> int:
+    """The size of a folder's files, and what the disk holds of them, as one may have its size from the start."""
+    try:
+        found = [path.lstat() for path in folder.iterdir()]
+    except OSError:  # it does not exist yet, or a file has just been renamed
+        return 0
+    return sum(each.st_size + getattr(each, "st_blocks", 0) for each in found)
 
 
 def _cached_files(source: Source, choose: _Choice) -> dict[str, Path] | None:
@@ -117,6 +174,8 @@ def _cached_files(source: Source, choose: _Choice) -> dict[str, Path] | None:
             )
             present = [name for name in _names_in(folder, source) if (folder / name).exists()]
             return {name: folder / name for name in choose(present)}
+        except errors.HFValidationError:
+            return None
         except (errors.LocalEntryNotFoundError, FtError):
             continue
     return None
@@ -156,6 +215,8 @@ def _failure(error: BaseException, source: Source) -> FtError:
         case errors.HFValidationError():
             name = shown(source.name)
             text = f"there is no folder {name}, and that is no Hub id (`name` or `owner/name`): check {flag}."
+        case StalledError(seconds=seconds):
+            text = f"{hub} sent nothing of {what} for {seconds:g} s: try again later, or check HF_ENDPOINT; {instead}"
         case errors.GatedRepoError():
             page = f"{hub}/datasets/{source.name}" if source.kind == "dataset" else f"{hub}/{source.name}"
             text = f"{what} is gated: accept its conditions at {page}, then set HF_TOKEN to a token of that account."

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ft.errors import FtError
+from ft.io.plain_files import read_regular
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FtError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise FtError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(value, dict):

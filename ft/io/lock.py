@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ft.errors import FtError
+from ft.io.plain_files import is_at, open_to_write
 
 if sys.platform != "win32":
     import fcntl
@@ -17,41 +18,78 @@ if sys.platform != "win32":
 LOCK = ".lock"
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Have a folder for oneself, until the process ends, however it ends. Leaves no folder that was empty all along.
+class FolderLock:
+    """A folder that this process has for itself, by a lock on a file in it."""
 
-    Raises:
-        FtError: another process has it, or seems to on a file system without locks.
-        OSError: the folder cannot be made or written.
-    """
+    def __init__(self, folder: Path) -> None:
+        """Make the folder if need be, and lock it.
+
+        Raises:
+            FtError: another process has it, or seems to on a file system without locks; the file is a link or a FIFO.
+            OSError: the folder cannot be made or written.
+        """
+        self.folder, self._file = folder, _locked_file(folder)
+
+    def restore(self) -> bool:
+        """Take the lock again if the folder or the file has been moved or deleted; says whether it has.
+
+        Raises:
+            FtError: another process has taken it meanwhile.
+            OSError: the folder cannot be made or written.
+        """
+        if is_at(self._file.fileno(), self.folder / LOCK):
+            return False
+        try:
+            file = _locked_file(self.folder)
+        except FtError as error:
+            raise FtError(f"{self.folder} was moved or deleted during the run, which ends here: {error}") from error
+        self._close()
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give the folder back, and delete it if it was empty all along."""
+        with suppress(OSError):  # another process may be coming in, or the folder is gone
+            if [entry.name for entry in self.folder.iterdir()] == [LOCK] and is_at(
+                self._file.fileno(), self.folder / LOCK
+            ):
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):
+            self._file.truncate(0)  # so that a number stands only there where a process has died
+        self._file.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[FolderLock]:
+    """Have a folder for oneself, until the process ends, however it ends: see `FolderLock`."""
+    lock = FolderLock(folder)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _locked_file(folder: Path) -> io.FileIO:
+    """The file of a folder's lock, which this process has locked and put its number into."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
-        # Not through a link, as what it leads to would be emptied.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        file = os.fdopen(descriptor, "r+b", buffering=0)
+        file = os.fdopen(open_to_write(path), "r+b", buffering=0)
         try:
             _take(file, folder)
         except FtError:
             file.close()
             raise
-        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+        if is_at(file.fileno(), path):
             break
         file.close()  # its owner deleted it just now: once more with a new one
-    try:
-        file.seek(0)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        yield
-    finally:
-        with suppress(OSError):
-            file.truncate(0)  # so that a number stands only there where a process has died
-        with suppress(OSError):  # another process may be coming in
-            if [entry.name for entry in folder.iterdir()] == [LOCK]:
-                path.unlink()
-                folder.rmdir()
-        file.close()
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    return file
 
 
 def _take(file: io.FileIO, folder: Path) -> None:

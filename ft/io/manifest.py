@@ -15,11 +15,13 @@ def verify_manifest(folder: Path, needed: Iterable[str]) -> str | None:
 
     Only plain files count: a manifest that came from elsewhere must not lead out of its folder.
     """
-    if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
-        return f"{MANIFEST} is missing or no plain file"
     try:
+        if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
+            return f"{MANIFEST} is missing or no plain file"
         files = read_json(folder / MANIFEST)["files"]
         expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except OSError as error:  # a directory that may not be entered
+        return f"{MANIFEST} cannot be read: {error.strerror}"
     except FtError:
         return f"{MANIFEST} is unreadable"
     except (KeyError, TypeError, AttributeError):

@@ -59,15 +59,16 @@ class ModelFiles:
     """The safetensors file, or its shards in the order of their names; empty where not asked for."""
 
 
-def model_files(model: str, revision: str | None = None, *, with_weights: bool = True) -> ModelFiles:
-    """Find a model's files: in the folder `model`, else in the cache or on the Hub under that id.
+def model_files(model: str | Path, revision: str | None = None, *, with_weights: bool = True) -> ModelFiles:
+    """Find a model's files: in the folder `model`, else, if it is no `Path`, in the cache or on the Hub under that id.
 
     Weights are `model.safetensors`, else the shards that `model.safetensors.index.json` names.
 
     Raises:
         FtError: no such folder, repository, revision or file; no connection; a file that is not what it should be.
     """
-    source = Source("model", model, revision)
+    is_folder, model = isinstance(model, Path), str(model)
+    source = Source("model", model, revision, is_folder)
 
     def needed(names: Collection[str]) -> list[str]:
         return files_of_a_model(names, model, with_weights=with_weights)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ft.config import Config, field_types, flag
 from ft.errors import UsageError, shown
+from ft.io.plain_files import read_regular
 from ft.settings import NOT_OF_THE_RUN
 
 Events = list[dict[str, Any]]
@@ -81,7 +82,7 @@ def read_run(folder: Path) -> Recorded:
     if not metrics.is_file():
         raise UsageError(f"RUN is {shown(str(folder))}, which has no metrics.jsonl: it must be the folder of a run")
     events: Events = []
-    for line in metrics.read_bytes().splitlines():
+    for line in read_regular(metrics).splitlines():
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):  # the last line may be half written
@@ -95,7 +96,7 @@ def read_run(folder: Path) -> Recorded:
 def _json(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
     """A JSON value from a file; None if it cannot be read or does not fit."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return None
     return value if fits(value) else None

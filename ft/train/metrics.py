@@ -1,5 +1,7 @@
 """What a person and a program see of a run: the progress bar, log lines, and metrics.jsonl."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -14,6 +16,8 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from ft.errors import FtError, printable
+from ft.io.lock import FolderLock
+from ft.io.plain_files import is_at, open_to_write
 from ft.train.tensorboard import EventFiles
 from ft.train.timing import StepTimes
 
@@ -29,17 +33,18 @@ class Report:
         first_step: int,
         metrics_bytes: int,
         tensorboard: EventFiles | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         """Open the metrics file at the length that the state says; later lines are of a run that broke off.
 
-        Without a path nothing is written and no bar is shown: so it is in all processes of a run but one.
+        Without a path nothing is written and no bar is shown: so it is in all processes of a run but one. With the
+        `lock` of its folder, what is moved or deleted there during the run is put back.
 
         Raises:
-            FtError: it is a link, and what it leads to would be cut.
+            FtError: the file is a link, what it leads to would be cut, or a FIFO.
         """
-        if metrics_path is not None and metrics_path.is_symlink():
-            raise FtError(f"{metrics_path} is a link, and a run writes through none: put the file itself there")
-        self._file = (metrics_path or Path(os.devnull)).open("ab", buffering=0)
+        self._path, self._lock = metrics_path, lock
+        self._file = _opened(metrics_path)
         self._pending = b""
         self._tensorboard = tensorboard
         if metrics_path is not None:
@@ -63,7 +68,13 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._file.close()
+        try:
+            if kind is None:
+                with suppress(OSError):
+                    self._restore()
+                    self._write_pending()
+        finally:
+            self._file.close()
         if self._tensorboard is not None:
             with suppress(OSError):
                 self._tensorboard.close()
@@ -75,6 +86,7 @@ class Report:
         Raises:
             OSError: the disk does not take it.
         """
+        self._restore()
         self._write_pending()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -137,17 +149,57 @@ class Report:
         """Append one event to metrics.jsonl, with where the time since the last one went.
 
         What a full disk does not take is tried again with the next event.
+
+        Raises:
+            FtError: the folder was moved or deleted, and another run has begun in its place.
         """
         if seconds_by_part := self.times.take():
             figures = {**figures, "seconds_by_part": seconds_by_part}
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in figures.items()}
         self._pending += (json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n").encode()
         with suppress(OSError):
+            self._restore()
             self._write_pending()
         if self._tensorboard is not None:
             with suppress(OSError):
                 self._tensorboard.write(step, finite)
 
+    def _restore(self) -> None:
+        """Put the file and the lock back if they or their folder were moved or deleted, and say so.
+
+        The file that is open still has all lines of the run, whatever became of its name.
+
+        Raises:
+            FtError: another run has begun in the folder.
+            OSError: the disk is full, or refuses; the next call tries again.
+        """
+        if self._path is None:
+            return
+        lost = self._lock is not None and self._lock.restore()
+        if not is_at(self._file.fileno(), self._path):
+            lost = True
+            try:
+                file = _opened(self._path)
+            except FtError as error:
+                raise OSError(errno.EINVAL, str(error), str(self._path)) from error
+            with self._file:
+                self._file.seek(0)
+                self._pending = self._file.read() + self._pending
+            file.truncate(0)
+            self._file = file
+        if lost:
+            if self._tensorboard is not None:
+                self._tensorboard.restore()
+            self.line(
+                f"WARNING: {self._path.parent} or a file in it was moved or deleted during the run. The lock and "
+                f"{self._path.name}, with all its lines, are restored there, and the run goes on in it."
+            )
+
     def _write_pending(self) -> None:
         while self._pending:
             self._pending = self._pending[self._file.write(self._pending) :]
+
+
+def _opened(path: Path | None) -> io.FileIO:
+    descriptor = os.open(os.devnull, os.O_RDWR) if path is None else open_to_write(path)
+    return os.fdopen(descriptor, "r+b", buffering=0)

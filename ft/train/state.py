@@ -1,7 +1,31 @@
 """Where a run stands, in a few numbers; with the tensors of a checkpoint it is all that the run needs to go on."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from ft.errors import FtError
+
+MOST_STEPS, MOST_BYTES, MOST_SECONDS = 2**53, 2**63, 1e10
+# What each value of a state may be, after its type was seen to: a test of the value, given the whole state, and the
+# test in words. The newest losses are those of an evaluation, which may have overflowed.
+_LIMITS: dict[str, tuple[Callable[[Any, "State"], bool], str]] = {
+    "step": (lambda x, _: 0 <= x < MOST_STEPS, f"from 0 to below {MOST_STEPS}"),
+    **dict.fromkeys(
+        ("loss_steps", "skipped_steps", "evaluations_since_best"),
+        (lambda x, state: 0 <= x <= state.step + 1, "from 0 to the step"),  # one evaluation may be before all steps
+    ),
+    "best_step": (lambda x, state: 0 <= x <= state.step, "from 0 to the step"),
+    **dict.fromkeys(("best_accuracy", "last_accuracy"), (lambda x, _: 0 <= x <= 1, "from 0 to 1")),
+    **dict.fromkeys(("loss_sum", "train_loss_sum", "best_loss"), (lambda x, _: abs(x) < 1e300, "finite")),
+    **dict.fromkeys(
+        ("last_loss", "general_loss_before", "general_loss"),
+        (lambda x, _: type(x) is float or abs(x) < 1e300, "a float"),
+    ),
+    "metrics_bytes": (lambda x, _: 0 <= x < MOST_BYTES, f"from 0 to below {MOST_BYTES}"),
+    "seconds": (lambda x, _: 0 <= x <= MOST_SECONDS, f"from 0 to {MOST_SECONDS:g}"),
+}
 
 
 @dataclass
@@ -41,6 +65,28 @@ class State:
     data: str = ""
     metrics_bytes: int = 0
     seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The state with these values; those that are absent, in a file from before they were noted, are the default.
+
+        Raises:
+            FtError: a value is unknown, of another type, or cannot be that of a run; names it, its value and the limit.
+        """
+        known = {field.name: field for field in fields(cls)}
+        if unknown := sorted(values.keys() - known.keys()) or sorted({"step"} - values.keys()):
+            raise FtError(f"{unknown[0]} is {'unknown' if unknown[0] in values else 'missing'}")
+        kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
+        for name, value in values.items():
+            wanted = str(getattr(known[name].type, "__name__", known[name].type))
+            if type(value) not in [kind for each in wanted.split(" | ") for kind in kinds[each]]:
+                raise FtError(f"{name} is {str(value)[:40]!r}, it must be of type {wanted}")
+        state = cls(**values)
+        for name, (is_possible, limit) in _LIMITS.items():
+            value = getattr(state, name)
+            if value is not None and not is_possible(value, state):
+                raise FtError(f"{name} is {str(value)[:40]}, it must be {limit}")
+        return state
 
     @property
     def mean_train_loss(self) -> float:

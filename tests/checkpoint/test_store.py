@@ -1,6 +1,7 @@
 """Model folders against `transformers`, and what happens when a checkpoint is incomplete or does not fit."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 
@@ -240,9 +241,10 @@ def cut(name):
         (lambda folder: (folder / "state.json").write_text("[]"), r"state\.json must hold a JSON object"),
         (
             lambda folder: (folder / "state.json").write_text(json.dumps({"stop": 1, "grad_scaler": {}})),
-            r"state\.json is not a state of this program",
+            r"state\.json: stop is unknown",
         ),
-        (lambda folder: (folder / "state.json").write_text("{}"), r"state\.json is not a state of this program"),
+        (lambda folder: (folder / "state.json").write_text('{"grad_scaler": {}}'), r"state\.json: step is missing"),
+        (lambda folder: (folder / "state.json").write_text("{}"), r"state\.json has no grad_scaler"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, message):
@@ -251,6 +253,50 @@ def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, messag
     change(tmp_path / "checkpoint-1")
     with pytest.raises(FtError, match=message):
         restore(tmp_path / "checkpoint-1", model, optimizer, scaler)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 2}, "is of step 2, which is not that of its folder"),
+        ({"step": True}, "step is 'True', it must be of type int"),
+        ({"step": 1.0}, "step is '1.0', it must be of type int"),
+        ({"seconds": float("nan")}, "seconds is nan, it must be from 0 to 1e"),
+        ({"seconds": 1e30}, r"seconds is 1e\+30, it must be from 0 to 1e"),
+        ({"seconds": -1}, "seconds is -1, it must be from 0"),
+        ({"loss_sum": float("inf")}, "loss_sum is inf, it must be finite"),
+        ({"train_loss_sum": 10**400}, "train_loss_sum is 10000.*, it must be finite"),
+        ({"general_loss": 10**400}, "general_loss is 10000"),
+        ({"loss_sum": False}, "loss_sum is 'False', it must be of type float"),
+        ({"evaluation_due": 1}, "evaluation_due is '1', it must be of type bool"),
+        ({"best_step": 3}, "best_step is 3, it must be from 0 to the step"),
+        ({"skipped_steps": 5}, "skipped_steps is 5"),
+        ({"best_accuracy": 1.5}, "best_accuracy is 1.5, it must be from 0 to 1"),
+        ({"metrics_bytes": 2**64}, "metrics_bytes is 18446744073709551616"),
+        ({"data": None}, "data is 'None', it must be of type str"),
+    ],
+)
+def test_a_state_that_no_run_can_have_is_damage(trained, source, tmp_path, changes, message):
+    """With a manifest to match: it may have been written so."""
+    model, optimizer, scaler = trained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ft.checkpoint.store.asdict", lambda state: {**vars(state), **changes})
+        save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
+    assert re.search(message, verify_checkpoint(tmp_path / "checkpoint-1"))
+    with pytest.raises(FtError, match=message):
+        restore(tmp_path / "checkpoint-1", model, optimizer, scaler)
+
+
+def test_a_state_without_the_figures_of_later_versions_and_with_losses_that_overflowed_is_read(
+    trained, source, tmp_path
+):
+    model, optimizer, scaler = trained
+    old = {"step": 1, "seconds": 2, "last_loss": float("inf"), "general_loss": float("nan")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ft.checkpoint.store.asdict", lambda state: old)
+        save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
+    assert verify_checkpoint(tmp_path / "checkpoint-1") is None
+    assert restore(tmp_path / "checkpoint-1", model, optimizer, scaler).last_loss == float("inf")
 
 
 VALUES = (

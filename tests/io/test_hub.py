@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pytest
 
 from ft.data.dataset_files import dataset_files, save_dataset
 from ft.errors import FtError
+from ft.io.stall import StalledError, unless_stalled
 from ft.model.pretrained import ModelFiles, model_files
 from tests.hub_server import Fault, HubServer, Repository, cdn_path
 
@@ -26,15 +28,20 @@ ROOT = Path(__file__).parents[2]
 CALLS = """
 import dataclasses, json, os, sys, time
 time.sleep = lambda seconds: None
-from ft import hub
+from ft.data import dataset_files
 from ft.errors import FtError
+from ft.io import hub, stall
+from ft.model import pretrained
+hub.STALL = float(os.environ.get("STALL", hub.STALL))
+stall.SILENCE = stall.INTERVAL = 0.2
+functions = {**vars(dataset_files), **vars(pretrained)}
 if "LARGEST_FILE" in os.environ:  # writing more fails as it does on a full disk
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
 results = []
 for name, arguments, options in json.loads(sys.argv[1]):
     try:
-        result = getattr(hub, name)(*arguments, **options)
+        result = functions[name](*arguments, **options)
     except FtError as error:
         result = {"error": str(error), "cause": type(error.__cause__).__name__}
     results.append(dataclasses.asdict(result) if name == "model_files" and not isinstance(result, dict) else result)
@@ -78,14 +85,14 @@ def hub():
 def run(hub, tmp_path):
     """Call functions of `ft.hub` in a fresh process: `run(("model_files", "owner/gpt"), HF_HUB_OFFLINE="1")`."""
 
-    def run(*calls, **environment):
+    def run(*calls, cwd=None, **environment):
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "LANG")}
         defaults = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
         spec = [(name, [a for a in rest if not isinstance(a, dict)], rest[-1] if isinstance(rest[-1], dict) else {})
                 for name, *rest in calls]  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", CALLS, json.dumps(spec)],
-            env=kept | defaults | environment, capture_output=True, text=True, timeout=60, check=False,
+            env=kept | defaults | environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
@@ -495,6 +502,52 @@ def test_a_hub_that_never_answers(hub, run):
     assert "timed out" in error
 
 
+def test_a_hub_that_answers_and_never_gives_the_file_is_given_up_in_one_wait(hub, run):
+    hub.faults["/owner/gpt/resolve/main/tokenizer.json"] = Fault(delay=30)
+    error = run(("model_files", "owner/gpt"), STALL="1", HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")["error"]
+    assert f"{hub.url} sent nothing of model owner/gpt for 2 s: try again later, or check HF_ENDPOINT" in error
+    assert run.stderr.startswith(f"Waiting for owner/gpt from {hub.url}: given up in ")
+    assert run.stderr.count("Waiting") == 1, "without a terminal it is told once"
+
+
+def test_the_cache_does_where_the_hub_never_gives_the_file(hub, run):
+    first = run(("model_files", "owner/gpt"))
+    hub.commit = "f00d" + "0" * 36
+    hub.repositories["models/owner/gpt"].files = MODEL | {"config.json": b'{"n_layer": 3}'}
+    hub.faults["/owner/gpt/resolve/main/config.json"] = Fault(delay=30)
+    limits = {"STALL": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+    assert run(("model_files", "owner/gpt"), **limits) == first
+    assert "The files in the cache are taken." in run.stderr
+
+
+def test_a_slow_line_is_waited_for_as_long_as_something_arrives(hub, run):
+    sizes = iter(range(4 << 10))
+    results = unless_stalled(lambda: time.sleep(1.5) or "done", lambda: next(sizes), seconds=0.6, what="a file")
+    assert results == "done"
+    with pytest.raises(StalledError, match=r"nothing arrived for 0\.6 s"):
+        unless_stalled(lambda: time.sleep(30), lambda: 0, seconds=0.6, what="a file")
+    with pytest.raises(KeyError):
+        unless_stalled(lambda: {}["x"], lambda: 0, seconds=0.6, what="a file")
+
+
+def test_a_name_that_is_a_path_never_reaches_the_hub(hub, run, tmp_path):
+    """The Hub has a model of each name that could be an id, which a stranger may have put there."""
+    names = ["runs/gone", "gone/checkpoint-12", "checkpoint-12", "./gpt", "../owner/gpt", "~/gpt", "/owner/gpt"]
+    for name in names:
+        hub.repositories[f"models/{name}"] = hub.repositories["models/owner/gpt"]
+    (tmp_path / "runs").mkdir()
+    calls = [("model_files", name) for name in names] + [("dataset_files", name) for name in names]
+    for result, (_, name) in zip(run(*calls, cwd=tmp_path), calls, strict=True):
+        assert f"there is no folder '{name}'" in result["error"]
+    assert hub.requests == []
+
+
+def test_a_folder_that_vanished_never_reaches_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
+    with pytest.raises(FtError, match=r"there is no folder 'owner/gpt'"):
+        model_files(Path("owner/gpt"))
+
+
 def test_a_download_cut_short_goes_on_where_it_stopped(hub, run):
     weights = tensors(size=12 << 20)  # more than the 10 MiB which the client keeps in memory before it writes
     hub.repositories["models/owner/gpt"].files = MODEL | {"model.safetensors": weights}
@@ -502,7 +555,7 @@ def test_a_download_cut_short_goes_on_where_it_stopped(hub, run):
     assert contents(run(("model_files", "owner/gpt")))["weights"] == [weights]
     ranges = [request.headers.get("range") for request in hub.requests if request.file == "model.safetensors"]
     assert ranges[0] is None
-    assert ranges[1] == f"bytes={10 << 20}-"
+    assert ranges[1] == f"bytes={11 << 20}-"
 
 
 def test_what_arrives_damaged_is_not_kept(hub, run, tmp_path):
