@@ -31,7 +31,7 @@ from ft.config import NEWEST, Config, flag
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.data.load import read_data, with_demo_inputs
-from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim
+from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim, threads_for
 from ft.distributed.launch import local_rank, process_group, world_size
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError
@@ -162,6 +162,7 @@ def _run_in(run: Path, config: Config, device: torch.device, precision: Precisio
     # The loop.
     source = described.source(data.label_names)
     with (
+        threads_for(num_parameters),
         StopRequest(agree=ranks.all_reduce_max) as stopping,
         Report(
             run / "metrics.jsonl" if ranks.is_rank_zero else None,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ft import device
-from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim
+from ft.cli.main import main
+from ft.device import SMALL, Precision, choose_device, choose_precision, disable_malloc_trim, threads_for
 from ft.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -229,3 +230,38 @@ def test_other_systems_are_left_alone(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(device.ctypes, "CDLL", refuse)
     assert disable_malloc_trim() is False
+
+
+def test_a_small_model_is_trained_by_one_thread_and_others_by_all(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with threads_for(SMALL - 1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with threads_for(SMALL):
+            assert torch.get_num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        with threads_for(SMALL - 1):
+            assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        with pytest.raises(ZeroDivisionError), threads_for(1):
+            _ = 1 / 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_of_a_small_model_trains_on_one_thread(inputs, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    arguments = [*inputs, "--precision", "fp32", "--max-steps", "3", "--output-dir"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen = []
+    monkeypatch.setattr("ft.finetune.train", lambda *args, **options: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        assert main([*arguments, str(tmp_path / "run")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
