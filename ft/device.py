@@ -1,9 +1,11 @@
 """What the machine offers: the device, the number format of matrix products, and an allocator that keeps its memory."""
 
 import ctypes
+import os
 import re
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,9 @@ def use_device(name: str | None, local_rank: int | None = None) -> torch.device:
         # backward pass, outside of any context of the forward pass.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+SMALL = 2**20  # parameters below which a model is trained by one thread
 
 
 def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
@@ -177,3 +182,24 @@ def disable_malloc_trim() -> bool:
     if not hasattr(libc, "mallopt"):
         return False
     return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+
+
+@contextmanager
+def threads_for(num_parameters: int) -> Iterator[None]:
+    """One thread for a model that is small, as long as this context lasts, where OMP_NUM_THREADS does not say how many.
+
+    OpenMP's threads meet at the end of every operation and spin until all have come. Where another program has a core,
+    each waits for the one that is not running: with two threads on two busy cores the demo takes eight times as long as
+    with one. In the operations of a large model the wait is short beside the work. Sums of several threads may round
+    otherwise, so that losses can differ in their last bits from those of another number of threads.
+
+    Args:
+        num_parameters: of the model.
+    """
+    before = torch.get_num_threads()
+    if num_parameters < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -32,7 +32,14 @@ from ft.config import NEWEST, Config, flag
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.data.load import read_data, with_demo_inputs
-from ft.device import Precision, choose_precision, disable_malloc_trim, read_synchronizes, use_device
+from ft.device import (
+    Precision,
+    choose_precision,
+    disable_malloc_trim,
+    read_synchronizes,
+    threads_for,
+    use_device,
+)
 from ft.distributed.launch import local_rank, process_group, world_size
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError, printable
@@ -172,6 +179,7 @@ def _run_in(
     # The loop.
     source = described.source(data.label_names)
     with (
+        threads_for(num_parameters),
         StopRequest(agree=ranks.all_reduce_max) as stopping,
         Report(
             run / "metrics.jsonl" if ranks.is_rank_zero else None,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ft import device
-from ft.device import Precision, choose_device, choose_precision, disable_malloc_trim
+from ft.cli.main import main
+from ft.device import SMALL, Precision, choose_device, choose_precision, disable_malloc_trim, threads_for
 from ft.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -260,25 +261,63 @@ def test_other_systems_are_left_alone(monkeypatch, platform):
 )
 def test_a_gpu_that_pytorch_was_not_built_for_is_refused(pretend, monkeypatch, capability, built_for, runs):
     pretend(cuda=2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: capability}[device.index])
     if runs:
-        assert choose_device("cuda:1") == torch.device("cuda:1")
+        assert use_device("cuda:1") == torch.device("cuda:1")
         return
     with pytest.raises(UsageError) as refused:
-        choose_device("cuda:1")
+        use_device("cuda:1")
     assert f"'cuda:1', a GPU of compute capability {capability[0]}.{capability[1]}" in str(refused.value)
     assert f"was built for {' '.join(built_for)}: install a build" in str(refused.value)
 
 
 @pytest.mark.parametrize(("name", "enabled"), [("cuda:0", False), ("cpu", True)])
-def test_attention_by_cudnn_is_turned_off_where_a_gpu_is_used(pretend, name, enabled):
+def test_attention_by_cudnn_is_turned_off_where_a_gpu_is_used(pretend, monkeypatch, name, enabled):
     pretend(cuda=1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        choose_device(name)
+        use_device(name)
         assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
         assert torch.backends.cuda.flash_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_a_small_model_is_trained_by_one_thread_and_others_by_all(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with threads_for(SMALL - 1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with threads_for(SMALL):
+            assert torch.get_num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        with threads_for(SMALL - 1):
+            assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        with pytest.raises(ZeroDivisionError), threads_for(1):
+            _ = 1 / 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_of_a_small_model_trains_on_one_thread(inputs, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    arguments = [*inputs, "--precision", "fp32", "--max-steps", "3", "--output-dir"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen = []
+    monkeypatch.setattr("ft.finetune.train", lambda *args, **options: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        assert main([*arguments, str(tmp_path / "run")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,15 @@ def color(number: int) -> str:
     return f"#0100{number % COLORS:02x}"
 
 
-def line_chart(curves: Sequence[Curve], axis: str, description: str, *, percent: bool = False) -> str:
+def spans_magnitudes(curves: Sequence[Curve]) -> bool:
+    """Whether the values of curves lie so far apart that most would be one line on a linear axis: from 1 to 100."""
+    values = [value for curve in curves for value in curve.y]
+    return min(values) > 0 and max(values) >= 100 * min(values)
+
+
+def line_chart(
+    curves: Sequence[Curve], axis: str, description: str, *, percent: bool = False, logarithmic: bool = False
+) -> str:
     """Curves over steps or epochs as an SVG element that says `description` to whoever cannot see it."""
     with _style(description):
         figure, axes = _figure(2.3)
@@ -84,7 +92,10 @@ def line_chart(curves: Sequence[Curve], axis: str, description: str, *, percent:
             )
         axes.set_xlabel(axis)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=axis == "step"))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(numticks=6) if logarithmic else MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None) if percent else FuncFormatter(_tick))
         return _svg(figure, description)

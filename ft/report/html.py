@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
-from ft.report.charts import COLORS, Curve, bar_chart, calibration_chart, line_chart
+from ft.report.charts import COLORS, Curve, bar_chart, calibration_chart, line_chart, spans_magnitudes
 from ft.report.run_record import Recorded, command_of, is_number, settings_given
 
 LONGEST_TEXT = 1000  # characters of a mistake's text that are shown
@@ -188,7 +188,10 @@ def _charts(runs: Sequence[Recorded], axis: str) -> str:
                     about = f"{words} " * bool(words) + (f"of run {number + 1} " if len(runs) > 1 else "")
                     told.append(f"{about}{form(y[0])} at {axis} {x[0]:,g}, {form(y[-1])} at {axis} {x[-1]:,g}")
         if curves:
-            svg = line_chart(curves, axis, f"{title} by {axis}: {'; '.join(told)}.", percent=percent)
+            logarithmic = title == "Forgetting" and spans_magnitudes(curves)
+            description = f"{title} by {axis}{' (logarithmic)' * logarithmic}: {'; '.join(told)}."
+            svg = line_chart(curves, axis, description, percent=percent, logarithmic=logarithmic)
+            unit += "; logarithmic" * logarithmic
             cards.append(_card(title, unit, f'<p class="legend">{"".join(legend)}</p>\n{svg}'))
     legend_of_runs = "".join(f"<span>{_swatch(number)}{_bdi(run.folder)}</span>" for number, run in enumerate(runs))
     above = f'<p class="legend">{legend_of_runs}</p>\n' if len(runs) > 1 else ""

@@ -1,7 +1,9 @@
 """The report: read back by `html.parser` and by a real Chromium where there is one, with texts that mean harm."""
 
 import builtins
+import itertools
 import json
+import math
 import random
 import re
 import shlex
@@ -376,3 +378,30 @@ def test_in_a_browser_it_fits_takes_the_scheme_and_runs_no_script(chromium, tmp_
     assert (found["paper"], found["line"]) == (
         ("rgb(14, 17, 22)", "rgb(132, 170, 255)") if dark else ("rgb(246, 247, 249)", "rgb(36, 89, 211)")
     )
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "ticks"),
+    [
+        ([30.0, 2000.0, 550_000.0], ["100", "1000", "10k", "100k"]),
+        ([30.0, 200.0, 2900.0], None),  # 97 times as much
+        ([30.0, 2000.0, 3000.0], ["100", "1000"]),
+        ([3e-5, 30.0, 3e9], ["0.01", "10", "10k", "10M"]),
+        ([0.0, 30.0, 3000.0], None),
+    ],
+)
+def test_forgetting_over_orders_of_magnitude_is_logarithmic(tmp_path, perplexities, ticks):
+    run = write_run(tmp_path / "run", events=0, scores=False)
+    lines = [{"step": step, "epoch": 0.1, "general_perplexity": value} for step, value in enumerate(perplexities)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report_of(run)
+    (label,) = [attributes["aria-label"] for attributes in Page(page).all("svg")]
+    assert label.startswith("Forgetting by step (logarithmic): " if ticks else "Forgetting by step: ")
+    assert ("higher is worse; logarithmic" in page) == bool(ticks)
+    shown = re.findall(r"<text[^>]*>([^<]+)</text>", page)
+    if ticks:
+        assert [tick for tick in shown if tick in ticks] == ticks
+        heights = [float(y) for y in re.findall(r'<use x="[^"]+" y="([^"]+)" style="fill: var\(--colou?r-0\)', page)]
+        lower, upper = heights[0] - heights[1], heights[1] - heights[2]
+        first, second = (math.log(b / a) for a, b in itertools.pairwise(perplexities))
+        assert lower / upper == pytest.approx(first / second, rel=1e-3)
