@@ -235,7 +235,9 @@ def read_data(config: Config, tokenizer: Tokenizer) -> Data:
     label_ids: list[int] = []
     if config.completion_column is None:
         names = names_of(config, splits["train"])
-        label_ids = label_tokens(names, tokenizer, or_numbers=config.label_names is None)
+        # Words in the data cannot be given other names, so that numbers must tell them apart.
+        or_numbers = config.label_names is None or splits["train"].in_words
+        label_ids = label_tokens(names, tokenizer, or_numbers=or_numbers)
         notes += _notes_on_tokens(names, label_ids, tokenizer)
     examples = {name: encode(split, tokenizer, label_ids, config.max_length) for name, split in splits.items()}
     return Data(splits, examples, names, label_ids, tokenizer, notes)

@@ -16,6 +16,9 @@ SHARD = re.compile(rf"(?P<word>{_WORD})(?:-(?P<number>\d{{5}})-of-(?P<count>\d{{
 SAVED = re.compile(rf"(?:(?P<word>{_WORD})/)?(?:data-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})|dataset)")
 # `train/0000.parquet`, as the Hub converts data sets to parquet; `partial-train` where it stopped at five gigabytes.
 CONVERTED = re.compile(rf"(?:partial-)?(?P<word>{_WORD})/(?P<number>\d{{4}})")
+# Where there are none of these: `train/anything.csv`, all of a directory together, or `reviews_train.csv`.
+IN_DIRECTORY = re.compile(rf"(?P<word>{_WORD})/[^/]+")
+WITH_WORD = re.compile(rf"(?:.*[^a-zA-Z])?(?P<word>{_WORD})(?:[^a-zA-Z].*)?")
 
 
 class LayoutError(FtError):
@@ -60,15 +63,24 @@ def sort_into_splits(
     """
     found: dict[str, re.Match[str]] = {}
     homes: dict[str, str] = {}  # the folder of the data set that a file belongs to
+    loose: dict[str, re.Match[str]] = {}
+    loose_homes: dict[str, str] = {}
     for name in sorted(names):
         suffix = suffix_of(name)
         if suffix is None or suffix not in suffixes:
             continue
         path = PurePosixPath(name[: -len(suffix)])
+        end = "/".join(path.parts[-2:])
         if match := SHARD.fullmatch(path.name):
             found[name], homes[name] = match, str(path.parent)
-        elif match := (SAVED if suffix == ".arrow" else CONVERTED).fullmatch("/".join(path.parts[-2:])):
+        elif match := (SAVED if suffix == ".arrow" else CONVERTED).fullmatch(end):
             found[name], homes[name] = match, str(path.parent.parent)
+        elif suffix != ".arrow" and (match := IN_DIRECTORY.fullmatch(end)):
+            loose[name], loose_homes[name] = match, str(path.parent.parent)
+        elif suffix != ".arrow" and (match := WITH_WORD.fullmatch(path.name)):
+            loose[name], loose_homes[name] = match, str(path.parent)
+    if not found:
+        found, homes = loose, loose_homes
     folders = sorted(set(homes.values()))
     if part is not None and folders:
         if part not in folders:
@@ -103,7 +115,9 @@ def _see_that_all_are_there(split: str, shards: dict[str, re.Match[str]], datase
     forms = {
         (suffix_of(name), match.re, match["word"], match.groupdict().get("count")) for name, match in shards.items()
     }
-    there = {int(match["number"] or 0) for match in shards.values()}
+    there = {int(match.groupdict().get("number") or 0) for match in shards.values()}
+    if {form for _, form, _, _ in forms} == {IN_DIRECTORY}:
+        return
     if len(forms) > 1 or len(there) < len(shards):
         raise LayoutError(f"{dataset} has several files for the same part of {split}: {', '.join(shards)}. Keep one.")
     suffix, form, word, count = forms.pop()

@@ -98,11 +98,12 @@ def load(
         FtError: there is no such model, it is damaged, or its labels cannot be told apart.
     """
     loaded = load_language_model(source, device=device, revision=revision)
-    names = tuple(label_names) if label_names is not None else _label_names(loaded.published)
+    own = _label_names(loaded.published)
+    names = tuple(label_names) if label_names is not None else own
     return Classifier(
         **vars(loaded),
         named_labels=names,
-        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=label_names is None),
+        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=names == own),
         max_length=min(max_length or _max_length_of_run(Path(loaded.source)), loaded.model.config.n_positions),
     )
 

@@ -194,6 +194,40 @@ def test_a_word_that_is_no_label_is_named_with_the_labels(tmp_path):
         read_split("test", [path], label_names=["neg", "pos"])
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "message", "remedy"),
+    [
+        ("validation", [("c", "neutral"), ("d", "pos")], "is 'neutral', the labels are neg, pos; ", "neg,pos,neutral"),
+        ("train", [("a", "0"), ("b", "1")] * 9, "begin with the same token", "no,yes"),
+        ("test", [("a", "0"), ("b", "1")], "the word 'neg', that in row 0 of", "neg,pos"),
+    ],
+)
+def test_labels_named_as_an_error_says_are_right(demo_inputs, tmp_path, capsys, name, rows, message, remedy):
+    all_rows = {"train": [("a", "neg"), ("b", "pos")] * 9, "validation": [("a", "neg")], name: rows}
+    for split, pairs in all_rows.items():
+        write_table(tmp_path / f"{split}.csv", [{"text": text, "label": label} for text, label in pairs])
+    flags = ["data", "--model", str(demo_inputs[0]), "--dataset", str(tmp_path)]
+    if name == "train":
+        write_table(tmp_path / "validation.csv", [{"text": "a", "label": "0"}])
+        flags += ["--label-names", "pos,posh"]
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "by --label-names" in error
+    assert main([*flags, "--label-names", remedy]) == 0
+
+
+def test_words_that_begin_alike_may_be_put_in_order(demo_inputs, tmp_path, capsys):
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(20) for word in ("pos", "posh")]
+    path = write_table(tmp_path / "x.csv", rows)
+    flags = ["--model", str(demo_inputs[0]), "--dataset", str(path), "--label-names", "posh,pos", "--device", "cpu"]
+    assert main([*flags, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    for names in ([], ["--label-names", "posh,pos"]):
+        assert main(["evaluate", str(tmp_path / "run"), "--json", "--device", "cpu", *names]) == 0
+        assert json.loads(capsys.readouterr().out)["labels"] == ["posh", "pos"]
+
+
 # --- splits by name ---------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +249,33 @@ def test_what_the_hub_has_converted():
     }
     with pytest.raises(FtError, match=r"lacks 1 of the 2 shards of train: train/0000\.parquet"):
         sort_into_splits(["default/train/0001.parquet"], "x")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/a.csv", "train/b.csv", "test/a.csv"],
+        ["data/train/a.csv", "data/train/b.csv", "data/test/only.csv"],
+        ["x/my_train.csv", "x/my_test.csv"],
+        ["train-data.csv", "reviews.test.csv", "latest.csv", "restrain.csv"],
+    ],
+)
+def test_splits_as_datasets_finds_them_in_names_and_directories(tmp_path, names):
+    """huggingface/datasets#3027 and #4895, OpenRLHF#367."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(f"text,label\n{name},1\n")
+    found = sort_into_splits(names, "x")
+    theirs = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert {split: sorted(paths) for split, paths in found.items()} == {
+        split: sorted(rows["text"]) for split, rows in theirs.items()
+    }
+
+
+def test_names_that_only_hold_the_word_must_be_one_file():
+    with pytest.raises(FtError, match=r"several files for the same part of train: train_v1\.csv, train_v2"):
+        sort_into_splits(["train_v1.csv", "train_v2.csv"], "x")
+    assert sort_into_splits(["train.csv", "train_v2.csv"], "x") == {"train": ["train.csv"]}
 
 
 def test_one_of_several_data_sets_is_chosen_by_its_folder():
@@ -363,8 +424,11 @@ def test_a_run_on_a_file_of_ones_own_learns_its_classes(demo_inputs, tmp_path, c
     told = capsys.readouterr().out
     assert f"{2 * classes} training rows, drawn by --seed, are set aside" in told
     assert f"labels {', '.join(sorted(list(TOPICS)[:classes]))}." in told
-    assert main(["evaluate", str(tmp_path / "run"), "--split", "validation", "--json", "--device", "cpu"]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--split", "test", "--device", "cpu"]) == 1
+    assert "topics.csv has no test split; it has train and validation: name one by --split" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "--json", "--device", "cpu"]) == 0
     scores = json.loads(capsys.readouterr().out)
+    assert scores["split"] == "validation"
     assert scores["labels"] == sorted(list(TOPICS)[:classes])
     assert scores["accuracy"] == 1.0
     assert main(["predict", str(tmp_path / "run"), "bank bank 7", "--json", "--device", "cpu"]) == 0

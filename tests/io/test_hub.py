@@ -263,7 +263,7 @@ def test_splits_as_the_hub_lays_them_out(tmp_path, prefix, word):
     ("names", "message"),
     [
         (["test.parquet"], "no training split.*--dataset"),
-        (["train.txt", "train.json"], "no training split.*--dataset"),
+        (["train.txt", "train.xlsx"], "no training split.*--dataset"),
         (["train.csv", "train.parquet"], "several files for the same part of train"),
         (
             ["train-00000-of-00003.parquet"],
