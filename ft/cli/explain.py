@@ -132,7 +132,7 @@ def _walk(config: Config, row: int | None) -> None:
     read = [number for numbers in window for number in numbers]
     first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
     own = slice(first, first + len(target_ids))  # this review's among the targets of the step
-    batches = [collate([examples[number] for number in numbers]).to(device) for numbers in window]
+    batches = [collate([examples[number] for number in numbers]) for numbers in window]
     embedding = model.wte.weight[target].detach().clone()
     before = _logits(model, batches, precision)
     figures = _one_step(model, examples, config, step, precision)
@@ -225,10 +225,11 @@ def _one_step(
 
 @torch.inference_mode()
 def _logits(model: GPT2, batches: Sequence[Batch], precision: Precision) -> Tensor:
-    """(S, V): what the model says where there is a target, without dropout."""
+    """(S, V) on the CPU: what the model says where there is a target, without dropout."""
     model.eval()
+    there = (batch.to(precision.device) for batch in batches)
     with precision.autocast():
-        return torch.cat([model(batch.input_ids, batch.packing, batch.selection).float() for batch in batches])
+        return torch.cat([model(batch.input_ids, batch.packing, batch.selection).float().cpu() for batch in there])
 
 
 # --- how it is shown --------------------------------------------------------------------------------------------------

@@ -102,7 +102,9 @@ def test_each_process_of_torchrun_takes_a_gpu_of_its_own(driver, command, monkey
     driver.count = 2
     for key, value in {"WORLD_SIZE": 2, "RANK": local_rank, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.setattr(finetune, "joined", lambda device, timeout: nullcontext(ALONE))  # the others are not there
+    monkeypatch.setattr(
+        finetune, "process_group", lambda device, timeout: nullcontext(ALONE)
+    )  # the others are not there
     assert placed([*command["run"], *device]) == f"cuda:{local_rank}"
     assert driver.current == local_rank
     assert driver.precisions == [("bf16", f"cuda:{local_rank}")]
