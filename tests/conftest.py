@@ -4,7 +4,6 @@ The tests run from the repository's root without an installation, by `pytest` an
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -75,37 +74,31 @@ def inputs(demo_inputs, tmp_path_factory):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """An emulated CUDA device, in tests that are marked with `emulated_cuda`; nothing where they do not run."""
-    if emulated_cuda.LIBRARY not in os.environ:
-        yield None
-        return
+    """An emulated CUDA device, in tests that are marked with `emulated_cuda`."""
     with emulated_cuda.make_gpu(monkeypatch) as gpu:
         yield gpu
 
 
-EMULATED = pytest.StashKey()
-
-
-def pytest_pyfunc_call(pyfuncitem):
-    """Has a test that is marked with `emulated_cuda` run where there is such a device."""
-    if pyfuncitem.get_closest_marker("emulated_cuda") is None or emulated_cuda.LIBRARY in os.environ:
+def pytest_runtest_protocol(item, nextitem):
+    """Has the tests that are marked with `emulated_cuda` run where there is such a device."""
+    if item.get_closest_marker(emulated_cuda.MARK) is None or emulated_cuda.is_here():
         return None
-    session = pyfuncitem.session
-    if EMULATED not in session.stash:
-        folder = session.config.cache.mkdir("emulated_cuda")
-        session.stash[EMULATED] = emulated_cuda.run_marked_tests(session, folder)
-    outcome, reason, printed = session.stash[EMULATED][pyfuncitem.nodeid]
-    print(printed)
-    if outcome == "skipped":
-        pytest.skip(reason)
-    if outcome == "failed":
-        pytest.fail(reason, pytrace=False)
+    emulated_cuda.replay(item, nextitem)
     return True
 
 
-def pytest_runtest_logreport(report):
-    """Notes what became of a test, for the session that has started this one."""
-    emulated_cuda.note_outcome(report)
+class Reports:
+    """Writes down what becomes of each test where there is an emulated device."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        emulated_cuda.write_report(report, self.config)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Reports(config))
 
 
 def pytest_collection_modifyitems(items):

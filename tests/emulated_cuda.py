@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import RLock, Thread
 from types import SimpleNamespace
 
@@ -25,72 +26,105 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(__file__).with_suffix(".cpp")
+MARK = "emulated_cuda"
 LIBRARY = "EMULATED_CUDA_LIBRARY"  # variables of the second pytest: the library that it loads,
-OUTCOMES = "EMULATED_CUDA_OUTCOMES"  # and the file for what became of each test
+REPORTS = "EMULATED_CUDA_REPORTS"  # and the file for what became of each test
+RESULTS = pytest.StashKey()
 
 
 # --- the second pytest ------------------------------------------------------------------------------------------------
 
 
-def build(folder):
-    """Compile the library into `folder`, unless it is there; skips the test where that is impossible."""
+def is_here():
+    """Whether this is the second pytest."""
+    return LIBRARY in os.environ
+
+
+def load():
+    """In the second pytest, load the library; PyTorch must not be imported yet."""
+    if is_here():
+        assert "torch" not in sys.modules
+        ctypes.CDLL(os.environ[LIBRARY])
+
+
+def obstacle():
+    """Why no device can be emulated here; None if one can."""
     import torch
 
     if torch.version.cuda or torch.version.hip:
-        pytest.skip("a PyTorch that is built with CUDA has no room for an emulated device: see `pytest -m cuda`")
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
-    if sys.platform != "linux" or compiler is None:
-        pytest.skip("emulating a CUDA device needs Linux and a C++ compiler (g++ or clang++)")
+        return "a PyTorch that is built with CUDA has no room for an emulated device: see `pytest -m cuda`"
+    if sys.platform != "linux" or compiler() is None:
+        return "emulating a CUDA device needs Linux and a C++ compiler (g++ or clang++)"
+    return None
+
+
+def compiler():
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def build(folder):
+    """Compile the library into `folder`, unless it is there."""
+    import torch
+
     package = Path(torch.__file__).parent
-    digest = hashlib.sha256(f"{torch.__version__} {package} {compiler}".encode() + SOURCE.read_bytes()).hexdigest()
+    digest = hashlib.sha256(f"{torch.__version__} {package} {compiler()}".encode() + SOURCE.read_bytes()).hexdigest()
     library = folder / f"{digest[:16]}.so"
     if not library.exists():
         new = folder / f"{digest[:16]}.{os.getpid()}"
         paths = [f"-I{package / 'include'}", f"-L{package / 'lib'}", f"-Wl,-rpath,{package / 'lib'}"]
         options = ["-O0", "-std=c++20", "-shared", "-fPIC", *paths, "-lc10", "-ltorch_cpu"]
-        subprocess.run([compiler, SOURCE, "-o", new, *options], check=True)
+        subprocess.run([compiler(), SOURCE, "-o", new, *options], check=True)
         new.rename(library)
     return library
 
 
-def load():
-    """In the second pytest, load the library; PyTorch must not be imported yet."""
-    if LIBRARY in os.environ:
-        assert "torch" not in sys.modules
-        ctypes.CDLL(os.environ[LIBRARY])
+def run_marked_tests(session):
+    """Run all tests of a session that are marked with `emulated_cuda` in a second pytest; its reports, by their test."""
+    names = [item.nodeid for item in session.items if item.get_closest_marker(MARK)]
+    with TemporaryDirectory() as temporary:
+        caches = hasattr(session.config, "cache")
+        library = build(session.config.cache.mkdir(MARK) if caches else Path(temporary))
+        reports = Path(temporary) / "reports"
+        variables = {LIBRARY: str(library), REPORTS: str(reports), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names],
+            cwd=session.config.rootpath,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = reports.read_text().splitlines() if reports.exists() else []
+    found = {name: [] for name in names}
+    for line in lines:
+        report = session.config.hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
+        found[report.nodeid].append(report)
+    return found, f"the pytest with an emulated device ended early:\n{done.stdout}\n{done.stderr}"
 
 
-def note_outcome(report):
-    """In the second pytest, note what became of a test."""
-    if OUTCOMES in os.environ and (report.when == "call" or report.outcome != "passed"):
-        with open(os.environ[OUTCOMES], "a") as file:
-            file.write(json.dumps([report.nodeid, report.outcome, str(report.longrepr), report.capstdout]) + "\n")
+def replay(item, nextitem):
+    """Report what became of a marked test in the second pytest, as if it had run here."""
+    session = item.session
+    reason = obstacle()
+    if reason is None and RESULTS not in session.stash:
+        session.stash[RESULTS] = run_marked_tests(session)
+    reports, crash = session.stash.get(RESULTS, ({}, ""))
+    outcome = ("failed", crash) if reason is None else ("skipped", (str(item.path), item.location[1], reason))
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in reports.get(item.nodeid) or [
+        pytest.TestReport(item.nodeid, item.location, {}, *outcome, when="call")
+    ]:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    session._setupstate.teardown_exact(nextitem)  # what the tests before have left, and those after do not need
 
 
-def run_marked_tests(session, folder):
-    """Run all tests of a session that are marked with `emulated_cuda`; what became of each, by its name."""
-    outcomes = folder / f"outcomes.{os.getpid()}"
-    outcomes.unlink(missing_ok=True)
-    names = [item.nodeid for item in session.items if item.get_closest_marker("emulated_cuda")]
-    environment = {**os.environ, LIBRARY: str(build(folder)), OUTCOMES: str(outcomes), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--tb",
-        "short",
-        "-p",
-        "no:cacheprovider",
-        "--timeout",
-        "120",
-        *names,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    lines = outcomes.read_text().splitlines() if outcomes.exists() else []
-    outcomes.unlink(missing_ok=True)
-    crashed = ["failed", f"the pytest with an emulated device ended early:\n{done.stdout}\n{done.stderr}", ""]
-    return dict.fromkeys(names, crashed) | {name: outcome for name, *outcome in map(json.loads, lines)}
+def write_report(report, config):
+    """In the second pytest, write down what became of a test."""
+    if is_here():
+        data = config.hook.pytest_report_to_serializable(config=config, report=report)
+        with open(os.environ[REPORTS], "a") as file:
+            file.write(json.dumps(data) + "\n")
 
 
 # --- the device -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from ft import device
 from ft.cli.main import main
-from ft.device import SMALL, Precision, choose_device, choose_precision, disable_malloc_trim, threads_for
+from ft.device import SMALL, Precision, choose_device, choose_precision, disable_malloc_trim, threads_for, use_device
 from ft.errors import UsageError
 
 ROOT = Path(__file__).parents[1]

@@ -49,9 +49,12 @@ def paths(inputs):
 
 @pytest.fixture
 def command(paths, tmp_path):
-    """The arguments of a run on the device, three steps long, of which only the last logs, evaluates and saves."""
+    """The arguments of a run on the device of two steps, the last of which logs, evaluates and saves.
+
+    All examples are cut to one length: fake tensors take long the first time that they see a shape.
+    """
     model, dataset = paths
-    run = ["--model", model, "--dataset", dataset, "--device", "cuda", "--max-length", "16", "--max-steps", "3"]
+    run = ["--model", model, "--dataset", dataset, "--device", "cuda", "--max-length", "5", "--max-steps", "2"]
     return [*run, "--output-dir", str(tmp_path / "run")]
 
 
@@ -75,18 +78,17 @@ def kinds(notes):
         (["--precision", "bf16", "--activation-checkpointing", "selective"], 1),
         (["--precision", "fp16", "--activation-checkpointing", "selective"], 1),
         (["--precision", "bf16", "--static-shapes"], 1),
-        (["--precision", "bf16", "--gradient-accumulation-steps", "3", "--batch-size", "4"], 3),
+        (["--precision", "bf16", "--gradient-accumulation-steps", "3"], 3),
         (["--precision", "fp16", "--freeze", "wte.*", "wpe.*", "h.0.*", "--weight-decay", "0.1"], 1),
         (["--precision", "bf16", "--train-only", "h.1.*", "--activation-checkpointing", "full"], 1),
-        (["--precision", "bf16", "--on-nonfinite", "skip", "--max-grad-norm", "0", "--forgetting", "builtin"], 1),
+        (["--precision", "bf16", "--on-nonfinite", "skip", "--max-grad-norm", "0"], 1),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_a_step_waits_for_nothing_and_sends_each_batch_once(gpu, steps, command, flags, batches):
     assert main([*command, *flags]) == 0
-    first, second, third = map(kinds, steps)
+    first, second = map(kinds, steps)
     assert second == {"send": batches}, summary(steps[1])
-    assert third == {"send": batches}, summary(steps[2])
     assert first.keys() <= {"read", "send", "slow send"}, summary(steps[0])
     assert "mix" not in kinds(gpu.notes), summary(
         gpu.notes
@@ -96,7 +98,7 @@ def test_a_step_waits_for_nothing_and_sends_each_batch_once(gpu, steps, command,
 def test_a_run_goes_on_from_its_checkpoint(gpu, steps, command):
     assert main([*command, "--precision", "fp16"]) == 0
     steps.clear()
-    assert main([*command, "--precision", "fp16", "--max-steps", "5", "--resume"]) == 0
+    assert main([*command, "--precision", "fp16", "--max-steps", "4", "--resume"]) == 0
     assert len(steps) == 2
     assert kinds(steps[1]) == {"send": 1}, summary(steps[1])
 
@@ -116,7 +118,7 @@ def test_a_step_asks_for_no_more_kernels_than_it_did(gpu, steps, precision):
         model,
         build_optimizer(model, 2e-5, 0.0),
         choice.grad_scaler(),
-        [Example(list(range(5, 5 + length)), [1]) for length in (31, 12, 7, 20)] * 6,
+        [Example(list(range(20)), [1])] * 16,
         Config(max_steps=2),
         State(),
         precision=choice,
@@ -127,8 +129,7 @@ def test_a_step_asks_for_no_more_kernels_than_it_did(gpu, steps, precision):
         stopping=lambda: False,
     )
     kernels = [note for note in steps[1] if note.kind == "kernel"]
-    print(precision, len(kernels), summary(kernels, by_line=False))
-    assert len(kernels) <= KERNELS[precision]
+    assert len(kernels) <= KERNELS[precision], summary(kernels, by_line=False)
 
 
 # --- what is done with a model ----------------------------------------------------------------------------------------
