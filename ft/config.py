@@ -332,6 +332,10 @@ def _problems(config: Config) -> list[str]:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
     if config.shard and (config.compile != "none" or config.precision == "fp16"):
         problems.append("--shard works neither with --compile nor with --precision fp16: leave that out, or take bf16")
+    for text, answer in (("text_column", "label_column"), ("prompt_column", "completion_column")):
+        if getattr(config, text) == getattr(config, answer):
+            same = shown(getattr(config, text))
+            problems.append(f"{flag(text)} and {flag(answer)} are both {same}: the model would read its answer")
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
     if config.completion_column is not None and (config.static_shapes or config.compile != "none"):
