@@ -342,6 +342,10 @@ def _problems(config: Config) -> list[str]:
             f"--compile reduce-overhead cannot add up gradients, and --gradient-accumulation-steps is "
             f"{config.gradient_accumulation_steps}: use --compile default, or a larger --batch-size alone"
         )
+    for text, answer in (("text_column", "label_column"), ("prompt_column", "completion_column")):
+        if getattr(config, text) == getattr(config, answer):
+            same = shown(getattr(config, text))
+            problems.append(f"{flag(text)} and {flag(answer)} are both {same}: the model would read its answer")
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
     excluded = {

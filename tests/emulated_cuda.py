@@ -79,7 +79,7 @@ def build(folder):
 
 
 def run_marked_tests(session):
-    """Run all tests of a session that are marked with `emulated_cuda` in a second pytest; its reports, by their test."""
+    """Run all tests of a session marked with `emulated_cuda` in a second pytest; returns its reports by test."""
     names = [item.nodeid for item in session.items if item.get_closest_marker(MARK)]
     with TemporaryDirectory() as temporary:
         caches = hasattr(session.config, "cache")

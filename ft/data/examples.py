@@ -42,7 +42,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and when it panics no Exception
         raise FtError(f"cannot read {path} as a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
