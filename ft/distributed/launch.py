@@ -38,6 +38,7 @@ def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timedelta(seconds=timeout)
+    has_ended_well = False
     try:
         try:
             store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)  # type: ignore[attr-defined]
@@ -56,10 +57,14 @@ def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
         ranks = Ranks(rank, size, local_rank, begun, control, store, attempt)
         with ranks.missing_told():
             yield ranks
-    finally:  # after an error too, as NCCL's threads and connections would outlive it in a program that goes on
+        has_ended_well = True
+    finally:
         if dist.is_initialized():
             with suppress(RuntimeError):  # of a connection that is broken already; the error above says more
-                dist.destroy_process_group()
+                if has_ended_well:
+                    dist.destroy_process_group()
+                else:  # what is queued may never be answered: NCCL would wait for it
+                    dist.distributed_c10d._abort_process_group()
 
 
 def world_size() -> int:

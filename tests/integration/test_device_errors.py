@@ -87,14 +87,15 @@ def group(monkeypatch):
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: store)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(dist, "is_initialized", lambda: bool(calls) and calls[-1] != "destroyed")
+    monkeypatch.setattr(dist, "is_initialized", lambda: calls in (["gloo"], ["nccl"]))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: calls.append("aborted"))
     return calls
 
 
 @pytest.mark.parametrize("error", [None, FtError("an error"), KeyboardInterrupt(), RuntimeError("a defect")])
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "nccl")])
-def test_the_process_group_is_destroyed_whatever_happens(group, error, device, backend):
+def test_the_process_group_is_torn_down_whatever_happens(group, error, device, backend):
     try:
         with process_group(torch.device(device), 5.0):
             assert group == [backend]
@@ -102,23 +103,23 @@ def test_the_process_group_is_destroyed_whatever_happens(group, error, device, b
                 raise error
     except BaseException as raised:
         assert raised is error  # noqa: PT017
-    assert group == [backend, "destroyed"]
+    assert group == [backend, "destroyed" if error is None else "aborted"]
 
 
-def test_a_group_that_comes_together_by_half_is_destroyed(group, monkeypatch):
+def test_a_group_that_comes_together_by_half_is_torn_down(group, monkeypatch):
     def fail(**_):
         raise RuntimeError("timed out")
 
     monkeypatch.setattr(dist, "new_group", fail)
     with pytest.raises(FtError, match="found not all others"), process_group(torch.device("cpu"), 5.0):
         pass
-    assert group == ["gloo", "destroyed"]
+    assert group == ["gloo", "aborted"]
 
 
-def test_a_group_that_cannot_be_destroyed_hides_no_error(group, monkeypatch):
+def test_a_group_that_cannot_be_torn_down_hides_no_error(group, monkeypatch):
     def fail():
         raise RuntimeError("NCCL communicator was aborted")
 
-    monkeypatch.setattr(dist, "destroy_process_group", fail)
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", fail)
     with pytest.raises(UsageError, match="the error"), process_group(torch.device("cpu"), 5.0):
         raise UsageError("the error")
