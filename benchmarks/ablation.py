@@ -10,14 +10,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,7 @@ from ft.model import dropout, matmul
 from ft.model.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.model.packing import Packing
 from ft.model.pretrained import load_weights
-from ft.train.loop import train
-from ft.train.metrics import Report
+from ft.train.loop import Components, StepRecorder, train
 from ft.train.optim import build_optimizer, clip_in_optimizer
 from ft.train.state import State
 
@@ -224,23 +223,11 @@ def first_losses_of_the_program(inputs: Inputs) -> list[float]:
         max_steps=LOSS_STEPS,
         logging_steps=1,
     )
-    report = MagicMock(spec=Report)  # remembers what it is told
-    report.pause.return_value = nullcontext()
-    train(
-        model,
-        build_optimizer(model, LEARNING_RATE, weight_decay=0.0),
-        PRECISION.grad_scaler(),
-        read_examples(inputs),
-        config,
-        State(),
-        precision=PRECISION,
-        collate=collate,
-        report=report,
-        evaluate=lambda state: None,
-        save=lambda state: None,
-        stopping=lambda: False,
-    )
-    return [call.kwargs["loss"] for call in report.training.call_args_list]
+    hooks = StepRecorder()
+    optimizer = build_optimizer(model, LEARNING_RATE, weight_decay=0.0)
+    components = Components(model, optimizer, PRECISION.grad_scaler(), PRECISION)
+    train(components, read_examples(inputs), collate, config, State(), hooks)
+    return [figures["loss"] for figures in hooks.logged]
 
 
 def process() -> ProcessPoolExecutor:

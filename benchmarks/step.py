@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ft.data.tables import read_split
 from ft.device import Precision
 from ft.distributed.ranks import ALONE, Ranks
 from ft.model.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
-from ft.train.loop import train
+from ft.train.loop import Components, StepRecorder, train
 from ft.train.optim import AdamW, build_optimizer
 from ft.train.state import State
 from tests.reference.synthetic import model_config
@@ -44,10 +43,11 @@ REVIEW_LENGTHS = (3, 9, 12, 14, 16, 18, 19, 21, 22, 24, 25, 27, 28, 30, 31, 31, 
 _NEVER = 10**9
 
 
-class Clock:
-    """The seconds of each part of each step. It hears of the steps as the loop's report."""
+class Clock(StepRecorder):
+    """The seconds of each part of each step; the loop calls it after every step."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.steps: list[dict[str, float]] = []
         self._current = dict.fromkeys(PARTS, 0.0)
         self._last = time.perf_counter()
@@ -58,21 +58,11 @@ class Clock:
         self._current[part] += now - self._last
         self._last = now
 
-    def step(self, reviews: int, tokens: int) -> None:
+    def step_done(self, num_examples: int, num_tokens: int) -> None:
         """A step ends here."""
         self.mark("other")
         self.steps.append(self._current)
         self._current = dict.fromkeys(PARTS, 0.0)
-
-    def training(self, *_: Any, **__: Any) -> None:
-        """Logs nothing."""
-
-    def evaluation(self, *_: Any, **__: Any) -> None:
-        """Logs nothing."""
-
-    def pause(self, activity: str) -> AbstractContextManager[None]:
-        """Nothing is paused: what the loop does after its last step is not timed."""
-        return nullcontext()
 
 
 class ClockedScaler(torch.amp.GradScaler):
@@ -118,27 +108,14 @@ def timed_steps(
     clock = Clock()
     # Before other hooks: that of a sharded model fetches weights, which belongs to the forward pass.
     hook = model.register_forward_pre_hook(lambda *_: clock.mark("data"), prepend=True)
-    train(
-        model,
-        optimizer,
-        ClockedScaler(clock),
-        examples,
-        Config(
-            batch_size=batch_size,
-            processes=ranks.size,
-            logging_steps=_NEVER,
-            eval_steps=_NEVER,
-            save_steps=_NEVER,
-        ),
-        State(),
-        precision=FP32,
-        collate=collate,
-        report=clock,
-        evaluate=lambda state: None,
-        save=lambda state: None,
-        stopping=lambda: False,
-        ranks=ranks,
+    config = Config(
+        batch_size=batch_size,
+        processes=ranks.size,
+        logging_steps=_NEVER,
+        eval_steps=_NEVER,
+        save_steps=_NEVER,
     )
+    train(Components(model, optimizer, ClockedScaler(clock), FP32, ranks), examples, collate, config, State(), clock)
     hook.remove()
     return clock.steps
 

@@ -185,25 +185,25 @@ def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
     """The program's own job and loop; only the report is another one, which takes turns."""
     from ft import finetune
     from ft.config import Config
-    from ft.train import loop
-    from ft.train.loop import train
+    from ft.session import Session
+    from ft.train.loop import Components, StepRecorder, train
+    from ft.train.state import State
 
-    class TakeTurns:
-        def step(self, reviews: int, tokens: int) -> None:
-            self.tokens = tokens
+    class TakeTurns(StepRecorder):
+        def step_done(self, num_examples: int, num_tokens: int) -> None:
+            self.tokens = num_tokens
 
-        def training(self, step: int, epoch: float, *, loss: float, **_: Any) -> None:
-            turns.step_done(loss, self.tokens)
+        def log(self, step: int, epoch: float, **figures: float) -> None:
+            turns.step_done(figures["loss"], self.tokens)
 
     def train_in_turns(
-        *arguments: Any, evaluate: Callable[[Any], None], save: Callable[[Any], None], **others: Any
+        components: Components, examples: Any, collate: Any, config: Config, state: State, session: Session
     ) -> None:
-        *_, state = arguments
-        turns.actions = {"evaluate": lambda: evaluate(state), "save": lambda: save(state)}
+        turns.actions = {"evaluate": lambda: session.evaluate(state), "save": lambda: session.save(state)}
         turns.step_begins()
-        train(*arguments, evaluate=evaluate, save=save, **others | {"report": TakeTurns()})
+        train(components, examples, collate, config, state, TakeTurns())
 
-    loop.train = train_in_turns
+    finetune.train = train_in_turns
     config = Config(
         model=str(inputs.model),
         dataset=str(inputs.dataset),

@@ -27,8 +27,7 @@ from ft.model import pretrained
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
 from ft.model.pretrained import load_weights, model_config_of
-from ft.train.loop import train
-from ft.train.metrics import Report
+from ft.train.loop import Components, StepRecorder, train
 from ft.train.nonfinite import NonFiniteError
 from ft.train.optim import build_optimizer
 from ft.train.schedule import total_steps, windows
@@ -181,20 +180,6 @@ def _place(examples: Sequence[Example], config: Config, row: int | None) -> tupl
     raise FtError(f"--row is {row}, which the run's {last_step} steps do not read: take another row, or more --epochs")
 
 
-class _Figures(Report):
-    """A report that keeps what the loop tells of a step, and shows and writes nothing."""
-
-    def __init__(self) -> None:
-        self.told: dict[str, float] = {}
-
-    def step(self, reviews: int, tokens: int) -> None:
-        """The speed is nobody's concern here."""
-
-    def training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Keep the figures of the step."""
-        self.told = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
-
-
 def _one_step(
     model: GPT2, examples: Sequence[Example], config: Config, step: int, precision: Precision
 ) -> dict[str, float]:
@@ -204,25 +189,20 @@ def _one_step(
         FtError: a loss or gradient is not finite.
     """
     torch.manual_seed(config.seed)
-    report = _Figures()
+    hooks = StepRecorder(stop=True)
+    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     try:
         train(
-            model,
-            build_optimizer(model, config.learning_rate, config.weight_decay),
-            precision.grad_scaler(),
+            Components(model, optimizer, precision.grad_scaler(), precision),
             examples,
-            replace(config, cuda_graphs=False),  # whose recording is for many steps, of one shape
+            collate,
+            replace(config, cuda_graphs=False),  # a graph is recorded for many steps of one shape
             State(step=step),
-            precision=precision,
-            collate=collate,
-            report=report,
-            evaluate=lambda state: None,
-            save=lambda state: None,
-            stopping=lambda: True,  # after the step in hand
+            hooks,
         )
     except NonFiniteError as error:
         raise FtError(f"{error}: nothing can be shown after it; a lower --learning-rate or fp32 may help") from error
-    return report.told
+    return hooks.logged[0]
 
 
 @torch.inference_mode()

@@ -81,7 +81,7 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"
         + _forgotten(state)
-        + f"The model lies in {run / 'final'}, the newest checkpoints beside it, all figures in "
+        + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all figures in "
         f"{run / 'metrics.jsonl'}. "
         f'To ask it: python run.py {"predict" if config.completion_column is None else "generate"} {run} "a text"'
     )

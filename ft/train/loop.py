@@ -1,7 +1,9 @@
-"""The training loop."""
+"""The training loop: one optimizer step, and when to log, evaluate and save between steps."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,61 +15,125 @@ from ft.data.examples import Example
 from ft.device import Precision
 from ft.distributed.ranks import ALONE, Ranks
 from ft.train.cuda_graphs import GraphedStep, Step
-from ft.train.metrics import Report
 from ft.train.nonfinite import NonFiniteGuard
 from ft.train.optim import AdamW, clip_in_optimizer
 from ft.train.schedule import learning_rate_at, steps_per_epoch, total_steps, windows
 from ft.train.state import State
 
 
+@dataclass(frozen=True)
+class Components:
+    """What a training step changes, and how it computes.
+
+    Attributes:
+        model: on its device; several processes wrap it by DistributedDataParallel or shard it by FSDP2.
+        optimizer: of the trained parameters of `model`.
+        scaler: of the loss, for fp16; disabled in the other formats.
+        precision: the number format of matrix products, and the device.
+        ranks: the processes of the run, which share every batch and average their gradients.
+    """
+
+    model: nn.Module
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    precision: Precision
+    ranks: Ranks = ALONE
+
+
+class Hooks(Protocol):
+    """What the loop calls between steps: `ft.session.Session` in a run; benchmarks and tests have their own."""
+
+    def step_done(self, num_examples: int, num_tokens: int) -> None:
+        """Count an optimizer step that saw so many examples and input tokens, in all processes together."""
+
+    def log(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Report the mean training loss since the last call."""
+
+    def evaluate(self, state: State) -> None:
+        """Evaluate the model, and note the result in `state`."""
+
+    def defers_save(self, state: State) -> bool:
+        """Whether a save that is due waits for a later step, as the one before is still being written."""
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint."""
+
+    def should_stop(self, state: State) -> bool:
+        """Whether this step is the last: a signal has come, or evaluations no longer improve. The same on all ranks."""
+
+
+class StepRecorder:
+    """Hooks that keep what the loop logs, and neither evaluate nor save: for one step, benchmarks and tests.
+
+    Attributes:
+        logged: the loss, learning rate and gradient norm of each call of `log`.
+    """
+
+    def __init__(self, *, stop: bool = False) -> None:
+        """`stop` ends the training after its first step."""
+        self.logged: list[dict[str, float]] = []
+        self._stop = stop
+
+    def step_done(self, num_examples: int, num_tokens: int) -> None:
+        """Do nothing."""
+
+    def log(self, step: int, epoch: float, **figures: float) -> None:
+        """Keep the figures."""
+        self.logged.append(figures)
+
+    def evaluate(self, state: State) -> None:
+        """Do nothing."""
+
+    def defers_save(self, state: State) -> bool:
+        """Never."""
+        return False
+
+    def save(self, state: State) -> None:
+        """Do nothing."""
+
+    def should_stop(self, state: State) -> bool:
+        """As asked for."""
+        return self._stop
+
+
 def train(
-    model: nn.Module,
-    optimizer: AdamW,
-    scaler: torch.amp.GradScaler,
+    components: Components,
     examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], Batch],
     config: Config,
     state: State,
-    *,
-    precision: Precision,
-    collate: Callable[[Sequence[Example]], Batch],
-    report: Report,
-    evaluate: Callable[[State], None],
-    save: Callable[[State], None],
-    stopping: Callable[[], bool],
-    put_off: Callable[[State], bool] = lambda state: False,
-    ranks: Ranks = ALONE,
+    hooks: Hooks,
 ) -> None:
-    """Train `model` in place from step `state.step` to the last one, evaluating and saving on the way.
+    """Train the model in place from step `state.step` to the last one, evaluating and saving on the way.
 
-    When `stopping` says so, the step in hand is finished and saved. A save that is due by its number waits for a later
-    step while `put_off` says so; those of the last step, of a stop and of the best evaluation do not. Several processes
-    share every batch of every step.
+    When `hooks` says stop, the current step is finished and saved. A save that is due by its number may be deferred;
+    those of the last step, of a stop and of the best evaluation are not.
+
+    Args:
+        components: what the steps change.
+        examples: the training split.
+        collate: makes a batch of examples.
+        config: the settings; see `ft.config.Config`.
+        state: where the run stands; updated in place.
+        hooks: called between steps.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite, and no more steps may be skipped.
     """
-    device = precision.device
+    device, ranks = components.precision.device, components.ranks
     last_step = total_steps(len(examples), config)
     per_epoch = steps_per_epoch(len(examples), config)
+    # The sum stays on the device until it is logged: reading it makes the host wait for all queued work.
     loss_sum = torch.full((), state.loss_sum, device=device)
     guard = NonFiniteGuard(device, state, limit=config.max_skipped_steps if config.on_nonfinite == "skip" else 0)
-    step: Step = partial(
-        train_step,
-        model,
-        optimizer,
-        scaler,
-        precision=precision,
-        max_grad_norm=config.max_grad_norm,
-        guard=guard,
-        loss_sum=loss_sum,
-        ranks=ranks,
-    )
+    step: Step = partial(train_step, components, max_grad_norm=config.max_grad_norm, guard=guard, loss_sum=loss_sum)
     if config.cuda_graphs:
         *inputs, empty = (collate([]).to(device) for _ in range(config.gradient_accumulation_steps + 1))
         step = GraphedStep(step, inputs, empty)
     save_due = False
-    model.train()
+    components.model.train()
 
+    # A window is the rows of one optimizer step: as many batches as gradients are accumulated over.
     for window in windows(len(examples), config, state.step):
         batches = [collate(ranks.share([examples[row] for row in rows])).to(device) for rows in window]
         read = [examples[row] for rows in window for row in rows]
@@ -77,75 +143,68 @@ def train(
         guard.check_at_once()
         state.step += 1
         state.loss_steps += 1
-        report.step(reviews=len(read), tokens=sum(len(example.input_ids) for example in read))
+        hooks.step_done(len(read), sum(len(example.input_ids) for example in read))
 
-        # Log, evaluate, save: in this order, so that a checkpoint knows of all that was said up to its step. Only here
-        # is anything read from the device: it would have to finish first what the steps have queued on it.
+        # Log, evaluate, save: in this order, so that a checkpoint holds everything logged up to its step. Only here
+        # are values read from the device.
         epoch, last = state.step / per_epoch, state.step == last_step
         if state.step % config.logging_steps == 0 or last:
             guard.check()
             mean_loss = state.note_losses(loss_sum.item())
-            report.training(state.step, epoch, loss=mean_loss, learning_rate=lr, grad_norm=grad_norm.item())
+            hooks.log(state.step, epoch, loss=mean_loss, learning_rate=lr, grad_norm=grad_norm.item())
             loss_sum.zero_()
         if state.step % config.eval_steps == 0 or last:
-            state.evaluation_due = True  # and stays so if the run is stopped meanwhile
-            evaluate(state)
-        stops = stopping()
+            state.evaluation_due = True  # remains set if the run is stopped during the evaluation
+            hooks.evaluate(state)
+        stops = hooks.should_stop(state)
         save_due = save_due or state.step % config.save_steps == 0
-        # The weights of these steps no later checkpoint can hold.
+        # No later checkpoint can hold the weights of these steps.
         must_save = last or stops or (config.keep_best and state.best_step == state.step)
-        if must_save or (save_due and not put_off(state)):
+        if must_save or (save_due and not hooks.defers_save(state)):
             save_due = False
             guard.check()
             state.loss_sum = loss_sum.item()
-            save(state)
+            hooks.save(state)
         if stops:
             return
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: AdamW,
-    scaler: torch.amp.GradScaler,
+    components: Components,
     batches: Sequence[Batch],
     num_targets: float | Tensor,
     learning_rate: float | Tensor,
     *,
-    precision: Precision,
     max_grad_norm: float,
     guard: NonFiniteGuard,
     loss_sum: Tensor,
-    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """One optimizer step: forward and backward of all its batches, clipping, AdamW. It frees the gradients.
+    """One optimizer step: forward and backward pass of all its batches, clipping, AdamW. Frees the gradients.
 
-    It reads no value from the device and decides nothing by one, so that a GPU never waits for it, and `--cuda-graphs`
-    can record it. Whatever differs between steps comes in by the three arguments after `scaler`; a recorded step has
-    them as tensors.
+    The step reads no value from the device and takes no decision by one: a GPU never waits for the host, and
+    `--cuda-graphs` can record the step. What differs between steps comes in by `batches`, `num_targets` and
+    `learning_rate`; a recorded step has them as tensors.
 
     Args:
-        model: changed in place, as are `optimizer`, `scaler`, `guard` and `loss_sum`.
-        optimizer: of the parameters of `model`.
-        scaler: of the loss, for fp16.
-        batches: whose gradients add up, on the device.
-        num_targets: supervised tokens of all batches.
+        components: changed in place, as are `guard` and `loss_sum`.
+        batches: on the device; their gradients add up.
+        num_targets: supervised tokens of all batches, divided by the world size.
         learning_rate: of this step.
-        precision: of matrix products.
         max_grad_norm: as for `clip_in_optimizer`.
-        guard: sees that a loss or gradient that is not finite changes no weight.
+        guard: skips the update if the loss or the gradient is not finite.
         loss_sum: scalar; the mean loss is added to it.
-        ranks: the processes of the run, which average their gradients.
 
     Returns:
         The global norm of the gradients before clipping, a scalar on the device.
     """
-    # Forward and backward. Gradients of several batches add up, those of several processes are averaged; each loss is
-    # divided by the supervised tokens of the whole window, so that the mean over them comes out.
+    optimizer, scaler, ranks = components.optimizer, components.scaler, components.ranks
+    # Forward and backward. Gradients of several batches add up, and those of several ranks are averaged; each loss is
+    # divided by the supervised tokens of the whole window, so that the result is the mean over them.
     window_loss = torch.zeros_like(loss_sum)
     for number, batch in enumerate(batches, start=1):
-        with ranks.exchange(model, last=number == len(batches)):
-            with precision.autocast():
-                logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
+        with ranks.exchange(components.model, last=number == len(batches)):
+            with components.precision.autocast():
+                logits = components.model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
             loss = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / num_targets
             scaler.scale(loss).backward()
         window_loss += loss.detach()
@@ -155,7 +214,7 @@ def train_step(
     optimizer.learning_rate = learning_rate
     grad_norm = clip_in_optimizer(optimizer, max_grad_norm, loss_scale=scaler.scale(torch.ones_like(loss_sum)))
     loss_sum += guard.watch(optimizer, window_loss, grad_norm, scales_loss=scaler.is_enabled())
-    scaler.step(optimizer)  # type: ignore[arg-type]  # with fp16 it skips the update if a gradient overflowed
+    scaler.step(optimizer)  # type: ignore[arg-type]  # in fp16 it skips the update if a gradient overflowed
     scaler.update()
     optimizer.zero_grad()
     return grad_norm

@@ -59,7 +59,7 @@ class Report:
         self.times = StepTimes()
         self._started = time.perf_counter()
         self._paused = 0.0
-        self._reviews = self._tokens = 0
+        self._examples = self._tokens = 0
 
     def __enter__(self) -> Self:
         return self
@@ -97,9 +97,9 @@ class Report:
             self._bar.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
-    def step(self, reviews: int, tokens: int) -> None:
-        """Count an optimiser step that saw this many reviews and input tokens."""
-        self._reviews += reviews
+    def step(self, examples: int, tokens: int) -> None:
+        """Count an optimizer step that saw this many examples and input tokens."""
+        self._examples += examples
         self._tokens += tokens
         self._bar.update()
 
@@ -119,19 +119,19 @@ class Report:
         self.times.end_of_step()
         now = time.perf_counter()
         seconds = now - self._started - self._paused
-        speed = {"samples_per_second": self._reviews / seconds, "tokens_per_second": self._tokens / seconds}
-        self._started, self._paused, self._reviews, self._tokens = now, 0.0, 0, 0
+        speed = {"samples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
+        self._started, self._paused, self._examples, self._tokens = now, 0.0, 0, 0
         # Gradients that overflowed in fp16 have no norm; their step was skipped. Where all steps since the last line
         # were skipped, there is no mean loss either. JSON has no infinities, and `write` puts null for them.
         overflowed = not math.isfinite(grad_norm)
         figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         self.write(step, epoch, {**figures, **{name: round(value, 2) for name, value in speed.items()}})
         self._bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} reviews/s"
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} examples/s"
         )
         self.line(
             f"step {step:>6}  epoch {epoch:5.2f}  loss {loss:8.4f}  lr {learning_rate:.2e}  grad norm "
-            f"{'overflow' if overflowed else format(grad_norm, '8.3f')}  {speed['samples_per_second']:6.1f} reviews/s"
+            f"{'overflow' if overflowed else format(grad_norm, '8.3f')}  {speed['samples_per_second']:6.1f} examples/s"
         )
 
     def evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:

@@ -92,7 +92,7 @@ def test_all_processes_put_a_save_off_alike():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Steps do not wait for saves, and the checkpoints of some steps are written until a later step is logged."""
-    from ft import finetune
+    from ft import session
 
     ends_at, logged = {}, {}
 
@@ -108,10 +108,10 @@ def as_on_a_gpu(monkeypatch):
             saver = next(thread for thread in threading.enumerate() if thread.name == "checkpoint")
             saver.join(30)
 
-    write, log = store.write_checkpoint, finetune.Report.training
-    monkeypatch.setattr(finetune, "read_synchronizes", lambda device: True)
+    write, log = store.write_checkpoint, session.Report.training
+    monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
     monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
-    monkeypatch.setattr(finetune.Report, "training", training)
+    monkeypatch.setattr(session.Report, "training", training)
     return ends_at
 
 
@@ -149,11 +149,11 @@ def test_a_run_goes_on_from_a_checkpoint_that_was_put_off_to_the_same_bit(
 
 def test_the_best_checkpoint_is_never_put_off(inputs, tmp_path, as_on_a_gpu, monkeypatch):
     """Its weights are those that were evaluated; the save of step 5, still being written, is waited for."""
-    from ft import finetune
+    from ft import session
     from ft.evaluation.evaluate import Evaluation
 
     accuracies = iter([0.5, 0.9, 0.6, 0.6, 0.6, 0.6])  # after steps 4, 8, 12, 16 and 20, and on the test split
-    monkeypatch.setattr(finetune, "evaluate", lambda *_, **__: Evaluation(0.5, next(accuracies)))
+    monkeypatch.setattr(session, "evaluate", lambda *_, **__: Evaluation(0.5, next(accuracies)))
     run, is_waited_for = tmp_path / "run", threading.Event()
 
     def write_checkpoint(run, snapshot, *arguments, **keywords):
@@ -286,11 +286,11 @@ def test_a_folder_that_vanishes_costs_no_step(inputs, tmp_path, monkeypatch, cap
             shutil.rmtree(run)
         return original(*arguments, **keywords)
 
-    from ft import finetune
+    from ft import session
     from ft.evaluation import evaluate
 
     original, seen = evaluate.evaluate, []
-    monkeypatch.setattr(finetune, "evaluate", vanish)
+    monkeypatch.setattr(session, "evaluate", vanish)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
     assert (run / "final" / "model.safetensors").exists()
     assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
@@ -341,12 +341,12 @@ def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, t
 
 
 def test_the_best_checkpoint_is_kept(inputs, tmp_path, monkeypatch):
-    from ft import finetune
+    from ft import session
     from ft.evaluation.evaluate import Evaluation
 
     # By accuracy, then by loss; the seventh is that of the last step, the eighth that of the test split.
     results = iter([(0.9, 0.5), (0.8, 0.7), (0.7, 0.7), (0.7, 0.7), (0.5, 0.6), (0.9, 0.7), (0.1, 0.2), (0.1, 0.9)])
-    monkeypatch.setattr(finetune, "evaluate", lambda *_, **__: Evaluation(*next(results)))
+    monkeypatch.setattr(session, "evaluate", lambda *_, **__: Evaluation(*next(results)))
     run = tmp_path / "run"
     flags = ["--keep-best", "--keep-checkpoints", "1", "--eval-steps", "3", "--output-dir", str(run)]
     assert main([*inputs, *SETTINGS, *flags]) == 0

@@ -220,7 +220,7 @@ def test_a_resumed_run_writes_the_same_lines_each_once(inputs, tmp_path, monkeyp
         return evaluate(model, examples, label_ids, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ft.finetune.evaluate", stop_in)
+        patch.setattr("ft.session.evaluate", stop_in)
         patch.setattr(StopRequest, "__call__", lambda self: bool(request))
         patch.setattr(StopRequest, "stopped", lambda self, message: KeyboardInterrupt(message))
         assert main([*flags, "--output-dir", str(broken)]) == 130

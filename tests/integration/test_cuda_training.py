@@ -27,7 +27,7 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
-from ft import finetune
+from ft import session
 from ft.checkpoint.store import checkpoints, verify_checkpoint
 from ft.cli.arguments import read_arguments
 from ft.cli.main import main
@@ -196,7 +196,7 @@ def test_the_first_step_after_a_resume_is_the_same_to_the_last_bit(train, device
 
 def test_saves_beside_the_training_are_whole_and_the_last_one_is_the_finished_model(train, device, monkeypatch):
     """A save after every step: on a GPU most of them are put off."""
-    monkeypatch.setattr(finetune, "read_synchronizes", lambda _: True)
+    monkeypatch.setattr(session, "read_synchronizes", lambda _: True)
     folder = train(device, *STEPS, "--save-steps", "1", "--keep-checkpoints", "30")
     found = checkpoints(folder)
     assert all(verify_checkpoint(path) is None for path in found)

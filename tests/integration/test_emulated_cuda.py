@@ -16,7 +16,7 @@ from ft.evaluation.completions import score_completions
 from ft.evaluation.evaluate import evaluate
 from ft.inference.classifier import predict
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.train.loop import train
+from ft.train.loop import Components, StepRecorder, train
 from ft.train.metrics import Report
 from ft.train.optim import build_optimizer
 from ft.train.state import State
@@ -114,20 +114,14 @@ def test_a_step_asks_for_no_more_kernels_than_it_did(gpu, steps, precision):
     with torch.device(gpu.device):
         model = GPT2(GPT2Config())
     choice = Precision(precision, "", gpu.device)
-    train(
-        model,
-        build_optimizer(model, 2e-5, 0.0),
-        choice.grad_scaler(),
-        [Example(list(range(20)), [1])] * 16,
-        Config(max_steps=2),
-        State(),
-        precision=choice,
-        collate=collate,
-        report=Report(None, total_steps=2, first_step=0, metrics_bytes=0),
-        evaluate=lambda state: None,
-        save=lambda state: None,
-        stopping=lambda: False,
-    )
+
+    class CountSteps(StepRecorder):
+        def step_done(self, num_examples, num_tokens):
+            steps.append(list(gpu.notes))
+            gpu.notes.clear()
+
+    components = Components(model, build_optimizer(model, 2e-5, 0.0), choice.grad_scaler(), choice)
+    train(components, [Example(list(range(20)), [1])] * 16, collate, Config(max_steps=2), State(), CountSteps())
     kernels = [note for note in steps[1] if note.kind == "kernel"]
     assert len(kernels) <= KERNELS[precision], summary(kernels, by_line=False)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ft import finetune
+from ft import finetune, setup
 from ft.cli import explain
 from ft.cli.main import main
 from ft.device import choose_precision
@@ -35,7 +35,7 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self.set_device)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=self.major))
         monkeypatch.setattr(torch._C, "_cuda_setDevice", self.set_device, raising=False)  # CPU builds lack it
-        for module in (finetune, explain):
+        for module in (setup, explain):
             monkeypatch.setattr(module, "choose_precision", self.choose_precision)
         monkeypatch.setattr(GPT2, "to", lambda model, device: self.place(device))
 

@@ -15,7 +15,7 @@ from ft.device import Precision
 from ft.evaluation.evaluate import evaluate
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.train.loop import train
+from ft.train.loop import Components, StepRecorder, train
 from ft.train.optim import build_optimizer
 from ft.train.state import State
 
@@ -31,17 +31,6 @@ def make_examples(n):
     return [Example(torch.randint(97, (k,), generator=generator).tolist(), [5 + k % 2]) for k in lengths]
 
 
-class Losses:
-    def __init__(self):
-        self.losses = []
-
-    def step(self, *_, **__):
-        pass
-
-    def training(self, step, epoch, *, loss, learning_rate, grad_norm):
-        self.losses.append((loss, grad_norm))
-
-
 def trained(precision="bf16", *, half, checkpointing="none", frozen=(), accumulation=1, p=0.1, steps=6):
     """Losses and gradient norms of some steps, and the model they end in."""
     model = GPT2(dataclasses.replace(TINY, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p))
@@ -52,12 +41,12 @@ def trained(precision="bf16", *, half, checkpointing="none", frozen=(), accumula
         model.keep_half_weights(DTYPES[precision])
     torch.manual_seed(0)
     choice = Precision(precision, "", CPU)
-    report = Losses()
+    hooks = StepRecorder()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision == "fp16")
     train(
-        model,
-        build_optimizer(model, 1e-3, 0.0),
-        torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision == "fp16"),
+        Components(model, build_optimizer(model, 1e-3, 0.0), scaler, choice),
         make_examples(60),
+        collate,
         Config(
             batch_size=4,
             gradient_accumulation_steps=accumulation,
@@ -67,14 +56,9 @@ def trained(precision="bf16", *, half, checkpointing="none", frozen=(), accumula
             save_steps=NEVER,
         ),
         State(),
-        precision=choice,
-        collate=collate,
-        report=report,
-        evaluate=lambda state: None,
-        save=lambda state: None,
-        stopping=lambda: False,
+        hooks,
     )
-    return report.losses, model
+    return [(each["loss"], each["grad_norm"]) for each in hooks.logged], model
 
 
 @pytest.fixture
@@ -202,17 +186,17 @@ def test_losses_and_gradients_are_as_near_to_transformers_under_autocast_as_thos
 
 
 def test_a_job_keeps_copies_where_it_computes_in_half_precision(inputs, tmp_path, monkeypatch):
-    from ft import finetune
+    from ft import finetune, setup
     from ft.cli.main import main
 
     seen = {}
 
-    def no_training(model, *_, **__):
-        seen[name] = model.half_weights
+    def no_training(components, *_):
+        seen[name] = components.model.half_weights
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune, "train", no_training)
-    monkeypatch.setattr(finetune, "compile_blocks", lambda *_: None)
+    monkeypatch.setattr(setup, "compile_blocks", lambda *_: None)
     for name, flags in {
         "fp32": ["--precision", "fp32"],
         "bf16": ["--precision", "bf16"],

@@ -18,7 +18,7 @@ from ft.errors import UsageError
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.train.cuda_graphs import _tensors
-from ft.train.loop import train, train_step
+from ft.train.loop import Components, StepRecorder, train, train_step
 from ft.train.nonfinite import NonFiniteError, NonFiniteGuard
 from ft.train.optim import build_optimizer
 from ft.train.schedule import learning_rate_at, windows
@@ -55,17 +55,6 @@ def prepare(precision, frozen=(), p=0.1):
     return model.train(), build_optimizer(model, 0.0, 0.01), scaler, Precision(precision, "", CPU)
 
 
-class Log:
-    def __init__(self):
-        self.lines = []
-
-    def step(self, *_, **__):
-        pass
-
-    def training(self, step, epoch, *, loss, learning_rate, grad_norm):
-        self.lines.append((loss, grad_norm))
-
-
 def pad(examples):
     return collate_padded(examples, batch_size=4, max_length=13)
 
@@ -73,22 +62,9 @@ def pad(examples):
 def in_the_loop(config, precision, **settings):
     """Losses and norms of each step of the training loop, and the model it ends in."""
     model, optimizer, scaler, choice = prepare(precision, **settings)
-    log = Log()
-    train(
-        model,
-        optimizer,
-        scaler,
-        make_examples(),
-        config,
-        State(),
-        precision=choice,
-        collate=pad,
-        report=log,
-        evaluate=lambda state: None,
-        save=lambda state: None,
-        stopping=lambda: False,
-    )
-    return log.lines, model
+    hooks = StepRecorder()
+    train(Components(model, optimizer, scaler, choice), make_examples(), pad, config, State(), hooks)
+    return [(each["loss"], each["grad_norm"]) for each in hooks.logged], model
 
 
 @pytest.fixture(autouse=True)
@@ -121,13 +97,10 @@ def test_a_step_is_a_pure_tensor_program(precision, settings, kept):
 
     def step():
         return train_step(
-            model,
-            optimizer,
-            scaler,
+            Components(model, optimizer, scaler, choice),
             batches,
             num_targets,
             learning_rate,
-            precision=choice,
             max_grad_norm=1.0,
             guard=guard,
             loss_sum=loss_sum,
@@ -283,27 +256,15 @@ def test_a_loss_that_is_not_finite_in_a_replay_is_found(graphs_on_cpu, monkeypat
     """With the number of its step, which the recording has as a tensor."""
     monkeypatch.setattr("ft.train.nonfinite.read_synchronizes", lambda device: True)  # as on a GPU
     model, optimizer, scaler, choice = prepare("fp32")
-    log = Log()
 
-    def evaluate(state):
-        if state.step == 6:
-            model.ln_f.bias.data.fill_(float("nan"))
+    class Spoil(StepRecorder):
+        def evaluate(self, state):
+            if state.step == 6:
+                model.ln_f.bias.data.fill_(float("nan"))
 
+    config = make_config(cuda_graphs=True, logging_steps=NEVER, eval_steps=1)
     with pytest.raises(NonFiniteError, match="step 7 is not finite"):
-        train(
-            model,
-            optimizer,
-            scaler,
-            make_examples(),
-            make_config(cuda_graphs=True, logging_steps=NEVER, eval_steps=1),
-            State(),
-            precision=choice,
-            collate=pad,
-            report=log,
-            evaluate=evaluate,
-            save=lambda state: None,
-            stopping=lambda: False,
-        )
+        train(Components(model, optimizer, scaler, choice), make_examples(), pad, config, State(), Spoil())
 
 
 def test_what_excludes_graphs_is_told_at_once(inputs, tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ft import finetune
+from ft import session
 from ft.checkpoint.store import checkpoints
 from ft.cli.main import main
 from ft.io.atomic import StagedDirectory
@@ -73,7 +73,7 @@ def test_a_signal_in_an_evaluation_leaves_it_for_the_resumed_run(
     original, calls = evaluate.evaluate, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "evaluate", evaluate)
+        patch.setattr(session, "evaluate", evaluate)
         assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == status
     assert json.loads((run / "checkpoint-8" / "state.json").read_text())["evaluation_due"] is True
     evaluated = [
@@ -94,7 +94,7 @@ def test_a_signal_in_the_last_evaluations(inputs, calm, tmp_path, monkeypatch, c
     original, seen = evaluate.evaluate, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "evaluate", evaluate)
+        patch.setattr(session, "evaluate", evaluate)
         assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 143
     resume_and_compare(inputs, run, calm, capfd)
 

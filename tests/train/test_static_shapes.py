@@ -1,6 +1,5 @@
 """Batches whose shapes never change: the same losses and gradients, one compilation, no waiting for the device."""
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -15,7 +14,7 @@ from ft.device import Precision
 from ft.errors import UsageError
 from ft.model.compile import compile_blocks, eager_mode
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.train.loop import train
+from ft.train.loop import Components, StepRecorder, train
 from ft.train.optim import build_optimizer
 from ft.train.state import State
 
@@ -65,46 +64,15 @@ def test_all_batches_have_the_same_shapes():
     assert len(shapes) == 1
 
 
-class SilentReport:
-    """Takes what the loop reports and keeps nothing but the losses."""
-
-    def __init__(self):
-        self.losses = []
-
-    def step(self, reviews, tokens):
-        pass
-
-    def pause(self, activity):
-        return contextlib.nullcontext()
-
-    def training(self, step, epoch, *, loss, learning_rate, grad_norm):
-        self.losses.append(loss)
-
-    def evaluation(self, step, epoch, *, loss, accuracy):
-        pass
-
-
 def run_loop(config, precision="fp32", collate_function=collate, n=34, compiled="none"):
     model = make_model(p=0.1, dtype=torch.float32)
     compile_blocks(model.h, compiled, CPU)
     torch.manual_seed(0)
     choice = Precision(precision, "", CPU)
-    report = SilentReport()
-    train(
-        model,
-        build_optimizer(model, 1e-3, 0.0),
-        choice.grad_scaler(),
-        make_examples(n),
-        config,
-        State(),
-        precision=choice,
-        collate=collate_function,
-        report=report,
-        evaluate=lambda state: None,
-        save=lambda state: None,
-        stopping=lambda: False,
-    )
-    return report
+    hooks = StepRecorder()
+    components = Components(model, build_optimizer(model, 1e-3, 0.0), choice.grad_scaler(), choice)
+    train(components, make_examples(n), collate_function, config, State(), hooks)
+    return [each["loss"] for each in hooks.logged]
 
 
 class ScalarReads(TorchDispatchMode):
@@ -165,8 +133,8 @@ def test_a_compiled_run_compiles_once_and_computes_the_same():
     config = Config(**settings)
     compiled = run_loop(config, collate_function=pad, compiled="default")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for most blocks, one for the last"
-    assert len(compiled.losses) == 27
-    assert all(loss == loss for loss in compiled.losses)
+    assert len(compiled) == 27
+    assert all(loss == loss for loss in compiled)
 
     model = make_model(dtype=torch.float32).eval()
     batch = pad(make_examples(4))

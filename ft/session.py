@@ -1,0 +1,273 @@
+"""What happens between the steps of a run: log, evaluate, save, stop; and what the run leaves behind."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from ft.checkpoint import store
+from ft.checkpoint.async_writer import Saver
+from ft.checkpoint.error_hints import nonfinite_advice
+from ft.checkpoint.host_buffer import HostBuffer
+from ft.checkpoint.run_dir import RunDirectory
+from ft.checkpoint.snapshot import Snapshot, gather_weights, take_snapshot
+from ft.data.batches import Batch, collate, collate_padded
+from ft.data.examples import Example
+from ft.device import read_synchronizes, threads_for
+from ft.errors import FtError, printable
+from ft.evaluation.classification import write_scores
+from ft.evaluation.evaluate import Evaluation, evaluate
+from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
+from ft.io.atomic import Executor, atomic_directory
+from ft.model.compile import eager_mode
+from ft.model.gpt2 import GPT2
+from ft.report.console import closing, count_parameters, three_completions, three_predictions
+from ft.report.model_card import Outcome, model_card
+from ft.setup import Inputs
+from ft.train.loop import Components
+from ft.train.metrics import Report
+from ft.train.schedule import steps_per_epoch, total_steps
+from ft.train.signals import StopRequest
+from ft.train.state import State
+from ft.train.tensorboard import EventFiles
+
+
+@contextmanager
+def open_session(
+    run: RunDirectory, inputs: Inputs, model: GPT2, components: Components, state: State
+) -> Iterator["Session"]:
+    """A session with its metrics file and signal handlers; they are closed and put back at the end.
+
+    Raises:
+        FtError: a loss or gradient was not finite; the message says what helps.
+    """
+    config, ranks = run.config, components.ranks
+    metrics = tensorboard = None
+    if ranks.is_rank_zero:
+        metrics = run.path / "metrics.jsonl"
+        tensorboard = EventFiles(run.path / "tensorboard", first_step=state.step) if config.tensorboard else None
+    with (
+        threads_for(count_parameters(model)),
+        StopRequest(agree=ranks.all_reduce_max) as stopping,
+        Report(
+            metrics,
+            total_steps=total_steps(len(inputs.data.examples["train"]), config),
+            first_step=state.step,
+            metrics_bytes=state.metrics_bytes,
+            tensorboard=tensorboard,
+            lock=run.lock,
+        ) as report,
+        nonfinite_advice(config, run.path, inputs.data.splits["train"]),
+    ):
+        yield Session(run, inputs, model, components, state, report, stopping)
+
+
+class Session:
+    """The hooks that the training loop calls in a run: see `ft.train.loop.Hooks`."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        inputs: Inputs,
+        model: GPT2,
+        components: Components,
+        state: State,
+        report: Report,
+        stopping: StopRequest,
+    ) -> None:
+        """`model` is what `components.model` wraps, `stopping` says whether a signal has come to any rank."""
+        self._seconds_before = state.seconds  # spent in earlier processes of a resumed run
+        self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
+        self._components, self._report, self._stopping = components, report, stopping
+        self._source = inputs.description.source(inputs.data.label_names)
+        self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
+        self._evaluations: dict[str, Evaluation] = {}  # the newest of each split
+        device, ranks = components.precision.device, components.ranks
+        self._writer = Saver(
+            self._write_checkpoint, report.line, blocking=run.config.save_blocking, agree=ranks.all_reduce_max
+        )
+        uses_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not run.config.save_blocking
+        self._host = HostBuffer(device) if uses_pinned_memory else None
+
+    # --- the hooks of the loop
+
+    def step_done(self, num_examples: int, num_tokens: int) -> None:
+        """Count an optimizer step for throughput and progress."""
+        self._report.step(examples=num_examples, tokens=num_tokens)
+
+    def log(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Write the mean training loss to console and metrics.jsonl."""
+        self._report.training(step, epoch, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+
+    def evaluate(self, state: State) -> None:
+        """Evaluate on the validation split and on general text; a signal meanwhile leaves the evaluation due."""
+        result = self._evaluate_split("validation")
+        if result is not None and self._measure_forgetting(state):
+            epoch = state.step / self._steps_per_epoch
+            self._report.evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
+            state.note(result.loss, result.accuracy)
+
+    def defers_save(self, state: State) -> bool:
+        """Whether the writer is busy, on an accelerator: it takes many steps while a checkpoint is written.
+
+        On a CPU a step takes longer than that, and a save waits: checkpoints stay at multiples of `--save-steps`.
+        """
+        return read_synchronizes(self._components.precision.device) and self._writer.puts_off(state.step)
+
+    def save(self, state: State) -> None:
+        """Copy everything that a checkpoint holds, and have a background thread write it."""
+        parts, copy = self._components, not self._config.save_blocking
+        with self._report.pause("saving"):
+            self._writer.wait()  # before another copy of everything is made
+            snapshot = take_snapshot(
+                self._model, parts.optimizer, parts.scaler, state, copy=copy, ranks=parts.ranks, host=self._host
+            )
+            if self._config.cuda_graphs and parts.optimizer.waits_for is not None:
+                # A recorded step cannot wait in its middle for the copies: the whole next step waits.
+                parts.optimizer.waits_for.wait()
+                parts.optimizer.waits_for = None
+            if not parts.ranks.is_rank_zero:
+                return
+            try:
+                snapshot.state.metrics_bytes = self._report.metrics_bytes
+                snapshot.state.seconds = self._seconds()
+            except OSError as error:
+                self._writer.refused(state.step, error)
+                return
+            self._writer.save(snapshot)
+
+    def should_stop(self, state: State) -> bool:
+        """Whether a signal has come, or evaluations no longer improve."""
+        return self._stopping() or state.is_out_of_patience(self._config.early_stopping_patience)
+
+    # --- before and after the loop
+
+    def prepare(self, state: State) -> bool:
+        """Make up for what is due before the first step; returns whether there are steps to train."""
+        if state.step == 0:
+            self._measure_forgetting(state)
+        if state.evaluation_due:  # the run was stopped in the evaluation that belongs to this step
+            self.evaluate(state)
+            if not self._stopping():
+                self.save(state)
+        return not self.should_stop(state)
+
+    def collate_function(self) -> Callable[[Sequence[Example]], Batch]:
+        """Packed batches, or padded ones where shapes must not change; on a CPU the parts of a step are timed."""
+        config = self._config
+        function: Callable[[Sequence[Example]], Batch] = collate
+        if config.static_shapes or config.cuda_graphs or config.compile != "none":
+            function = partial(collate_padded, batch_size=config.batch_size, max_length=config.max_length)
+        if self._components.precision.device.type == "cpu" and not config.shard:  # FSDP2 has other gradient hooks
+            return self._report.times.observe(self._model, function)
+        return function
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is written."""
+        self._writer.wait()
+
+    def finish(self, state: State) -> None:
+        """Judge the model on the test split, and write what the run leaves behind: see `_write_results`.
+
+        Raises:
+            Stopped: a signal has come; the run is saved.
+            FtError: the last checkpoint could not be written.
+        """
+        splits = self._inputs.data.examples
+        judged = "test" if "test" in splits else "validation"
+        if judged not in self._evaluations and not self._stopping():
+            self._evaluate_split(judged)
+        ranks, path = self._components.ranks, self._run.path
+        if self._stopping():
+            if self._writer.failure is not None:
+                raise FtError(f"stopped, but the last checkpoint could not be written: {self._writer.failure}")
+            message = f"Stopped after step {state.step:,}. To continue: python run.py --resume {printable(str(path))}"
+            raise self._stopping.stopped(message if ranks.is_rank_zero else "")
+        seconds = self._seconds()
+        test = self._evaluations.get("test")
+        if test is not None:
+            epoch = state.step / self._steps_per_epoch
+            self._report.evaluation(state.step, epoch, loss=test.loss, accuracy=test.accuracy, split="test")
+        self._write_results(state, judged, seconds)
+
+    def _write_results(self, state: State, judged: str, seconds: float) -> None:
+        """Write scores.json, the model card and `final/` in rank 0, and print the summary."""
+        config, data, run = self._config, self._inputs.data, self._run
+        weights = gather_weights(self._model, self._components.ranks)
+        with eager_mode(config.compile):
+            examples = (
+                three_predictions(self._model, data, config.max_length)
+                if data.label_names
+                else three_completions(self._model, data)
+            )
+        if not self._components.ranks.is_rank_zero:
+            return
+        run.restore()
+        probabilities, test = self._evaluations[judged].probabilities, self._evaluations.get("test")
+        if probabilities is not None:
+            write_scores(run.path / "scores.json", state.step, probabilities, data.splits[judged], data.label_names)
+        precision = self._components.precision
+        card = model_card(
+            config,
+            data,
+            Outcome(state, test, seconds),
+            num_parameters=count_parameters(self._model),
+            device=f"{precision.device} in {precision.name}",
+        )
+        with atomic_directory(run.path / "final") as folder:
+            store.save_model(folder, self._inputs.model_config, weights, self._source)
+            folder.write("README.md", [card.encode()])
+        if (failure := self._writer.failure) is not None:
+            raise FtError(
+                f"the model is saved to {run.path / 'final'}, but the last checkpoint could not be written "
+                f"({failure.strerror or failure}): a longer run could only continue from the one before"
+            )
+        print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
+        print(examples)
+        if config.demo:
+            print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
+
+    def _seconds(self) -> float:
+        """Seconds of the whole run: of the parts before this process, and since it began."""
+        return self._seconds_before + time.perf_counter() - self._run.started
+
+    def _evaluate_split(self, split: str) -> Evaluation | None:
+        result = self._evaluate(self._inputs.data.examples[split], self._inputs.data.label_ids)
+        if result is not None:
+            self._evaluations[split] = result
+        return result
+
+    def _measure_forgetting(self, state: State) -> bool:
+        """Note the loss on general text, if `--forgetting` asks for it; False if a signal has come meanwhile."""
+        text = self._inputs.general_text
+        if text is None:
+            return True
+        result = self._evaluate(text.windows, [], batch_size=WINDOWS_AT_ONCE)
+        if result is None:
+            return False
+        epoch = state.step / self._steps_per_epoch
+        self._report.general_text(state.step, epoch, loss=result.loss, perplexity=perplexity(result.loss))
+        state.general_loss = result.loss
+        if state.step == 0:
+            state.general_loss_before = result.loss
+        return True
+
+    def _evaluate(
+        self, examples: Sequence[Example], label_ids: Sequence[int], batch_size: int | None = None
+    ) -> Evaluation | None:
+        """Loss and accuracy; None if a signal has come meanwhile."""
+        with eager_mode(self._config.compile), self._report.pause("evaluating"):
+            return evaluate(
+                self._model,
+                examples,
+                label_ids,
+                batch_size=batch_size or self._config.eval_batch_size,
+                precision=self._components.precision,
+                stopping=self._stopping,
+                ranks=self._components.ranks,
+            )
+
+    def _write_checkpoint(self, snapshot: Snapshot, executor: Executor) -> None:
+        keep, keep_best = self._config.keep_checkpoints, self._config.keep_best
+        store.write_checkpoint(self._run.path, snapshot, self._source, keep=keep, keep_best=keep_best, do=executor)
+        self._run.restore_config()

@@ -1,0 +1,135 @@
+"""What a run is made of, each part built by one function: device, inputs, model, components, state."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ft.checkpoint import resume
+from ft.checkpoint.model_folder import ModelDescription, read_description
+from ft.checkpoint.run_dir import RunDirectory
+from ft.checkpoint.snapshot import WEIGHTS, load_training_state
+from ft.config import Config
+from ft.data.load import Data, read_data
+from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
+from ft.distributed.launch import local_rank, world_size
+from ft.distributed.ranks import Ranks
+from ft.evaluation.perplexity import GeneralText, read_general_text
+from ft.model.compile import compile_blocks
+from ft.model.freeze import freeze
+from ft.model.gpt2 import GPT2, GPT2Config
+from ft.model.pretrained import ModelFiles, load_weights, model_config_of, model_files
+from ft.train.cuda_graphs import require_cuda
+from ft.train.loop import Components
+from ft.train.optim import build_optimizer
+from ft.train.state import State
+from ft.train.tensorboard import summary_writer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        files: where the model's files are.
+        description: the model's configuration and tokenizer, as published.
+        model_config: the same configuration with what the settings change, such as dropout.
+        data: the splits as rows and as examples.
+        general_text: what forgetting is measured on; None without `--forgetting`.
+        sha256: the digest of all examples, by which a resumed run recognizes its data.
+    """
+
+    files: ModelFiles
+    description: ModelDescription
+    model_config: GPT2Config
+    data: Data
+    general_text: GeneralText | None
+    sha256: str
+
+
+def prepare_device(config: Config) -> Precision:
+    """Choose device and precision, and set what holds for the whole process.
+
+    Raises:
+        UsageError: the device is not present, or cannot do what the settings ask for.
+    """
+    device = use_device(config.device, local_rank() if world_size() > 1 else None)
+    if config.cuda_graphs:
+        require_cuda(device)
+    if config.tensorboard:
+        summary_writer()  # raises now if the package is not installed, instead of after the data are read
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    if not config.release_memory:
+        disable_malloc_trim()
+    return choose_precision(config.precision, device)
+
+
+def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
+    """Find or download the model's files and the data set, tokenize, and check that all ranks read the same.
+
+    Raises:
+        FtError: a file is missing, unreadable or not what it should be.
+        UsageError: the ranks read different data, or a resumed run would become shorter.
+    """
+    config = run.config
+    needs_weights = config.init == "pretrained" and run.resume_from is None
+    with ranks.local_rank_zero_first():  # one process of each machine downloads, the others read its cache
+        files = model_files(config.model, config.model_revision, with_weights=needs_weights)
+        description = read_description(files)
+        model_config = model_config_of(description.config, config)
+        data = read_data(config, description.tokenizer.tokenizer)
+        general_text = None
+        if config.forgetting is not None:
+            general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
+    digest = data.sha256()
+    ranks.require_same({"the SHA-256 of the data": digest})
+    return Inputs(files, description, model_config, data, general_text, digest)
+
+
+def build_model(run: RunDirectory, inputs: Inputs) -> GPT2:
+    """The model on the CPU, with its weights: those of the checkpoint, pretrained ones, or random ones.
+
+    Raises:
+        FtError: the weights do not fit the configuration.
+        UsageError: a pattern of --train-only or --freeze matches nothing.
+    """
+    config = run.config
+    model = GPT2(inputs.model_config)
+    freeze(model, config.train_only, config.freeze)
+    if run.resume_from is not None:
+        load_weights(model, [run.resume_from / WEIGHTS])
+    elif config.init == "pretrained":
+        load_weights(model, inputs.files.weights)
+    else:
+        model.init_weights(config.seed)
+    model.activation_checkpointing = config.activation_checkpointing
+    return model
+
+
+def build_components(model: GPT2, config: Config, precision: Precision, ranks: Ranks) -> Components:
+    """Move the model to its device, and build what a training step needs besides it.
+
+    Raises:
+        UsageError: --compile cannot work here.
+    """
+    compile_blocks(model.h, config.compile, precision.device)
+    parallel = ranks.parallel(model, precision.device, shard=config.shard, bf16_gradients=config.bf16_gradients)
+    # Compiled blocks cast inside their kernels, and sharded weights are not here as a whole: both stay on autocast.
+    if precision.name != "fp32" and config.compile == "none" and not config.shard:
+        model.keep_half_weights(precision.dtype)
+    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+    torch.manual_seed(config.seed + ranks.rank)  # dropout masks differ between ranks
+    return Components(parallel, optimizer, precision.grad_scaler(), precision, ranks)
+
+
+def restore_state(run: RunDirectory, inputs: Inputs, model: GPT2, components: Components) -> State:
+    """The state at the start of a run, or that of the checkpoint with optimizer, loss scale and random states.
+
+    Raises:
+        FtError: the checkpoint does not fit the model, or the data are not those of the run.
+    """
+    state = State()
+    if run.resume_from is not None:
+        state = load_training_state(run.resume_from, model, components.optimizer, components.scaler, components.ranks)
+        resume.check_data_unchanged(run.resume_from, state, inputs.sha256)
+    state.data = inputs.sha256
+    return state
