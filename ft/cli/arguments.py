@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Never
 
 from ft.cli.parsers import unknown_flag
-from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
+from ft.config import NEWEST, NO_FLAGS, Config, flag
 from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
-from ft.settings import checked, field_groups, field_help, parse_value, read_config_file, run_of
+from ft.settings import checked, field_groups, field_help, field_types, parse_value, read_config_file, run_of
 
 EXAMPLES = """\
 examples:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from ft.config import NO_FLAGS, Config, flag
+from ft.config import LENGTH, NO_FLAGS, OPTIMIZER, Config, flag
 from ft.data.load import Data
 from ft.evaluation.evaluate import Evaluation
 from ft.evaluation.perplexity import perplexity
 from ft.settings import field_groups
 from ft.train.state import State
 
-SETTINGS = ("How long, and in what portions", "The optimiser")  # the headings in `Config` whose fields are told
+SETTINGS = (LENGTH, OPTIMIZER)  # the groups of settings that the card lists
 
 CLASSIFY = """\
 ```python

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ft.config import Config, field_types, flag
+from ft.config import Config, flag
 from ft.errors import UsageError, shown
 from ft.io.plain_files import read_regular
-from ft.settings import NOT_OF_THE_RUN
+from ft.settings import NOT_OF_THE_RUN, field_types
 
 Events = list[dict[str, Any]]
 PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step

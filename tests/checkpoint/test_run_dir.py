@@ -12,8 +12,8 @@ from ft import session
 from ft.checkpoint.resume import check_data_unchanged
 from ft.checkpoint.store import checkpoints
 from ft.cli.main import main
-from ft.config import NO_FLAGS, field_types, flag
-from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
+from ft.config import NO_FLAGS, flag
+from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME, field_types
 from ft.train.metrics import Report
 from ft.train.state import State
 from tests.test_config import FIELDS, other_value

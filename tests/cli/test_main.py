@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import ft.finetune
 from ft.cli.arguments import COMMANDS, read_arguments
 from ft.cli.main import main
-from ft.config import NEWEST, NO_FLAGS, Config, field_types, flag
+from ft.config import NEWEST, NO_FLAGS, Config, flag
 from ft.data.demo import SETTINGS
 from ft.errors import FtError, UsageError
-from ft.settings import NOT_OF_THE_RUN, field_groups, field_help
+from ft.settings import NOT_OF_THE_RUN, field_groups, field_help, field_types
 from tests.test_config import EVERY_FIELD, FIELDS, other_value
 
 ROOT = Path(__file__).parents[2]
