@@ -17,7 +17,7 @@ from ft.train.optim import build_optimizer
 from ft.train.state import State
 
 CONFIG = GPT2Config(vocab_size=23, n_positions=8, n_embd=8, n_layer=2, n_head=2)
-SOURCE = ModelSource({"model_type": "gpt2", "eos_token_id": 0}, b"{}", ("neg", "pos"))
+SOURCE = ModelSource({"model_type": "gpt2", "eos_token_id": 0}, b"{}", ("neg", "pos"), {})
 
 
 class Streams:
