@@ -1,4 +1,4 @@
-"""Tensors that are sent together: what arrives is what was sent, in one copy. On a GPU: tests/integration/test_emulated_cuda.py."""
+"""Tensors that are sent together: what arrives is what was sent, in one copy."""
 
 from dataclasses import dataclass
 
