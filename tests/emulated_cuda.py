@@ -79,7 +79,7 @@ def build(folder):
 
 
 def run_marked_tests(session):
-    """Run all tests of a session marked with `emulated_cuda` in a second pytest; returns its reports by test."""
+    """Run the marked tests of a session in a second pytest: its reports, by their test, and all that it printed."""
     names = [item.nodeid for item in session.items if item.get_closest_marker(MARK)]
     with TemporaryDirectory() as temporary:
         caches = hasattr(session.config, "cache")
@@ -121,7 +121,7 @@ def replay(item, nextitem):
 
 def write_report(report, config):
     """In the second pytest, write down what became of a test."""
-    if is_here():
+    if REPORTS in os.environ:
         data = config.hook.pytest_report_to_serializable(config=config, report=report)
         with open(os.environ[REPORTS], "a") as file:
             file.write(json.dumps(data) + "\n")
