@@ -105,8 +105,9 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         notes += splits[name].notes
     if columns.completion is None:
         _refuse_labels_of_two_kinds(splits, files, label_names)
-        if not splits["train"].in_words and splits["train"].label_names is not None:
-            splits = {name: numbered_as(split, splits["train"].label_names) for name, split in splits.items()}
+        told = splits["train"].label_names
+        if told is not None and len(set(told) - {""}) == len(told) > 1:  # others are refused with their reason later
+            splits = {name: numbered_as(split, told) for name, split in splits.items()}
         if label_names is None and splits["train"].label_names is None:
             splits = _with_numbers_as_names(splits)
             named = listed(splits["train"].label_names or ())

@@ -17,7 +17,7 @@ SAVED = re.compile(rf"(?:(?P<word>{_WORD})/)?(?:data-(?P<number>\d{{5}})-of-(?P<
 # `train/0000.parquet`, as the Hub converts data sets to parquet; `partial-train` where it stopped at five gigabytes.
 CONVERTED = re.compile(rf"(?:partial-)?(?P<word>{_WORD})/(?P<number>\d{{4}})")
 # Where there are none of these: `train/anything.csv`, all of a directory together, or `reviews_train.csv`.
-IN_DIRECTORY = re.compile(rf"(?P<word>{_WORD})/[^/]+")
+IN_DIRECTORY = re.compile(rf"(?P<word>{_WORD})/(?!state$|dataset_info$)[^/]+")  # which `datasets` writes beside tables
 WITH_WORD = re.compile(rf"(?:.*[^a-zA-Z])?(?P<word>{_WORD})(?:[^a-zA-Z].*)?")
 
 

@@ -1,6 +1,7 @@
 """Tables as other programs write them: pandas, `datasets`, Excel, Spark, plain joins by tabs; and what is broken."""
 
 import csv
+import json
 import random
 import shlex
 import string
@@ -79,6 +80,12 @@ def test_what_pandas_writes_comes_back(tmp_path, suffix, quoting):
     assert split.texts == texts
     assert words_of(split) == LABELS
     assert split.notes == ("x" + suffix + " has 6 rows in 9 lines, as some values span several",)
+
+
+def test_doubled_quotes_tell_that_tab_separated_values_are_quoted(tmp_path):
+    texts = ['he said "no"', '"', "plain", "c", "d", "e"]
+    pandas.DataFrame({"text": texts, "label": LABELS}).to_csv(tmp_path / "x.tsv", index=False, sep="\t")
+    assert split_of(tmp_path / "x.tsv").texts == texts
 
 
 def test_random_tables_come_back_from_every_writer(tmp_path):
@@ -504,3 +511,31 @@ def test_lines_of_a_text():
     assert plain_lines("a\r\nb\rc\n\nd\u2028\x85\x0c\x1c") == ["a", "b", "c", "", "d\u2028\x85\x0c\x1c"]
     assert plain_lines("a\n") == ["a"]
     assert plain_lines("") == []
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_delimiter_and_encoding_are_taken_by_every_command(inputs, tmp_path, capsys):
+    rows = [f"ein schöner, {word} film {i}~{word}\n" for i in range(20) for word in ("pos", "neg")]
+    path = tmp_path / "x.csv"
+    path.write_bytes(("text~label\n" + "".join(rows)).encode("cp1252"))
+    form = ["--delimiter", "~", "--encoding", "cp1252"]
+    flags = [*inputs, "--dataset", str(path), *form]
+    run = str(tmp_path / "run")
+    assert main(["data", *flags]) == 0
+    assert main(["explain", *flags, "--row", "1"]) == 0
+    assert "ein schöner, " in capsys.readouterr().out
+    assert main([*flags, "--max-steps", "1", "--output-dir", run]) == 0
+    assert main(["evaluate", run, "--device", "cpu", "--split", "all", "--json"]) == 0
+    capsys.readouterr()
+    arguments = ["evaluate", run, "--device", "cpu", "--json", "--dataset", str(path)]
+    assert main(arguments) == 1
+    assert "--encoding cp1252" in capsys.readouterr().err
+    assert main([*arguments, *form]) == 0
+    assert sum(map(sum, json.loads(capsys.readouterr().out)["confusion"])) == 40
+    arguments = ["predict", run, "--device", "cpu", "--json", "--file", str(path)]
+    assert main([*arguments, *form]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 40
+    assert main([*arguments, "--encoding", "cp1252"]) == 1
+    assert "name another delimiter by --delimiter" in capsys.readouterr().err
