@@ -109,7 +109,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         UsageError: the file is absent, no JSON object, or has a setting that does not exist.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))  # with the mark that editors on Windows put first
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
