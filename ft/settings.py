@@ -186,7 +186,9 @@ def read_config_file(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]
         UsageError: the file is absent, no JSON object, or has a setting that does not exist.
     """
     try:
-        settings = json.loads((path.read_bytes() if may_be_pipe else read_regular(path)).decode())
+        settings = json.loads(
+            (path.read_bytes() if may_be_pipe else read_regular(path)).decode("utf-8-sig")
+        )  # a BOM, as editors on Windows write it
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

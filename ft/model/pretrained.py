@@ -3,20 +3,15 @@
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ft.config import Config
 from ft.errors import FtError
+from ft.io.hub import Source, find_files
 from ft.io.model_layout import CONFIG, INDEX, WEIGHTS, all_of, files_of_a_model, shard_names
 from ft.model.gpt2 import GPT2, GPT2Config
-
-if TYPE_CHECKING:
-    pass
-
-from ft.config import Config
-from ft.io.hub import Source, find_files
 
 
 def read_tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

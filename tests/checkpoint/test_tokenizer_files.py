@@ -116,6 +116,7 @@ PUBLISHED = {
     "added words": (by_transformers, lambda t: t.add_tokens(["so so", AddedToken("dull", lstrip=True)]), {}),
     "end-of-text as padding": (by_transformers, lambda t: setattr(t, "pad_token", END), {}),
     "add_prefix_space": (by_transformers, nothing, {"add_prefix_space": True}),
+    "a start of text": (by_transformers, nothing, {"bos_token": "<|startoftext|>", "pad_token": "<|pad|>"}),
     "a chat template": (by_transformers, with_template, {}),
     "truncation": (by_transformers, lambda t: t(TEXTS, truncation=True, max_length=4), {}),
     "Lowercase": (general, lambda t: setattr(t, "normalizer", Lowercase()), {}),

@@ -185,3 +185,8 @@ def test_what_is_proposed_for_a_habit_is_taken(habit):
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_nothing_that_deletes_is_ever_proposed(word):
     assert not any(f"is it {name}" in unknown_flag(word, FLAGS) for name in DESTRUCTIVE)
+
+
+def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "mine.json").write_bytes(b'\xef\xbb\xbf{"seed": 5}')
+    assert read_arguments(["--config", "mine.json"]) == Config(seed=5)

@@ -28,20 +28,19 @@ ROOT = Path(__file__).parents[2]
 CALLS = """
 import dataclasses, json, os, sys, time
 time.sleep = lambda seconds: None
-from ft.data import dataset_files
+from ft.data.dataset_files import dataset_files, save_dataset
 from ft.errors import FtError
 from ft.io import hub, stall
-from ft.model import pretrained
+from ft.model.pretrained import model_files
 hub.STALL = float(os.environ.get("STALL", hub.STALL))
 stall.SILENCE = stall.INTERVAL = 0.2
-functions = {**vars(dataset_files), **vars(pretrained)}
 if "LARGEST_FILE" in os.environ:  # writing more fails as it does on a full disk
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
 results = []
 for name, arguments, options in json.loads(sys.argv[1]):
     try:
-        result = functions[name](*arguments, **options)
+        result = globals()[name](*arguments, **options)
     except FtError as error:
         result = {"error": str(error), "cause": type(error.__cause__).__name__}
     results.append(dataclasses.asdict(result) if name == "model_files" and not isinstance(result, dict) else result)
@@ -176,6 +175,28 @@ def test_a_revision_of_a_folder_is_refused(tmp_path):
         model_files(str(put(tmp_path / "m", MODEL)), "main")
     with pytest.raises(FtError, match="leave out --dataset-revision"):
         dataset_files(str(put(tmp_path / "d", DATASET)), "main")
+
+
+ABOUT = {"tokenizer_config.json": b"{}", "special_tokens_map.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
+PARTS = {"vocab.json": b'{"a": 0}', "merges.txt": b"#version: 0.2\n"}
+
+
+def test_what_is_said_of_a_tokenizer_comes_along(tmp_path):
+    folder = put(tmp_path / "m", {**MODEL, **PARTS, **ABOUT})
+    assert contents(model_files(str(folder)).tokenizer) == {"tokenizer.json": TOKENIZER, **ABOUT}
+    (folder / "tokenizer.json").unlink()
+    assert contents(model_files(str(folder)).tokenizer) == {**PARTS, **ABOUT}
+    (folder / "merges.txt").unlink()
+    with pytest.raises(FtError, match=r"has no tokenizer\.json: "):
+        model_files(str(folder))
+
+
+def test_what_is_said_of_a_tokenizer_comes_from_the_hub_and_its_cache(run, hub):
+    files = {name: content for name, content in MODEL.items() if name != "tokenizer.json"}
+    hub.repositories["models/owner/parts"] = Repository({**files, **PARTS, **ABOUT, "evil.py": b"print()"})
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        found = run(("model_files", "owner/parts"), **environment)
+        assert contents(found["tokenizer"]) == {**PARTS, **ABOUT}
 
 
 def test_shards_come_in_order_and_beside_no_single_file(tmp_path):
@@ -325,7 +346,6 @@ def test_first_run_second_run_and_offline(hub, run, tmp_path):
     assert contents(big) == IN_FULL | {"weights": list(SHARDS.values())}
     names = [name for name, _ in hub.fetched()]
     assert sorted(set(names)) == sorted({*MODEL, *DATASET, *SHARDS, "model.safetensors.index.json"} - {"README.md"})
-    assert "torch" not in run.modules
 
     hub.requests.clear()
     assert run(*calls) == first
@@ -346,7 +366,7 @@ def test_first_run_second_run_and_offline(hub, run, tmp_path):
 
 def test_a_folder_needs_no_hub_client(run, tmp_path):
     run(("model_files", str(put(tmp_path / "m", MODEL))), ("dataset_files", str(put(tmp_path / "d", DATASET))))
-    assert not {"huggingface_hub", "torch"} & run.modules
+    assert "huggingface_hub" not in run.modules
 
 
 def test_offline_what_the_cache_lacks_is_missed(hub, run, tmp_path):
