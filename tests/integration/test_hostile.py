@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ft.cli.main import main
+from ft.data.examples import read_tokenizer
 from ft.errors import LONGEST_MESSAGE, MOST_PROBLEMS, FtError, UsageError, one_line, printable, shown
 
 FUZZ = settings(derandomize=True, deadline=None, max_examples=50)
@@ -140,6 +142,14 @@ def test_of_very_many_problems_the_first_are_told():
 @pytest.mark.parametrize("value", ["z" * 100_000, ["z" * 1000] * 1000, {"a": {"b": {"c": "z" * 10_000}}}, 10**4000])
 def test_a_value_of_any_size_is_quoted_shortly(value):
     assert len(shown(value)) < 1500
+
+
+def test_a_tokenizer_on_which_the_library_panics_is_refused(inputs, tmp_path):
+    described = json.loads((Path(inputs[1]) / "tokenizer.json").read_text())
+    described["model"]["continuing_subword_prefix"] = "longer than any token"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(FtError, match=r"cannot read .*tokenizer.json as a tokenizer: .*out of range"):
+        read_tokenizer(tmp_path / "tokenizer.json")
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
