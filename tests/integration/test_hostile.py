@@ -27,6 +27,7 @@ TEXTS = ("\x1b]0;title\x07 dull", "a\rb\nerror: forged", "\x9b31m \u202efine\u20
 def run(inputs, tmp_path_factory):
     """A finished run on labels and texts that mean harm, with what it printed, and the file of its data."""
     folder = tmp_path_factory.mktemp("hostile")
+    name = "run \x1b[31m<script>\u202e"
     data = folder / "train.csv"
     with data.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -36,11 +37,11 @@ def run(inputs, tmp_path_factory):
     out = io.StringIO()
     stdout, sys.stdout = sys.stdout, out
     try:
-        status = main([*flags, "--output-dir", str(folder / "run")])
+        status = main([*flags, "--output-dir", str(folder / name)])
     finally:
         sys.stdout = stdout
     assert status == 0
-    return folder / "run", out.getvalue(), flags
+    return folder / name, out.getvalue(), flags
 
 
 def assert_harmless(output):
@@ -73,7 +74,12 @@ def test_every_command_prints_them_escaped(run, command, capsys):
     assert main([*words, *device]) == 0
     out, err = capsys.readouterr()
     assert_harmless(out + err)
-    if command[0] != "report":  # which prints the name of its file
+    if command[0] == "report":
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert not {c for c in page if not c.isprintable()} - {"\n"}
+        assert "<script" not in page
+        assert "&lt;script&gt;" in page
+    else:
         assert r"\x1b[2J\x1b[31mred" in out
 
 
