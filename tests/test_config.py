@@ -180,6 +180,7 @@ WRONG = [
     ({"epochs": 10**400}, f"--epochs is 1{'0' * 17}...{'0' * 19}, it must be finite"),
     ({"epochs": 1e7}, "--epochs is 10000000.0, it must be above 0 and at most 1000000"),
     ({"max_steps": 2**63}, "--max-steps is 9223372036854775808, it must be below 2**63"),
+    ({"text_column": "label"}, "--text-column and --label-column are both 'label': the model would read its answer"),
     ({"model": "a\0b"}, "--model is 'a\\x00b', it must not hold a NUL character"),
     ({"epochs": float("inf")}, "--epochs is inf, it must be finite"),
     ({"learning_rate": -1e-5}, "--learning-rate is -1e-05, it must be at least 0.0"),

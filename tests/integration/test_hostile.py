@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ft.cli.main import main
+from ft.data.examples import read_tokenizer
 from ft.errors import LONGEST_MESSAGE, MOST_PROBLEMS, FtError, UsageError, one_line, printable, shown
 
 FUZZ = settings(derandomize=True, deadline=None, max_examples=50)
@@ -25,6 +27,7 @@ TEXTS = ("\x1b]0;title\x07 dull", "a\rb\nerror: forged", "\x9b31m \u202efine\u20
 def run(inputs, tmp_path_factory):
     """A finished run on labels and texts that mean harm, with what it printed, and the file of its data."""
     folder = tmp_path_factory.mktemp("hostile")
+    name = "run \x1b[31m<script>\u202e"
     data = folder / "train.csv"
     with data.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -34,11 +37,11 @@ def run(inputs, tmp_path_factory):
     out = io.StringIO()
     stdout, sys.stdout = sys.stdout, out
     try:
-        status = main([*flags, "--output-dir", str(folder / "run")])
+        status = main([*flags, "--output-dir", str(folder / name)])
     finally:
         sys.stdout = stdout
     assert status == 0
-    return folder / "run", out.getvalue(), flags
+    return folder / name, out.getvalue(), flags
 
 
 def assert_harmless(output):
@@ -71,7 +74,12 @@ def test_every_command_prints_them_escaped(run, command, capsys):
     assert main([*words, *device]) == 0
     out, err = capsys.readouterr()
     assert_harmless(out + err)
-    if command[0] != "report":  # which prints the name of its file
+    if command[0] == "report":
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert not {c for c in page if not c.isprintable()} - {"\n"}
+        assert "<script" not in page
+        assert "&lt;script&gt;" in page
+    else:
         assert r"\x1b[2J\x1b[31mred" in out
 
 
@@ -140,6 +148,14 @@ def test_of_very_many_problems_the_first_are_told():
 @pytest.mark.parametrize("value", ["z" * 100_000, ["z" * 1000] * 1000, {"a": {"b": {"c": "z" * 10_000}}}, 10**4000])
 def test_a_value_of_any_size_is_quoted_shortly(value):
     assert len(shown(value)) < 1500
+
+
+def test_a_tokenizer_on_which_the_library_panics_is_refused(inputs, tmp_path):
+    described = json.loads((Path(inputs[1]) / "tokenizer.json").read_text())
+    described["model"]["continuing_subword_prefix"] = "longer than any token"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(FtError, match=r"cannot read .*tokenizer.json as a tokenizer: .*out of range"):
+        read_tokenizer(tmp_path / "tokenizer.json")
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
