@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ft.checkpoint import snapshot
 from ft.checkpoint.store import checkpoints, verify_checkpoint
 from ft.cli.main import main
 from ft.errors import FtError
@@ -111,14 +112,12 @@ def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(inputs, tmp
 
 
 def test_a_folder_that_is_lost_after_the_last_line_still_gets_all(inputs, finished, tmp_path, monkeypatch):
-    from ft import finetune
-
     def lose(*arguments):
         delete(run)
         return gather_weights(*arguments)
 
-    run, gather_weights = tmp_path / "run", finetune.checkpoint.gather_weights
-    monkeypatch.setattr(finetune.checkpoint, "gather_weights", lose)
+    run, gather_weights = tmp_path / "run", snapshot.gather_weights
+    monkeypatch.setattr(snapshot, "gather_weights", lose)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
     assert {path.name for path in run.iterdir()} == {".lock", "config.json", "scores.json", "final"}
 
