@@ -1,6 +1,6 @@
 """What the program survives: kills, file operations that fail, bad input. A table of what its tests did to it.
 
-    python -m benchmarks.survival [--slow]
+    python -m benchmarks.survival [--slow] [--tests io/test_direct_io ...]
 
 Runs those tests and counts. A single loss would be a test that fails, and with it this command.
 """
@@ -17,15 +17,17 @@ from benchmarks.common import markdown_table, write_result
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "test_kill": "runs killed over and over, against calm ones",
-    "test_files": "folders written while an operation fails, and damaged ones",
-    "test_disk": "files on disks that refuse, move little at a time, or give back other bytes",
-    "test_checkpoint": "checkpoints written and deleted while an operation fails, and damaged ones",
-    "test_saver": "disks that refuse, and saving beside the training",
-    "test_real_disks": "full disks and missing permissions, as the system makes them",
-    "test_stop": "signals, in steps, evaluations and saves",
-    "test_nonfinite": "losses and gradients that are not finite",
-    "test_bad_input": "bad files, flags, checkpoints, and readers under random bytes",
+    "integration/test_kill": "runs killed over and over, against calm ones",
+    "io/test_atomic": "folders written while an operation fails, and damaged ones",
+    "io/test_direct_io": "files on disks that refuse, move little at a time, or give back other bytes",
+    "checkpoint/test_store": "checkpoints written and deleted while an operation fails, and damaged ones",
+    "checkpoint/test_async_writer": "disks that refuse, and saving beside the training",
+    "integration/test_real_disks": "full disks and missing permissions, as the system makes them",
+    "train/test_signals": "signals, in steps, evaluations and saves",
+    "train/test_nonfinite": "losses and gradients that are not finite",
+    "integration/test_bad_input": "bad files, flags, checkpoints, and readers under random bytes",
+    "integration/test_run_directory": "run directories moved, deleted and rearranged during a run",
+    "integration/test_run_directory_fuzz": "run directories whose files were changed or replaced by a seed",
 }
 
 
@@ -33,10 +35,11 @@ def main() -> None:
     """Run the tests, count, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slow", action="store_true", help="also 200 kills of one run, and 10 at 124M parameters")
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="only these (default: all)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        files = [f"tests/{name}.py" for name in TESTS]
+        files = [f"tests/{name}.py" for name in options.tests]
         marks = ["-m", "slow or not slow"] if options.slow else []
         command = [sys.executable, "-m", "pytest", "-q", *files, *marks, f"--junitxml={report}"]
         done = subprocess.run(command, cwd=ROOT, check=False)
@@ -50,7 +53,7 @@ def main() -> None:
     failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
     skipped = sum(case.find("skipped") is not None for case in cases)
     rows = [[name, str(number)] for name, number in counts.items()]
-    rows += [[f"tests: {what}", str(passed[name])] for name, what in TESTS.items()]
+    rows += [[f"tests: {what}", str(passed[Path(name).name])] for name, what in TESTS.items() if name in options.tests]
     rows += [["tests skipped", str(skipped)], ["tests in which something was lost", str(failed)]]
     figures = {"slow": options.slow, "counts": counts, "passed": passed, "skipped": skipped, "failed": failed}
     write_result("survival", figures, markdown_table(["what was done to runs", "number"], rows))

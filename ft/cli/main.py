@@ -2,15 +2,17 @@
 
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
-from io import TextIOWrapper
 
 from ft.cli.arguments import COMMANDS, WITH_THE_JOBS_FLAGS, read_arguments
 from ft.cli.parsers import CommandParser
 from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
+from ft.io.standard_streams import standard_streams
+from ft.train.signals import interrupts_on_signals
 
 EXPLAIN_EXAMPLES = """\
 examples:
@@ -25,10 +27,29 @@ LESS_MEMORY = "shorter texts need less, and fewer at once (--max-length and --ba
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 128 + n for signal n."""
-    # A file name may hold bytes that are no text: they are shown escaped, where printing would fail otherwise.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    with standard_streams() as make_output_optional, interrupts_on_signals():
+        try:
+            status = _run(arguments, make_output_optional)
+        except SystemExit as end:  # of --help
+            if failure := _flush_output():
+                return failure
+            raise end
+        return status or _flush_output()
+
+
+def _flush_output() -> int:
+    """Write what is left for standard output; returns the exit status, 0 if that went well."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return 128 + 13
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename or 'standard output'}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(arguments: Sequence[str], make_output_optional: Callable[[], None]) -> int:
     place = "while reading or writing"
     advice = ""
     try:
@@ -41,7 +62,9 @@ def main(arguments: Sequence[str]) -> int:
             (module, function), arguments = WITH_THE_JOBS_FLAGS[arguments[0]], arguments[1:]
         config = read_arguments(arguments)
         place = config.output_dir
-        advice = "; --resume continues from the newest checkpoint" if function == "fine_tune" else ""
+        if function == "fine_tune":
+            advice = "; --resume continues from the newest checkpoint"
+            make_output_optional()
         getattr(import_module(module), function)(
             config
         )  # imported now, as --help and a mistake need not wait for torch
@@ -69,9 +92,11 @@ def main(arguments: Sequence[str]) -> int:
         with suppress(OSError):  # as in ft/train/signals.py
             print(stopped, end="\n" if str(stopped) else "", file=sys.stderr)
         return stopped.status
-    except KeyboardInterrupt:
-        print(f"\ninterrupted{advice}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        number = next(iter(interrupt.args), signal.SIGINT)
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        print(f"\ninterrupted{by}{advice}", file=sys.stderr)
+        return 128 + int(number)
     return 0
 
 

@@ -3,8 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,27 @@ from ft.errors import Stopped
 
 # SIGTERM comes from `kill`, torchrun and job schedulers, SIGUSR1 from Slurm (--signal=USR1@60) before its time is up.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+@contextmanager
+def interrupts_on_signals() -> Iterator[None]:
+    """A context in which SIGTERM and SIGUSR1 do what Ctrl-C does, with the signal's number in the `KeyboardInterrupt`.
+
+    They would end the process where it stands otherwise. So it is before the first step and after the last, where
+    there is nothing to be saved; in between a `StopRequest` takes over.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread ask for signals
+        previous = {number: signal.signal(number, interrupt) for number in SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -370,7 +371,9 @@ def test_a_state_that_says_nonsense_is_refused(spoilt, changes, capfd):
     resign(spoilt.run / "checkpoint-1", **changes)
     capfd.readouterr()
     assert spoilt.main("--max-steps", "1", "--resume") == 1
-    assert "state.json is not a state of this program" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert re.search(r"checkpoint-1 is damaged and left out: .*state\.json", out)
+    assert "is whole, so that nothing can be continued" in err
 
 
 HARMLESS = [

@@ -1,5 +1,6 @@
 """A run directory that is moved, deleted or rearranged: what is lost is put back, and nothing leads out of it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ft.checkpoint.store import checkpoints, verify_checkpoint
+from ft.checkpoint.store import checkpoints, step_of, verify_checkpoint
 from ft.cli.main import main
 from ft.errors import FtError
+from ft.inference import language_model
 from ft.io.atomic import StagedDirectory, atomic_directory
 from ft.io.lock import locked
 from ft.train.metrics import Report
@@ -218,3 +220,57 @@ def test_the_configuration_that_a_user_names_may_be_a_pipe(tmp_path, inputs):
     assert main([*inputs, "--config", str(tmp_path / "pipe"), "--output-dir", str(tmp_path / "run")]) == 0
     writer.join()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["max_steps"] == 1
+
+
+# --- checkpoints that rotate while they are read ----------------------------------------------------------------------
+
+
+def rotate(run):
+    """What a run does when it saves: a newer checkpoint comes, the oldest goes."""
+    old = checkpoints(run)
+    step = step_of(old[-1]) + 1
+    shutil.copytree(old[-1], run / f"checkpoint-{step}")
+    state = json.loads((run / f"checkpoint-{step}" / "state.json").read_text())
+    (run / f"checkpoint-{step}" / "state.json").write_text(json.dumps({**state, "step": step}))
+    content = (run / f"checkpoint-{step}" / "state.json").read_bytes()
+    manifest = json.loads((run / f"checkpoint-{step}" / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (run / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps(manifest))
+    for folder in old:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("moment", ["verified", "found", "read"])
+def test_a_checkpoint_that_vanishes_while_it_is_read_is_replaced_by_the_next(copy, monkeypatch, capsys, moment):
+    def then_rotate(function):
+        def wrapped(*arguments, **keywords):
+            if moment == "verified" and not rotated:
+                rotated.append(rotate(copy))
+            result = function(*arguments, **keywords)
+            if moment != "verified" and not rotated:
+                rotated.append(rotate(copy))
+            return result
+
+        return wrapped
+
+    rotated = []
+    shutil.rmtree(copy / "final")
+    monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
+    name = {"verified": "verify_checkpoint", "found": "_model_folder", "read": "read_json"}[moment]
+    target = f"ft.inference.language_model.{name}"
+    monkeypatch.setattr(target, then_rotate(getattr(language_model, name)))
+    assert main(["predict", str(copy), "a fine film", "--device", "cpu"]) == 0
+    assert rotated == [None]
+    assert f"by {copy / 'checkpoint-7'}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_named_and_is_gone_is_not_asked_of_the_hub(copy, monkeypatch, capsys):
+    monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(copy.parent)
+    for command in (
+        ["predict", "run/checkpoint-12", "a"],
+        ["evaluate", "run/checkpoint-12"],
+        ["generate", "run/x", "a"],
+    ):
+        assert main([*command, "--device", "cpu"]) in (1, 2)
+        assert "error: " in capsys.readouterr().err

@@ -225,3 +225,39 @@ def test_a_signal_to_another_process_stops_this_one_with_the_same_status():
     with StopRequest(agree=lambda number: max(number, signal.SIGUSR1)) as stopping:
         assert stopping()
         assert stopping.stopped("").status == 128 + signal.SIGUSR1
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+@pytest.mark.parametrize("command", ["fine_tune", "report"])
+def test_a_signal_before_the_first_step_ends_the_program_with_a_message(
+    inputs, tmp_path, monkeypatch, capsys, name, status, command
+):
+    """Also while PyTorch is being imported, which takes a second."""
+
+    def import_module(module):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ft.cli.main.import_module", import_module)
+    run = str(tmp_path / "run")
+    assert main([*inputs, "--output-dir", run] if command == "fine_tune" else ["report", run]) == status
+    by = "" if name == "SIGINT" else f" by {name}"
+    advice = "; --resume continues from the newest checkpoint" if command == "fine_tune" else ""
+    assert capsys.readouterr().err == f"\ninterrupted{by}{advice}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_after_the_last_step_leaves_the_run_to_be_finished(inputs, tmp_path, monkeypatch, capsys):
+    def kill(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("ft.finetune.atomic_directory", kill)
+        assert main([*inputs, "--max-steps", "2", "--output-dir", str(run)]) == 143
+    assert "interrupted by SIGTERM; --resume continues" in capsys.readouterr().err
+    assert not (run / "final").exists()
+    assert main(["--resume", str(run)]) == 0
+    assert (run / "final" / "model.safetensors").is_file()

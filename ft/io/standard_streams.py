@@ -1,0 +1,74 @@
+"""Standard output and error that may be closed or full: an error names them, and a run goes on without them."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
+
+
+class _Stream(FileIO):
+    """One of the two, on which the first error is raised by name, or with `is_optional` told on the other.
+
+    What is written after that is dropped.
+    """
+
+    def __init__(self, descriptor: int, label: str, *, is_optional: bool) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self.label, self.is_optional, self._failed = label, is_optional, False
+
+    def write(self, data: bytes | memoryview, /) -> int:  # type: ignore[override]
+        size = memoryview(data).nbytes
+        if self._failed:
+            return size
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._failed = True
+            if not self.is_optional:
+                raise OSError(error.errno, error.strerror, self.label) from error
+            if sys.stderr.fileno() != self.fileno():
+                print(f"WARNING: {self.label}: {error.strerror}. The run goes on without it.", file=sys.stderr)
+            return size
+
+
+@contextmanager
+def standard_streams() -> Iterator[Callable[[], None]]:
+    """A context in which both streams can be written to, whatever they are; characters they cannot show are escaped.
+
+    A descriptor that is closed is opened on the null device. The next file that is opened would take its number
+    otherwise, and messages would be written into it.
+
+    Yields:
+        What makes standard output optional: from then on an error of it is told once, and not raised.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    before = sys.stdout, sys.stderr
+    opened = []
+    for name, descriptor, label in (("stdout", 1, "standard output"), ("stderr", 2, "standard error")):
+        stream = getattr(sys, name)
+        # Not where a caller has put another stream there, nor on Windows, whose consoles take no bytes.
+        if stream is None or (stream is getattr(sys, f"__{name}__") and sys.platform != "win32"):
+            raw = _Stream(descriptor, label, is_optional=name == "stderr")
+            encoding = getattr(stream, "encoding", "utf-8")
+            by_line = name == "stderr" or raw.isatty()
+            setattr(sys, name, TextIOWrapper(BufferedWriter(raw), encoding, "backslashreplace", line_buffering=by_line))
+            opened.append(raw)
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def make_optional() -> None:
+        for raw in opened:
+            raw.is_optional = True
+
+    try:
+        yield make_optional
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        sys.stdout, sys.stderr = before
