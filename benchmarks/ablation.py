@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -23,8 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import RESULTS, markdown_table, write_result
-from benchmarks.trainer import Inputs, parser_of_inputs, peak_memory_bytes, prepared_inputs
+from benchmarks.common import (
+    RESULTS,
+    is_gpu,
+    markdown_table,
+    peak_memory,
+    precision_of,
+    result_name,
+    wall_clock,
+    write_result,
+)
+from benchmarks.trainer import Inputs, parser_of_inputs, prepared_inputs
 from ft.config import Config
 from ft.data.batches import Batch, collate, epoch_order
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
@@ -42,7 +50,6 @@ from ft.train.state import State
 BLOCK = 3  # steps of a variant until the next one's turn
 LOSS_STEPS = 5
 BATCH_SIZE, MAX_LENGTH, SEED, LEARNING_RATE, MAX_GRAD_NORM = 8, 32, 42, 2e-5, 1.0
-PRECISION = Precision("fp32", "as the benchmark says", torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Variant:
         keeps_memory: freed memory stays with the process.
         dropout_by_element: PyTorch's own dropout, which draws a random number for each element.
         mkl_only: no matrix product goes to oneDNN. Where the program sends none there, nothing changes.
+        casts_at_use: autocast casts each weight where it is used, in half precision.
     """
 
     name: str
@@ -71,6 +79,16 @@ class Variant:
     keeps_memory: bool = True
     dropout_by_element: bool = False
     mkl_only: bool = False
+    casts_at_use: bool = False
+
+    def changes_something(self, precision: Precision) -> bool:
+        """Whether it is another step than the program's on this device and in this format."""
+        if self in (VARIANTS[0], VARIANTS[-1]):
+            return True
+        if self.casts_at_use:
+            return precision.name != "fp32"
+        only_on_cpus = not self.keeps_memory or self.dropout_by_element or self.mkl_only
+        return not (only_on_cpus and is_gpu(precision.device))
 
 
 ALL_ON = Variant("all savings")
@@ -87,7 +105,8 @@ VARIANTS = (
     Variant("freed memory handed back", keeps_memory=False),
     Variant("PyTorch's own dropout", dropout_by_element=True),
     Variant("matrix products by MKL alone", mkl_only=True),
-    Variant("no saving", True, True, "loss", True, "for-loop", False, False, True, True),
+    Variant("weights cast at each use", casts_at_use=True),
+    Variant("no saving", True, True, "loss", True, "for-loop", False, False, True, True, True),
 )
 
 
@@ -125,15 +144,16 @@ def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
     else:
         tokens, table = TiedEmbedding.apply(model.wte.weight, batch.input_ids)
     hidden_states = model.drop(tokens + model.wpe(batch.packing.positions))
+    call = model._checkpointed_call()
     for block in model.h[:-1]:
-        hidden_states = block(hidden_states, batch.packing)
+        hidden_states = call(block, hidden_states, batch.packing)
     if variant.selected_before == "last block":
-        hidden_states = model.h[-1](hidden_states, batch.packing, batch.selection)
+        hidden_states = call(model.h[-1], hidden_states, batch.packing, batch.selection)
     else:
-        hidden_states = model.h[-1](hidden_states, batch.packing)
+        hidden_states = call(model.h[-1], hidden_states, batch.packing)
     if variant.selected_before == "head":
         hidden_states = hidden_states.index_select(0, rows)
-    logits = matmul.affine(model.ln_f(hidden_states), table.T)
+    logits = model.logits(hidden_states, table)
     return logits.index_select(0, rows) if variant.selected_before == "loss" else logits
 
 
@@ -150,17 +170,25 @@ def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def step(model: GPT2, optimizer: torch.optim.AdamW, examples: Sequence[Example], variant: Variant) -> float:
-    """One optimiser step, the body of the loop in `ft/train/loop.py` for one batch; returns the loss."""
-    batch = build_batch(examples, variant)
+def step(
+    model: GPT2, optimizer: torch.optim.AdamW, examples: Sequence[Example], variant: Variant, precision: Precision
+) -> float:
+    """One optimiser step, `train_step` in `ft/train/loop.py` for one batch; returns the loss."""
+    batch = build_batch(examples, variant).to(precision.device)
+    half_weights, model.half_weights = model.half_weights, None if variant.casts_at_use else model.half_weights
     with ExitStack() as patches:
         if variant.dropout_by_element:
             patches.enter_context(patch.object(dropout, "dropout_by_16_bits", F.dropout))
         if variant.mkl_only:
             patches.enter_context(patch.object(matmul, "onednn_is_faster", lambda: False))
-        loss = F.cross_entropy(logits_of(model, batch, variant), batch.target_ids)
+        with precision.autocast():
+            logits = logits_of(model, batch, variant)
+        loss = F.cross_entropy(logits.float(), batch.target_ids)
         loss.backward()
     update(model, optimizer, variant)
+    if model.half_weights is not None:
+        model.half_weights.refresh()
+    model.half_weights = half_weights
     return loss.item()
 
 
@@ -173,13 +201,16 @@ def read_examples(inputs: Inputs) -> list[Example]:
 
 
 @cache
-def build(inputs: Inputs, keeps_memory: bool, dropout: float) -> tuple[GPT2, torch.optim.AdamW]:
+def build(inputs: Inputs, precision: Precision, keeps_memory: bool, dropout: float) -> tuple[GPT2, torch.optim.AdamW]:
     """Model and optimiser of this process, which all variants in it share: their speed does not depend on values."""
     if keeps_memory:
         disable_malloc_trim()
     config = GPT2Config.from_dict(read_json(inputs.model / "config.json"))
     model = GPT2(replace(config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)).train()
     load_weights(model, [inputs.model / "model.safetensors"])
+    model.to(precision.device)
+    if precision.name != "fp32":
+        model.keep_half_weights(precision.dtype)
     return model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
@@ -192,27 +223,27 @@ def batches(inputs: Inputs, first_step: int, steps: int) -> list[list[Example]]:
     return [[examples[row] for row in order[start : start + BATCH_SIZE]] for start in starts]
 
 
-def time_steps(inputs: Inputs, variant: Variant, first_step: int) -> list[float]:
+def time_steps(inputs: Inputs, precision: Precision, variant: Variant, first_step: int) -> list[float]:
     """The seconds of each step of a turn, at dropout 0.1."""
-    model, optimizer = build(inputs, variant.keeps_memory, 0.1)
+    model, optimizer = build(inputs, precision, variant.keeps_memory, 0.1)
     seconds = []
     for examples in batches(inputs, first_step, BLOCK):
-        started = perf_counter()
-        step(model, optimizer, examples, variant)
-        seconds.append(perf_counter() - started)
+        started = wall_clock(precision.device)
+        step(model, optimizer, examples, variant, precision)
+        seconds.append(wall_clock(precision.device) - started)
     return seconds
 
 
-def first_losses(inputs: Inputs, variant: Variant) -> tuple[list[float], int]:
+def first_losses(inputs: Inputs, precision: Precision, variant: Variant) -> tuple[list[float], int]:
     """The losses of the first steps at dropout 0, and the peak memory in bytes; for a process of its own."""
-    model, optimizer = build(inputs, variant.keeps_memory, 0.0)
-    losses = [step(model, optimizer, examples, variant) for examples in batches(inputs, 0, LOSS_STEPS)]
-    return losses, peak_memory_bytes()
+    model, optimizer = build(inputs, precision, variant.keeps_memory, 0.0)
+    losses = [step(model, optimizer, examples, variant, precision) for examples in batches(inputs, 0, LOSS_STEPS)]
+    return losses, peak_memory(precision.device)
 
 
-def first_losses_of_the_program(inputs: Inputs) -> list[float]:
+def first_losses_of_the_program(inputs: Inputs, precision: Precision) -> list[float]:
     """The same losses from `ft.train.train`, against which those of the variants are held."""
-    model, _ = build(inputs, keeps_memory=True, dropout=0.0)
+    model, _ = build(inputs, precision, keeps_memory=True, dropout=0.0)
     config = Config(
         batch_size=BATCH_SIZE,
         max_length=MAX_LENGTH,
@@ -225,9 +256,14 @@ def first_losses_of_the_program(inputs: Inputs) -> list[float]:
     )
     hooks = StepRecorder()
     optimizer = build_optimizer(model, LEARNING_RATE, weight_decay=0.0)
-    components = Components(model, optimizer, PRECISION.grad_scaler(), PRECISION)
+    components = Components(model, optimizer, precision.grad_scaler(), precision)
     train(components, read_examples(inputs), collate, config, State(), hooks)
     return [figures["loss"] for figures in hooks.logged]
+
+
+def variants_of(precision: Precision) -> tuple[Variant, ...]:
+    """Those that change something on this device and in this format."""
+    return tuple(variant for variant in VARIANTS if variant.changes_something(precision))
 
 
 def process() -> ProcessPoolExecutor:
@@ -235,32 +271,33 @@ def process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
 
 
-def compare_losses(inputs: Inputs) -> dict[str, dict[str, Any]]:
+def compare_losses(inputs: Inputs, precision: Precision) -> dict[str, dict[str, Any]]:
     """Each variant's losses, their largest relative difference from the program's, and its peak memory."""
     with process() as worker:
-        expected = worker.submit(first_losses_of_the_program, inputs).result()
+        expected = worker.submit(first_losses_of_the_program, inputs, precision).result()
     figures = {}
-    for variant in VARIANTS:
+    for variant in variants_of(precision):
         with process() as worker:
-            losses, peak = worker.submit(first_losses, inputs, variant).result()
+            losses, peak = worker.submit(first_losses, inputs, precision, variant).result()
         difference = max(abs(loss - right) / abs(right) for loss, right in zip(losses, expected, strict=True))
         figures[variant.name] = {"losses": losses, "loss_difference": difference, "peak_bytes": peak}
     return figures
 
 
-def time_in_turns(inputs: Inputs, steps: int) -> dict[str, list[float]]:
+def time_in_turns(inputs: Inputs, precision: Precision, steps: int) -> dict[str, list[float]]:
     """The seconds of `steps` steps or a few more of each variant.
 
     The allocator is set for a whole process, so that there are two of them; only one works at a time. Every round
     begins with another variant and is on other reviews, the same ones for all. The first round is not counted.
     """
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
+    variants = variants_of(precision)
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     with process() as keeping, process() as handing_back:
         for turn in range(1 + math.ceil(steps / BLOCK)):
-            first = turn % len(VARIANTS)
-            for variant in VARIANTS[first:] + VARIANTS[:first]:
+            first = turn % len(variants)
+            for variant in variants[first:] + variants[:first]:
                 worker = keeping if variant.keeps_memory else handing_back
-                timed = worker.submit(time_steps, inputs, variant, turn * BLOCK).result()
+                timed = worker.submit(time_steps, inputs, precision, variant, turn * BLOCK).result()
                 if turn > 0:
                     seconds[variant.name] += timed
     return seconds
@@ -289,10 +326,13 @@ def draw(medians: dict[str, float], path: Path) -> None:
 
 def main() -> None:
     """Compare the losses, time the variants, then write the table and the picture."""
-    options = parser_of_inputs(__doc__).parse_args()
+    parser = parser_of_inputs(__doc__)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of matrix products (default fp32)")
+    options = parser.parse_args()
+    precision = precision_of(options)
     with prepared_inputs(options) as inputs:
-        figures = compare_losses(inputs)
-        for name, seconds in time_in_turns(inputs, options.steps).items():
+        figures = compare_losses(inputs, precision)
+        for name, seconds in time_in_turns(inputs, precision, options.steps).items():
             figures[name] |= {"step": statistics.median(seconds), "step_seconds": seconds}
 
     fastest = figures[ALL_ON.name]["step"]
@@ -309,15 +349,16 @@ def main() -> None:
     header = ["instead of the saving", "step (s)", "against all savings", "peak memory (GiB)", "loss difference"]
     largest = max(figure["loss_difference"] for figure in figures.values())
     table = markdown_table(header, rows) + (
-        f"\n\nBatch {BATCH_SIZE} of at most {MAX_LENGTH} tokens, fp32. Step: median of "
+        f"\n\nBatch {BATCH_SIZE} of at most {MAX_LENGTH} tokens, {precision.name}. Step: median of "
         f"{len(figures[ALL_ON.name]['step_seconds'])} steps at dropout 0.1, all variants in turns of {BLOCK} steps on "
         f"the same reviews. Memory and losses: {LOSS_STEPS} steps at dropout 0 from the same weights, each variant in "
         "a process of its own. The loss difference is the largest from the losses of `ft.train.train`, relative: none "
         f"is above {largest:.1e}. AdamW can take over the clipping only when it is fused, so that the other two lack "
         "both savings."
     )
-    write_result("ablation", {"size": options.size, "variants": figures}, table)
-    draw({name: figure["step"] for name, figure in figures.items()}, RESULTS / "ablation.png")
+    write_result("ablation", {"size": options.size, "variants": figures}, table, precision=precision)
+    picture = RESULTS / f"{result_name('ablation', precision.device)}.png"
+    draw({name: figure["step"] for name, figure in figures.items()}, picture)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,29 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, markdown_table, write_result
-from benchmarks.step import GIB, build, in_own_process, peak_memory, random_examples, review_like_lengths, timed_steps
+from benchmarks.common import (
+    RESULTS,
+    add_device_flags,
+    is_gpu,
+    markdown_table,
+    peak_memory,
+    precision_of,
+    result_name,
+    wall_clock,
+    write_result,
+)
+from benchmarks.step import GIB, build, in_own_process, random_examples, review_like_lengths, timed_steps
 from ft.checkpoint.async_writer import Saver
 from ft.checkpoint.snapshot import Snapshot, take_snapshot
 from ft.checkpoint.store import ModelSource, State, write_checkpoint
-from ft.device import disable_malloc_trim
+from ft.device import Precision, disable_malloc_trim
 from ft.io.atomic import Executor
 from tests.reference.synthetic import SIZES, model_config, write_model
 
 BATCH_SIZE = 8
 # How many threads train; 0 stands for as many as PyTorch takes.
 CASES = {"all cores train": 0, "one core trains": 1}
+GPU_CASES = {"the GPU trains": 0}
 WAYS = {
     "ft": "ft, in the background",
     "ft blocking": "ft, --save-blocking",
@@ -51,26 +62,31 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--saves", type=int, default=3, help="of each way, after one that does not count")
     parser.add_argument("--steps", type=int, default=6, help="before and after each save")
+    add_device_flags(parser)
     options = parser.parse_args()
-    figures: dict[str, dict[str, Any]] = {case: {} for case in CASES}
+    precision = precision_of(options)
+    cases = GPU_CASES if is_gpu(precision.device) else CASES
+    figures: dict[str, dict[str, Any]] = {case: {} for case in cases}
     with tempfile.TemporaryDirectory() as work:
-        for case, threads in CASES.items():
+        for case, threads in cases.items():
             for way in WAYS:
                 folder = Path(work) / "run"
                 folder.mkdir()
-                figures[case][way] = in_own_process(measure, way, threads, folder, options)
+                inputs = (way, threads, folder, options, precision)
+                figures[case][way] = in_own_process(measure, *inputs, device=precision.device)
                 shutil.rmtree(folder)
     header = ["way of saving"]
-    for case in CASES:
+    for case in cases:
         header += [f"{case}: the call (s)", "stall (s)", "stall / ft, --save-blocking"]
-    header += ["peak memory (GiB)"]
+    header += ["peak memory of the process (GiB)"]
     text = markdown_table(header, [row(way, figures) for way in WAYS]) + (
-        f"\n\n{options.size}, batches of {BATCH_SIZE}, fp32, weights and AdamW's moments. Medians of {options.saves} "
-        f"saves after a first that does not count. {told_of('ft', figures)} The Trainer's stall is its call, and its "
-        "memory that of a process which has its own libraries loaded."
+        f"\n\n{options.size}, batches of {BATCH_SIZE}, {precision.name}, weights and AdamW's moments. "
+        f"Medians of {options.saves} saves after a first that does not count. "
+        f"{told_of('ft', figures)} The Trainer's stall is its call, and "
+        "its memory that of a process which has its own libraries loaded."
     )
-    write_result("checkpoint", {"size": options.size, "cases": figures}, text)
-    draw(figures)
+    write_result("checkpoint", {"size": options.size, "cases": figures}, text, precision=precision)
+    draw(figures, result_name("checkpoint", precision.device))
 
 
 def row(way: str, figures: dict[str, dict[str, Any]]) -> list[str]:
@@ -91,30 +107,33 @@ def told_of(way: str, figures: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def measure(way: str, threads: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def measure(
+    way: str, threads: int, folder: Path, options: argparse.Namespace, precision: Precision
+) -> dict[str, float]:
     """The figures of one way; for a process of its own."""
     if threads:
         torch.set_num_threads(threads)
     disable_malloc_trim()
     if way == "trainer":
-        return measure_trainer(options.size, options.tokenizer, folder, options.saves)
-    model, optimizer, config = build(options.size)
+        return measure_trainer(options.size, options.tokenizer, folder, options.saves, precision)
+    model, optimizer, config = build(options.size, precision=precision)
     count = BATCH_SIZE * options.steps
     examples = random_examples(review_like_lengths(count), config.vocab_size)
 
     def steps() -> list[float]:
-        return [sum(step.values()) for step in timed_steps(model, optimizer, examples, BATCH_SIZE)]
+        return [sum(step.values()) for step in timed_steps(model, optimizer, examples, BATCH_SIZE, precision=precision)]
 
     def one_step() -> float:
         examples[:] = [*examples[BATCH_SIZE:], *examples[:BATCH_SIZE]]
-        return sum(timed_steps(model, optimizer, examples[:BATCH_SIZE], BATCH_SIZE)[0].values())
+        (step,) = timed_steps(model, optimizer, examples[:BATCH_SIZE], BATCH_SIZE, precision=precision)
+        return sum(step.values())
 
     steps()
     save, is_writing, gate = SAVERS[way](model, optimizer, options.tokenizer, folder)
     usual, calls, stalls, written = [], [], [], []
     for number in range(1, options.saves + 2):
         around, meanwhile, held, waited = steps(), [], [], 0.0
-        started = time.perf_counter()
+        started = wall_clock(precision.device)
         save(number)
         calls.append(time.perf_counter() - started)
         while is_writing():
@@ -228,17 +247,19 @@ SAVERS = {
 }
 
 
-def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int) -> dict[str, float]:
+def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int, precision: Precision) -> dict[str, float]:
     """The Trainer's own save, which its training waits for."""
     from tests.reference.trainer import build_trainer
 
     model_dir = write_model(folder / "model", size, tokenizer_from=tokenizer)
     rows = [{"text": "a film", "label": row % 2} for row in range(3 * BATCH_SIZE)]
-    trainer, steps = build_trainer(model_dir, rows, folder / "out", gradient_checkpointing=False)
+    trainer, steps = build_trainer(
+        model_dir, rows, folder / "out", gradient_checkpointing=False, use_cpu=not is_gpu(precision.device)
+    )
     trainer.train()
     seconds = []
     for _ in range(saves + 1):
-        started = time.perf_counter()
+        started = wall_clock(precision.device)
         trainer._save_checkpoint(trainer.model, None)
         seconds.append(time.perf_counter() - started)
         shutil.rmtree(folder / "out")
@@ -252,8 +273,8 @@ def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int) -> dic
     }
 
 
-def draw(figures: dict[str, dict[str, Any]]) -> None:
-    """Two bars per way, as `results/checkpoint.png`."""
+def draw(figures: dict[str, dict[str, Any]], stem: str) -> None:
+    """Two bars per way, as `results/STEM.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -270,7 +291,7 @@ def draw(figures: dict[str, dict[str, Any]]) -> None:
     axes.margins(x=0.12)
     axes.legend(loc="lower right", frameon=False)
     axes.set(xlabel="seconds that a checkpoint holds the training up (median)")
-    figure.savefig(RESULTS / "checkpoint.png", dpi=120)
+    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,132 @@
-"""What every benchmark shares: a description of the machine, and where results are written."""
+"""What every benchmark shares: the device and its clock, a description of the machine, and where results are written.
 
+On a GPU work is queued, and is not done when a call returns. Moments are CUDA events there, which are queued with it.
+"""
+
+import argparse
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from ft.device import Precision
+
+CPU = torch.device("cpu")
+GPU_TYPES = ("cuda",)
 RESULTS = Path(__file__).parent / "results"
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch")
+
+Moment = float | torch.cuda.Event
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `precision_of` reads."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: fp32, on a GPU auto")
+
+
+def precision_of(options: argparse.Namespace) -> "Precision":
+    """Device and number format that the flags name; a GPU becomes the current one."""
+    from ft.device import choose_device, choose_precision  # here, as the Trainer's process needs none of it
+
+    device = choose_device(options.device)
+    if is_gpu(device):
+        torch.cuda.set_device(device)
+    return choose_precision(options.precision or ("auto" if is_gpu(device) else "fp32"), device)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether the device has a clock, a memory and a queue of its own."""
+    return device.type in GPU_TYPES
+
+
+def moment(device: torch.device) -> Moment:
+    """Now, in the work of the device."""
+    if not is_gpu(device):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    """The time from one moment to a later one, which it waits for."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def wall_clock(device: torch.device) -> float:
+    """Seconds at which the device has done all that it was given."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def median_seconds_of(function: Callable[[], Any], repetitions: int, device: torch.device) -> float:
+    """The median seconds of a call, after one that does not count."""
+    function()
+    seconds = []
+    for _ in range(repetitions):
+        start = moment(device)
+        function()
+        seconds.append(seconds_between(start, moment(device)))
+    return statistics.median(seconds)
+
+
+def matmul_rate(precision: "Precision") -> float:
+    """Operations per second of a large square matrix product, whose inputs have the format of `precision`."""
+    device = precision.device
+    width = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(width, width, device=device).to(precision.dtype) for _ in range(2))
+    return 2 * width**3 / median_seconds_of(lambda: torch.mm(a, b), 10, device)
+
+
+def peak_memory(device: torch.device = CPU) -> int:
+    """The most bytes that this process ever held: of a GPU's memory what PyTorch allocated, else of the system's.
+
+    `ru_maxrss` will not do: it begins with the parent's (Linux only).
+    """
+    if is_gpu(device):
+        return torch.cuda.max_memory_allocated(device)
+    return _kibibytes("/proc/self/status", "VmHWM") * 1024
+
+
+def current_memory(device: torch.device = CPU) -> int:
+    """Bytes that this process holds now, where `peak_memory` counts them."""
+    if is_gpu(device):
+        return torch.cuda.memory_allocated(device)
+    return _kibibytes("/proc/self/status", "VmRSS") * 1024
+
+
+def available_memory() -> int:
+    """Bytes that the machine can give without swapping (Linux only)."""
+    return _kibibytes("/proc/meminfo", "MemAvailable") * 1024
+
+
+def _kibibytes(path: str, key: str) -> int:
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1])
+
+
+def launches(profiler: torch.profiler.profile) -> int:
+    """How often the host started work on a GPU while it was profiled."""
+    return sum(event.count for event in profiler.key_averages() if event.key.startswith(LAUNCHES))
+
+
+def result_name(name: str, device: torch.device) -> str:
+    """The name of a result's files: those of GPUs stand beside those of CPUs."""
+    return f"{name}-cuda" if is_gpu(device) else name
 
 
 def machine() -> dict[str, Any]:
@@ -21,6 +137,7 @@ def machine() -> dict[str, Any]:
         if (cpuinfo.exists())
         else []
     )
+    has_gpu = torch.cuda.is_available()
     packages = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
     return {
         "date": datetime.date.today().isoformat(),
@@ -29,19 +146,38 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "gpu_memory_gib": round(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30, 1)
+        if has_gpu
+        else None,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
 
-def write_result(name: str, figures: dict[str, Any], table: str, done: str = "Measured") -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the table; `done` is what was done on this machine."""
+def write_result(
+    name: str, figures: dict[str, Any], table: str, done: str = "Measured", precision: "Precision | None" = None
+) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the table.
+
+    Args:
+        name: of the files; on a GPU with `-cuda` behind it.
+        figures: for the JSON file.
+        table: for the other one.
+        done: what was done on this machine.
+        precision: with the device that was measured; left out: the CPU.
+    """
+    on_gpu = precision is not None and is_gpu(precision.device)
+    if precision is not None:
+        name = result_name(name, precision.device)
+        figures = {"device": str(precision.device), "precision": precision.name, **figures}
     RESULTS.mkdir(exist_ok=True)
     described = {"machine": machine(), **figures}
     (RESULTS / f"{name}.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     about = described["machine"]
     where = f"{about['processor']}, {about['threads']} threads, {about['memory_gib']} GiB, torch {about['torch']}"
+    if on_gpu:
+        where = f"{about['gpu']}, {about['gpu_memory_gib']} GiB, CUDA {torch.version.cuda}, beside {where}"
     (RESULTS / f"{name}.md").write_text(f"{table}\n\n{done} on {about['date']}: {where}.\n", encoding="utf-8")
     print(table)
 

@@ -39,13 +39,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import RESULTS, markdown_table, peak_memory, write_result
 from benchmarks.step import (
     FP32,
     GIB,
     WARM_UP,
     parameter_count,
-    peak_memory,
     random_examples,
     review_like_lengths,
     timed_steps,

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import markdown_table, write_result
-from benchmarks.step import GIB, PARTS, peak_memory, random_examples, review_like_lengths, timed_steps
+from benchmarks.common import markdown_table, peak_memory, write_result
+from benchmarks.step import GIB, PARTS, random_examples, review_like_lengths, timed_steps
 from ft.checkpoint.snapshot import take_snapshot
 from ft.checkpoint.store import ModelSource, write_checkpoint
 from ft.cli.arguments import read_arguments

@@ -10,13 +10,12 @@ whole call: reading the prompt, every token, and for ft turning them into text a
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import transformers
 
-from benchmarks.common import markdown_table, write_result
+from benchmarks.common import markdown_table, precision_of, wall_clock, write_result
 from ft.inference.language_model import LanguageModel, load_language_model
 from tests.reference.synthetic import SIZES, write_model
 
@@ -33,14 +32,18 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens of each turn (default 100)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side, after one that warms up (default 7)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
+    parser.set_defaults(precision="fp32")  # in which ft generates
     options = parser.parse_args()
+    precision = precision_of(options)
+    device = precision.device
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.size, tokenizer_from=options.tokenizer)
-        ours = load_language_model(folder, device="cpu")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        ours = load_language_model(folder, device=str(device))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
     words = ours.tokenizer.encode(REVIEW * 60, add_special_tokens=False).ids
     figures = []
-    for length in PROMPTS:
+    for length in [length for length in PROMPTS if length + options.tokens <= SIZES[options.size]["n_positions"]]:
         prompt = ours.tokenizer.decode(words[:length])
         seconds: dict[str, list[float]] = {"ft": [], "transformers": []}
         for turn in range(options.rounds + 1):
@@ -67,25 +70,26 @@ def main() -> None:
     ]
     table = markdown_table([f"{options.size}, {options.tokens} new tokens after", "transformers", "ft", ""], rows)
     settings = {"size": options.size, "new_tokens": options.tokens, "rounds": options.rounds}
-    write_result("generate", {**settings, "prompts": figures}, table)
+    write_result("generate", {**settings, "prompts": figures}, table, precision=precision)
 
 
 def turn_of_ours(model: LanguageModel, prompt: str, new_tokens: int) -> tuple[float, list[int]]:
     """Seconds and tokens of ft's continuation."""
-    started = time.perf_counter()
+    device = model.model.wte.weight.device
+    started = wall_clock(device)
     generation = model.stream(prompt, max_new_tokens=new_tokens)
     "".join(generation)
-    return time.perf_counter() - started, generation.token_ids
+    return wall_clock(device) - started, generation.token_ids
 
 
 def turn_of_transformers(
     model: transformers.PreTrainedModel, prompt_ids: list[int], new_tokens: int
 ) -> tuple[float, list[int]]:
     """Seconds and tokens of the continuation by `transformers`, whose cache is on by default."""
-    started = time.perf_counter()
-    prompt = torch.tensor([prompt_ids])
+    started = wall_clock(model.device)
+    prompt = torch.tensor([prompt_ids], device=model.device)
     written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False)
-    return time.perf_counter() - started, written[0, len(prompt_ids) :].tolist()
+    return wall_clock(model.device) - started, written[0, len(prompt_ids) :].tolist()
 
 
 if __name__ == "__main__":

@@ -16,24 +16,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import (
+    RESULTS,
+    add_device_flags,
+    current_memory,
+    is_gpu,
+    markdown_table,
+    peak_memory,
+    precision_of,
+    result_name,
+    write_result,
+)
 from benchmarks.step import (
     BYTES_PER_PARAMETER,
     GIB,
-    WARM_UP,
     build,
     in_own_process,
     median_seconds,
     parameter_count,
-    peak_memory,
     random_examples,
-    resident_memory,
     review_like_lengths,
     timed_steps,
+    warm_up,
 )
 from ft.data.examples import encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
-from ft.device import disable_malloc_trim
+from ft.device import Precision, disable_malloc_trim
 from tests.reference.synthetic import SIZES, write_model
 
 SHORT = 32  # the job's --max-length
@@ -69,31 +77,36 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=512, help="tokens of a long review, its label included")
     parser.add_argument("--short-steps", type=int, default=6, help="timed steps at 32 tokens, after a warm-up")
     parser.add_argument("--long-steps", type=int, default=2, help="timed steps with long reviews, after a warm-up")
+    add_device_flags(parser)
     options = parser.parse_args()
+    precision = precision_of(options)
+    device = precision.device
 
     cases, skipped = [], []
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_model(Path(folder) / "model", options.size, tokenizer_from=options.tokenizer)
-        plan = [("ft", mode, measure_ours, (options.size, mode)) for mode in OURS]
-        plan += [("Trainer", mode, measure_trainer, (flag,)) for mode, flag in THEIRS.items()]
+        plan = [("ft", mode, measure_ours, (precision, options.size, mode)) for mode in OURS]
+        plan += [("Trainer", mode, measure_trainer, (precision, flag)) for mode, flag in THEIRS.items()]
         for max_length, steps in ((SHORT, options.short_steps), (options.long, options.long_steps)):
-            rows = reviews(max_length, options.batch_size * (WARM_UP + steps))
+            rows = reviews(max_length, options.batch_size * (warm_up(device) + steps))
             for program, mode, measure, arguments in plan:
-                measured = in_own_process(measure, model_dir, rows, max_length, options.batch_size, *arguments)
+                inputs = (model_dir, rows, max_length, options.batch_size, *arguments)
+                measured = in_own_process(measure, *inputs, device=device)
                 if measured is None:
                     skipped.append(f"{program}, checkpointing {mode}, {max_length} tokens")
                     continue
                 cases.append(Case(program, mode, max_length, **measured))
                 print(cases[-1], flush=True)
 
-    draw(cases)
+    draw(cases, result_name("memory", device))
     figures = {
         "size": options.size,
         "batch_size": options.batch_size,
         "cases": [{**asdict(case), "activation_bytes": case.activation_bytes} for case in cases],
         "out_of_memory": skipped,
     }
-    write_result("memory", figures, table(cases, skipped, options.size, options.batch_size))
+    text = table(cases, skipped, options.size, options.batch_size, precision.name)
+    write_result("memory", figures, text, precision=precision)
 
 
 def reviews(max_length: int, count: int) -> list[dict[str, Any]]:
@@ -105,40 +118,52 @@ def reviews(max_length: int, count: int) -> list[dict[str, Any]]:
     return [{"text": " good" * (length - 1), "label": row % 2} for row, length in enumerate(inputs)]
 
 
-def rehearse() -> None:
+def rehearse(precision: Precision) -> None:
     """A step of a minute model, so that the code which PyTorch loads at first use counts as process."""
-    model, optimizer, config = build("tiny", n_embd=8, n_head=1)
-    timed_steps(model, optimizer, random_examples([8], config.vocab_size), batch_size=1)
+    model, optimizer, config = build("tiny", precision=precision, n_embd=8, n_head=1)
+    timed_steps(model, optimizer, random_examples([8], config.vocab_size), batch_size=1, precision=precision)
 
 
 def measure_ours(
-    model_dir: Path, rows: Sequence[dict[str, Any]], max_length: int, batch_size: int, size: str, mode: str
+    model_dir: Path,
+    rows: Sequence[dict[str, Any]],
+    max_length: int,
+    batch_size: int,
+    precision: Precision,
+    size: str,
+    mode: str,
 ) -> dict[str, float]:
     """Seconds per step and memory of the product's loop. The process is measured just before the model is made."""
     disable_malloc_trim()
-    rehearse()
+    rehearse(precision)
     tokenizer = read_tokenizer(model_dir / "tokenizer.json")
     split = Split("train", [row["text"] for row in rows], [row["label"] for row in rows])
     examples = encode(split, tokenizer, label_tokens(LABELS, tokenizer), max_length)
-    process_bytes = resident_memory()
-    model, optimizer, _ = build(size, mode)
-    seconds = median_seconds(timed_steps(model, optimizer, examples, batch_size))
+    process_bytes = current_memory(precision.device)
+    model, optimizer, _ = build(size, mode, precision)
+    steps = timed_steps(model, optimizer, examples, batch_size, precision=precision)
+    seconds = median_seconds(steps, precision.device)
     return {
         "seconds": seconds,
         "process_bytes": process_bytes,
         "parameter_bytes": BYTES_PER_PARAMETER * parameter_count(model),
-        "peak_bytes": peak_memory(),
+        "peak_bytes": peak_memory(precision.device),
     }
 
 
 def measure_trainer(
-    model_dir: Path, rows: Sequence[dict[str, Any]], max_length: int, batch_size: int, gradient_checkpointing: bool
+    model_dir: Path,
+    rows: Sequence[dict[str, Any]],
+    max_length: int,
+    batch_size: int,
+    precision: Precision,
+    gradient_checkpointing: bool,
 ) -> dict[str, float]:
     """Seconds per step and memory of the Trainer.
 
     It imports much while it reads the model, so that its process is measured afterwards and the weights subtracted.
     """
-    rehearse()
+    rehearse(precision)
     # Here, as our own process must not hold what only the Trainer needs.
     from tests.reference.trainer import build_trainer
 
@@ -151,21 +176,24 @@ def measure_trainer(
             max_length=max_length,
             gradient_checkpointing=gradient_checkpointing,
             batch_size=batch_size,
+            use_cpu=not is_gpu(precision.device),
+            bf16=precision.name == "bf16",
+            fp16=precision.name == "fp16",
         )
         for parameter in trainer.model.parameters():
             parameter.sum()  # weights are mapped from their file, and in memory only when somebody has read them
         parameters = parameter_count(trainer.model)
-        process_bytes = resident_memory() - 4 * parameters
+        process_bytes = current_memory(precision.device) - 4 * parameters
         trainer.train()
     return {
-        "seconds": statistics.median(step.seconds for step in steps[WARM_UP:]),
+        "seconds": statistics.median(step.seconds for step in steps[warm_up(precision.device) :]),
         "process_bytes": process_bytes,
         "parameter_bytes": BYTES_PER_PARAMETER * parameters,
-        "peak_bytes": peak_memory(),
+        "peak_bytes": peak_memory(precision.device),
     }
 
 
-def table(cases: Sequence[Case], skipped: Sequence[str], size: str, batch_size: int) -> str:
+def table(cases: Sequence[Case], skipped: Sequence[str], size: str, batch_size: int, dtype: str) -> str:
     """The cases, and what did not fit into memory."""
     rows = [
         [
@@ -181,16 +209,16 @@ def table(cases: Sequence[Case], skipped: Sequence[str], size: str, batch_size: 
     missing = f"\n\nNeeded more memory than was free: {', '.join(skipped)}." if skipped else ""
     return (
         markdown_table(
-            ["program", "length", "checkpointing", "s per step", "peak of the process (GiB)", "activations (GiB)"], rows
+            ["program", "length", "checkpointing", "s per step", "peak memory (GiB)", "activations (GiB)"], rows
         )
-        + f"\n\n{size}, batches of {batch_size}, fp32; at length {SHORT} reviews are as long as the real ones, else "
+        + f"\n\n{size}, batches of {batch_size}, {dtype}; at length {SHORT} reviews are as long as the real ones, else "
         "all of full length. Activations: the peak less the process without a model and less weights, gradients and "
         "AdamW's moments." + missing
     )
 
 
-def draw(cases: Sequence[Case]) -> None:
-    """A panel per length, a bar per case, as `results/memory.png`."""
+def draw(cases: Sequence[Case], stem: str) -> None:
+    """A panel per length, a bar per case, as `results/STEM.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,7 +244,7 @@ def draw(cases: Sequence[Case]) -> None:
         axes.margins(x=0.18)
         axes.set(xlabel="peak GiB (and seconds per step)", title=f"{length} tokens")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(RESULTS / "memory.png", dpi=120)
+    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -10,48 +10,48 @@ real ones.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import (
+    RESULTS,
+    add_device_flags,
+    markdown_table,
+    median_seconds_of,
+    precision_of,
+    result_name,
+    write_result,
+)
 from benchmarks.step import (
+    FP32,
     PARTS,
-    WARM_UP,
     build,
     median_seconds,
     parameter_count,
+    performed_flops,
     random_examples,
     read_reviews,
     review_like_lengths,
     timed_steps,
+    warm_up,
 )
 from ft.data.batches import epoch_order
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
-from ft.device import disable_malloc_trim
+from ft.device import Precision, disable_malloc_trim
 from ft.model import matmul
-from ft.model.gpt2 import GPT2Config
+from ft.model.gpt2 import FP32_HEAD_ROWS, GPT2Config
 from tests.reference.synthetic import SIZES
 
 PASSES = ("forward", "input gradient", "weight gradient")
 ADAMW_BYTES = 28  # per parameter: read weight, gradient and two moments, write all but the gradient
 BEYOND_CACHES = 2**28  # bytes of weights that a rate is measured over: more than a cache holds
 BANDWIDTH_NUMBERS = 2**27  # per array, 512 MiB
-
-# What PyTorch's counter does not know of: oneDNN's linear layer, (N, in) and (out, in) -> (N, out).
-ONEDNN_FLOPS = (
-    {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * prod(x) * weight[0]}
-    if matmul.onednn_is_faster()
-    else {}
-)
 
 Product = Callable[[Tensor, Tensor, Tensor], Any]  # of a and b into the array given
 
@@ -91,50 +91,53 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40, help="timed steps, after a warm-up")
     parser.add_argument("--repetitions", type=int, default=15, help="of each matrix product and each copy")
+    add_device_flags(parser)
     options = parser.parse_args()
+    precision = precision_of(options)
+    device = precision.device
     if (options.dataset is None) != (options.tokenizer is None):
         parser.error("--dataset and --tokenizer belong together")
 
     disable_malloc_trim()
-    model, optimizer, config = build(options.size)
-    count = options.batch_size * (options.steps + WARM_UP)
+    model, optimizer, config = build(options.size, precision=precision)
+    count = options.batch_size * (options.steps + warm_up(device))
     if options.dataset is None:
         examples = random_examples(review_like_lengths(count), config.vocab_size)
     else:
         examples = real_examples(options.dataset, options.tokenizer, count)
-    steps = timed_steps(model, optimizer, examples, options.batch_size)
-    parts = {part: statistics.median(step[part] for step in steps[WARM_UP:]) for part in PARTS}
+    steps = timed_steps(model, optimizer, examples, options.batch_size, precision=precision)
+    parts = {part: statistics.median(step[part] for step in steps[warm_up(device) :]) for part in PARTS}
     counted = examples[: 2 * options.batch_size]
-    with FlopCounterMode(display=False, custom_mapping=ONEDNN_FLOPS) as counter:
-        timed_steps(model, optimizer, counted, options.batch_size)
-    surplus = counter.get_total_flops() / sum(needed_flops(config, counted).values())
+    performed = performed_flops(model, optimizer, counted, options.batch_size, precision=precision)
+    surplus = performed / sum(needed_flops(config, counted).values())
     parameters = parameter_count(model)
     del model, optimizer
 
     mean_rows = sum(len(example.input_ids) for example in examples) / len(steps)
     layers = linear_layers(config, mean_rows, options.batch_size)
-    rates = {layer.name: product_rates(layer, options.repetitions) for layer in layers}
-    bandwidth = bandwidths(options.repetitions)
+    rates = {layer.name: product_rates(layer, options.repetitions, precision) for layer in layers}
+    bandwidth = bandwidths(options.repetitions, device)
     attention = needed_flops(config, examples)["attention"] / len(steps)
     bounds = lower_bounds(layers, rates, attention, ADAMW_BYTES * parameters / max(bandwidth.values()))
     figures: dict[str, Any] = {
         "size": options.size,
+        "dtype": precision.name,
         "batch_size": options.batch_size,
         "reviews": "random tokens" if options.dataset is None else "rotten_tomatoes",
         "timed_steps": options.steps,
         "rows_per_step": mean_rows,
-        "step_seconds": median_seconds(steps),
+        "step_seconds": median_seconds(steps, device),
         "step_seconds_by_part": parts,
         "bound_seconds": sum(bounds.values()),
         "bound_seconds_by_part": bounds,
-        "step_to_bound": median_seconds(steps) / sum(bounds.values()),
+        "step_to_bound": median_seconds(steps, device) / sum(bounds.values()),
         "needed_flops_per_step": sum(needed_flops(config, examples).values()) / len(steps),
         "performed_to_needed_flops": surplus,
         "products": {layer.name: {"flops": layer.flops, "flops_per_second": rates[layer.name]} for layer in layers},
         "bytes_per_second": bandwidth,
     }
-    draw(figures)
-    write_result("roofline", figures, table(figures, layers))
+    draw(figures, result_name("roofline", device))
+    write_result("roofline", figures, table(figures, layers), precision=precision)
 
 
 def real_examples(dataset: Path, tokenizer_folder: Path, count: int) -> list[Example]:
@@ -201,19 +204,21 @@ def lower_bounds(
     }
 
 
-def product_rates(layer: Layer, repetitions: int) -> dict[str, float]:
+def product_rates(layer: Layer, repetitions: int, precision: Precision) -> dict[str, float]:
     """Operations per second of a layer's three products by the faster library, at its shapes and memory layouts.
 
     As in a step, each product meets another layer's weights, which no cache holds any more.
     """
     rows, shape = max(1, round(layer.rows)), (layer.n_in, layer.n_out)
+    in_fp32 = layer.is_head and rows <= FP32_HEAD_ROWS
+    like = {"device": precision.device, "dtype": torch.float32 if in_fp32 else precision.dtype}
 
     def weight_like() -> Tensor:
-        return torch.full(shape[::-1], 0.01).t() if layer.is_head else torch.full(shape, 0.01)
+        return torch.full(shape[::-1], 0.01, **like).t() if layer.is_head else torch.full(shape, 0.01, **like)
 
-    copies = min(128, max(2, BEYOND_CACHES // (4 * layer.n_in * layer.n_out)))
+    copies = min(128, max(2, BEYOND_CACHES // (like["dtype"].itemsize * layer.n_in * layer.n_out)))
     weights, weight_gradients = ([weight_like() for _ in range(copies)] for _ in range(2))
-    inputs, output_gradients = torch.randn(rows, layer.n_in), torch.randn(rows, layer.n_out)
+    inputs, output_gradients = torch.randn(rows, layer.n_in, **like), torch.randn(rows, layer.n_out, **like)
     outputs, input_gradients = torch.empty_like(output_gradients), torch.empty_like(inputs)
 
     def forward(product: Product) -> None:
@@ -231,43 +236,37 @@ def product_rates(layer: Layer, repetitions: int) -> dict[str, float]:
     flops = 2 * rows * layer.n_in * layer.n_out * copies
     functions = zip(PASSES, (forward, input_gradient, weight_gradient), strict=True)
     return {
-        name: max(flops / median_time(partial(function, product), repetitions) for product in products())
+        name: max(
+            flops / median_seconds_of(partial(function, product), repetitions, precision.device)
+            for product in products(precision)
+        )
         for name, function in functions
     }
 
 
-def products() -> list[Product]:
+def products(precision: Precision) -> list[Product]:
     """The ways to a matrix product a b that PyTorch has here: its default, MKL on x86, and oneDNN."""
 
     def onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")  # makes its result's array itself
 
     default: Product = lambda a, b, out: torch.mm(a, b, out=out)  # noqa: E731
-    return [default, onednn] if matmul.onednn_is_faster() else [default]
+    has_onednn = precision.device == FP32.device and precision.name == FP32.name and matmul.onednn_is_faster()
+    return [default, onednn] if has_onednn else [default]
 
 
-def bandwidths(repetitions: int) -> dict[str, float]:
+def bandwidths(repetitions: int, device: torch.device) -> dict[str, float]:
     """Bytes per second of three ways through large arrays. AdamW's is what the fused kernel reaches."""
-    a, b, c = (torch.full((BANDWIDTH_NUMBERS,), 0.5) for _ in range(3))
+    a, b, c = (torch.full((BANDWIDTH_NUMBERS,), 0.5, device=device) for _ in range(3))
     seconds = {
-        "copy": (8, median_time(lambda: a.copy_(b), repetitions)),
-        "triad": (12, median_time(lambda: torch.add(b, c, alpha=0.5, out=a), repetitions)),
+        "copy": (8, median_seconds_of(lambda: a.copy_(b), repetitions, device)),
+        "triad": (12, median_seconds_of(lambda: torch.add(b, c, alpha=0.5, out=a), repetitions, device)),
     }
     parameter = torch.nn.Parameter(a)
     parameter.grad = b
-    seconds["AdamW"] = (ADAMW_BYTES, median_time(torch.optim.AdamW([parameter], lr=1e-6, fused=True).step, repetitions))
+    step = torch.optim.AdamW([parameter], lr=1e-6, fused=True).step
+    seconds["AdamW"] = (ADAMW_BYTES, median_seconds_of(step, repetitions, device))
     return {name: bytes_each * BANDWIDTH_NUMBERS / taken for name, (bytes_each, taken) in seconds.items()}
-
-
-def median_time(function: Callable[[], Any], repetitions: int) -> float:
-    """The median seconds of a call, after one that does not count."""
-    function()
-    seconds = []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
 
 
 def table(figures: dict[str, Any], layers: Sequence[Layer]) -> str:
@@ -292,14 +291,14 @@ def table(figures: dict[str, Any], layers: Sequence[Layer]) -> str:
         f"{figures['batch_size']} reviews ({figures['reviews']}), {figures['rows_per_step']:.1f} input tokens; medians "
         f"of {figures['timed_steps']} steps. The loss needs {figures['needed_flops_per_step'] / 1e9:.1f} GFLOP a step, "
         f"the step performs {figures['performed_to_needed_flops']:.3f} times as many.\n\n"
-        "Matrix products at the step's shapes, in GFLOP/s:\n\n"
+        f"Matrix products at the step's shapes, in GFLOP/s ({figures['dtype']}):\n\n"
         + markdown_table(["layer", "rows × in × out", "per step", "GFLOP", *PASSES], products)
         + f"\n\nMemory bandwidth in GB/s: {bandwidth}; the bound takes the highest."
     )
 
 
-def draw(figures: dict[str, Any]) -> None:
-    """Step and bound as two bars made of their parts, as `results/roofline.png`."""
+def draw(figures: dict[str, Any], name: str) -> None:
+    """Step and bound as two bars made of their parts, as `results/NAME.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,7 +313,7 @@ def draw(figures: dict[str, Any]) -> None:
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set(xlabel="ms per step", title=f"{figures['size']}: step / least time = {figures['step_to_bound']:.2f}")
     axes.legend(ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.5, -0.28), frameon=False)
-    figure.savefig(RESULTS / "roofline.png", dpi=120)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -17,23 +17,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import (
+    RESULTS,
+    add_device_flags,
+    current_memory,
+    markdown_table,
+    peak_memory,
+    precision_of,
+    result_name,
+    write_result,
+)
 from benchmarks.step import (
     GIB,
-    WARM_UP,
     build,
     in_own_process,
     median_seconds,
     parameter_count,
-    peak_memory,
     random_examples,
     read_reviews,
-    resident_memory,
     timed_steps,
+    warm_up,
 )
 from ft.data.examples import encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
-from ft.device import disable_malloc_trim
+from ft.device import Precision, disable_malloc_trim
 from tests.reference.synthetic import SIZES
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -66,7 +73,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="model of the batch and length series")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=MODELS, help="models of the model series")
+    add_device_flags(parser)
     options = parser.parse_args()
+    precision = precision_of(options)
 
     lengths = [length for length in LENGTHS if length <= SIZES[options.size]["n_positions"]]
     plan = [("batch", options.size, batch, 32) for batch in BATCHES]
@@ -75,7 +84,7 @@ def main() -> None:
     points, skipped = [], []
     for series, size, batch_size, length in plan:
         label = {"batch": str(batch_size), "length": str(length), "model": size}[series]
-        measured = in_own_process(measure_step, size, batch_size, length)
+        measured = in_own_process(measure_step, size, batch_size, length, precision, device=precision.device)
         if measured is None:
             skipped.append(f"{series} {label}")
             continue
@@ -90,22 +99,24 @@ def main() -> None:
         points.append(Point("data", f"{count:,}", count, measured["seconds"], measured["bytes"]))
         print(points[-1], flush=True)
 
-    draw(points)
+    draw(points, result_name("scaling", precision.device))
     fits = {name: fit([point for point in points if point.series == name]) for name in AXES}
     figures = {"size": options.size, "points": [asdict(point) for point in points], "exponents": fits}
-    write_result("scaling", {**figures, "out_of_memory": skipped}, table(points, fits, skipped, options.size))
+    text = table(points, fits, skipped, options.size)
+    write_result("scaling", {**figures, "out_of_memory": skipped}, text, precision=precision)
 
 
-def measure_step(size: str, batch_size: int, length: int) -> dict[str, float]:
+def measure_step(size: str, batch_size: int, length: int, precision: Precision) -> dict[str, float]:
     """Median seconds of a step and the process's peak memory, for reviews of `length` tokens with their label."""
     disable_malloc_trim()
-    model, optimizer, config = build(size)
+    model, optimizer, config = build(size, precision=precision)
     parameters = parameter_count(model)
     dear = parameters * batch_size * length > 100e9  # then a step takes seconds, and three give a median
-    steps = WARM_UP + (3 if dear else 7)
+    steps = warm_up(precision.device) + (3 if dear else 7)
     examples = random_examples([length - 1] * batch_size * steps, config.vocab_size)  # the label is no input
-    seconds = median_seconds(timed_steps(model, optimizer, examples, batch_size))
-    return {"seconds": seconds, "bytes": peak_memory(), "parameters": parameters}
+    timed = timed_steps(model, optimizer, examples, batch_size, precision=precision)
+    seconds = median_seconds(timed, precision.device)
+    return {"seconds": seconds, "bytes": peak_memory(precision.device), "parameters": parameters}
 
 
 def measure_encoding(dataset: Path, tokenizer_folder: Path, count: int) -> dict[str, float]:
@@ -115,7 +126,7 @@ def measure_encoding(dataset: Path, tokenizer_folder: Path, count: int) -> dict[
     rows = random.Random(0).choices(range(len(reviews.texts)), k=count)
     split = Split("train", [reviews.texts[row] for row in rows], [reviews.labels[row] for row in rows])
     label_ids = label_tokens(reviews.label_names or ("neg", "pos"), tokenizer)
-    before = resident_memory()
+    before = current_memory()
     started = time.perf_counter()
     examples = encode(split, tokenizer, label_ids, max_length=32)
     seconds = time.perf_counter() - started
@@ -168,8 +179,8 @@ def table(points: Sequence[Point], fits: dict[str, Any], skipped: Sequence[str],
     )
 
 
-def draw(points: Sequence[Point]) -> None:
-    """A column of two panels for each series, seconds above and memory below, as `results/scaling.png`."""
+def draw(points: Sequence[Point], stem: str) -> None:
+    """A column of two panels for each series, seconds above and memory below, as `results/STEM.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +202,7 @@ def draw(points: Sequence[Point]) -> None:
             axes.set_xticks(xs, [point.label for point in series], rotation=40)
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-    figure.savefig(RESULTS / "scaling.png", dpi=120)
+    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
 
 
 if __name__ == "__main__":

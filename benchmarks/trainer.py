@@ -23,8 +23,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 # Imported here is only what both sides import anyway: start-up is measured too.
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import (
+    CPU,
+    RESULTS,
+    is_gpu,
+    markdown_table,
+    peak_memory,
+    precision_of,
+    result_name,
+    wall_clock,
+    write_result,
+)
 from tests.reference.synthetic import SIZES, write_model
 
 if TYPE_CHECKING:
@@ -32,6 +44,7 @@ if TYPE_CHECKING:
 
 BLOCK = 5  # steps until the other's turn
 WARM_UP = 2  # steps at the start that no figure counts
+GPU_WARM_UP = 10  # there, as libraries choose kernels and a graph is recorded
 NEVER = 10**9  # a step that does not come
 
 # The whole job on rotten_tomatoes. Both evaluate and save every 100 steps and at the end; `ft` evaluates the test
@@ -50,6 +63,7 @@ class Row:
     checkpointing: dict[str, bool]
     bf16: bool = False
     trainer_eval_batch_size: int = 64
+    cuda_graphs: bool = False
 
 
 ROWS = (
@@ -57,16 +71,20 @@ ROWS = (
     Row("b", "activation checkpointing in both", 0.1, {"trainer": True, "ft": True}),
     Row("c", "no checkpointing, no dropout", 0.0, {"trainer": False, "ft": False}),
     Row("d", "as (c), with bf16 autocast", 0.0, {"trainer": False, "ft": False}, bf16=True),
+    Row("e", "as (a), in bf16", 0.1, {"trainer": True, "ft": False}, bf16=True, trainer_eval_batch_size=8),
+    Row("f", "as (d), ft with --cuda-graphs", 0.0, {"trainer": False, "ft": False}, bf16=True, cuda_graphs=True),
 )
+CPU_ROWS, GPU_ROWS = "abcd", "abcdef"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the processes read and write; `model` holds the tokenizer too."""
+    """Where the processes read, write and compute; `model` holds the tokenizer too."""
 
     model: Path
     dataset: Path
     output: Path
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -97,8 +115,8 @@ class Turns:
     The first step needs no permission, so that start-up is measured up to its end.
     """
 
-    def __init__(self, connection: Connection, output: Path) -> None:
-        self.connection, self.output = connection, output
+    def __init__(self, connection: Connection, output: Path, device: torch.device) -> None:
+        self.connection, self.output, self.device = connection, output, device
         self.actions: dict[str, Callable[[], Any]] = {}
         self.steps: list[Step] = []
         self.left = 1
@@ -115,7 +133,7 @@ class Turns:
         self.steps.append(Step(time.perf_counter() - self.started, loss, tokens))
         self.left -= 1
         if self.left == 0:
-            self.connection.send(Block(self.steps, self.first_began, peak_memory_bytes()))
+            self.connection.send(Block(self.steps, self.first_began, peak_memory(self.device)))
             self.steps = []
             self.left = self._wait()
         self.started = time.perf_counter()
@@ -132,17 +150,16 @@ class Turns:
                 return steps
             if command == "finish":
                 raise Finished
-            started = time.perf_counter()
+            started = wall_clock(self.device)
             self.actions[command]()
-            self.connection.send(time.perf_counter() - started)
+            self.connection.send(wall_clock(self.device) - started)
             for folder in self.output.glob("checkpoint-*"):
                 shutil.rmtree(folder)  # before the kernel spends the other's turn writing what is left of it
 
 
-def peak_memory_bytes() -> int:
-    """The most physical memory that this process has ever held (`VmHWM`, which Linux alone tells)."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+def steps_of_warm_up(device: torch.device) -> int:
+    """How many steps at the start no figure counts."""
+    return GPU_WARM_UP if is_gpu(device) else WARM_UP
 
 
 def run_trainer(turns: Turns, row: Row, inputs: Inputs) -> None:
@@ -174,6 +191,7 @@ def run_trainer(turns: Turns, row: Row, inputs: Inputs) -> None:
         dropout=row.dropout,
         gradient_checkpointing=row.checkpointing["trainer"],
         bf16=row.bf16,
+        use_cpu=not is_gpu(turns.device),
         per_device_eval_batch_size=row.trainer_eval_batch_size,
     )
     trainer.add_callback(TakeTurns)
@@ -209,9 +227,10 @@ def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
         dataset=str(inputs.dataset),
         output_dir=str(turns.output),
         overwrite=True,
-        device="cpu",
+        device=str(turns.device),
         precision="bf16" if row.bf16 else "fp32",
         dropout=row.dropout,
+        cuda_graphs=row.cuda_graphs,
         activation_checkpointing="full" if row.checkpointing["ft"] else "none",
         logging_steps=1,
         eval_steps=NEVER,  # both are done when the driver asks for them
@@ -227,7 +246,7 @@ RUN = {"trainer": run_trainer, "ft": run_ft}
 def work(connection: Connection, name: str, row: Row, inputs: Inputs) -> None:
     """Body of a worker process."""
     with suppress(Finished):
-        RUN[name](Turns(connection, inputs.output / name), row, inputs)
+        RUN[name](Turns(connection, inputs.output / name, inputs.device), row, inputs)
 
 
 class Worker:
@@ -273,7 +292,8 @@ def measure(row: Row, inputs: Inputs, steps: int, rounds: int) -> dict[str, Any]
     workers = {name: Worker(name, row, inputs) for name in RUN}
     # The order turns round every time, so that neither always runs on what the other left in the caches.
     order = list(workers.values())
-    for block in [WARM_UP - 1, *[BLOCK] * math.ceil(steps / BLOCK)]:
+    warm_up = steps_of_warm_up(inputs.device)
+    for block in [warm_up - 1, *[BLOCK] * math.ceil(steps / BLOCK)]:
         for worker in order:
             worker.train(block)
         order.reverse()
@@ -287,9 +307,9 @@ def measure(row: Row, inputs: Inputs, steps: int, rounds: int) -> dict[str, Any]
         worker.finish()
 
     figures: dict[str, Any] = {"row": asdict(row)}
-    tokens = statistics.mean(step.tokens for step in workers["ft"].steps[WARM_UP:])  # the same reviews for both
+    tokens = statistics.mean(step.tokens for step in workers["ft"].steps[warm_up:])  # the same reviews for both
     for name, worker in workers.items():
-        step_seconds = [step.seconds for step in worker.steps[WARM_UP:]]
+        step_seconds = [step.seconds for step in worker.steps[warm_up:]]
         step = statistics.median(step_seconds)
         evaluation, save = (statistics.median(worker.seconds[action]) for action in ("evaluate", "save"))
         figures[name] = {
@@ -371,27 +391,27 @@ def goals_table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table(["ft against the Trainer", "goal", "measured"], lines)
 
 
-def notes(results: dict[str, dict[str, Any]], steps: int, rounds: int) -> str:
+def notes(results: dict[str, dict[str, Any]], steps: int, rounds: int, device: torch.device) -> str:
     """How the figures came about."""
     titles = "; ".join(f"({name}) {figures['row']['title']}" for name, figures in results.items())
     return (
         f"Rows: {titles}. As each comes, both drop out 0.1, the Trainer recomputes activations as the tutorial has it "
         f"and evaluates in its batches of 8, `ft` does not recompute and evaluates in batches of 64; in the other rows "
         f"both evaluate in batches of 64.\n\n"
-        f"Batch 8 of at most 32 tokens, fp32 unless said otherwise. Medians of at least {steps} steps, {WARM_UP} "
-        f"before them not counted, in turns of {BLOCK}; of {rounds} evaluations of the {VALIDATION_REVIEWS} validation "
-        f"reviews and as many saves. Tokens are those of the reviews, without padding. Peak memory is that of the "
-        f"process up to the last training step. A save of `ft` waits until the disk has it, one of the Trainer does "
-        f"not. Start-up is with all files in the page cache; the first step is the slowest, as it takes its memory "
-        f"from the system.\n\n"
+        f"Batch 8 of at most 32 tokens, fp32 unless said otherwise. Medians of at least {steps} steps, "
+        f"{steps_of_warm_up(device)} before them not counted, in turns of {BLOCK}; of {rounds} evaluations of the "
+        f"{VALIDATION_REVIEWS} validation reviews and as many saves. Tokens are those of the reviews, without padding. "
+        f"Peak memory is that of the {'device' if is_gpu(device) else 'process'} up to the last training step. A save "
+        f"of `ft` waits until the disk has it, one of the Trainer does not. Start-up is with all files in the page "
+        f"cache; the first step is the slowest, as it takes its memory from the system.\n\n"
         f"The whole job is calculated from these figures: the first step's end, {STEPS - 1} more steps, "
         f"{EVALUATIONS['trainer']} evaluations and {SAVES['trainer']} checkpoints; for `ft` one more of each, the test "
         f"split and the finished model."
     )
 
 
-def draw(results: dict[str, dict[str, Any]]) -> None:
-    """The step times side by side, as `results/trainer.png`."""
+def draw(results: dict[str, dict[str, Any]], stem: str) -> None:
+    """The step times side by side, as `results/STEM.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -409,7 +429,7 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
     axes.set(ylabel="seconds per step (median)", title="One optimiser step of the tutorial's job")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
-    figure.savefig(RESULTS / "trainer.png", dpi=120)
+    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
 
 
 def parser_of_inputs(description: str | None) -> argparse.ArgumentParser:
@@ -420,6 +440,8 @@ def parser_of_inputs(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, help="folder for weights and runs, kept; left out: a temporary one")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="of the model, whose weights are random")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
+    parser.set_defaults(precision="fp32")  # where a row does not say otherwise
     return parser
 
 
@@ -431,7 +453,7 @@ def prepared_inputs(options: argparse.Namespace) -> Iterator[Inputs]:
         model = folder / f"model-{options.size}"
         if not (model / "config.json").exists():
             write_model(model, options.size, tokenizer_from=options.tokenizer)
-        yield Inputs(model, options.dataset, folder)
+        yield Inputs(model, options.dataset, folder, precision_of(options).device)
 
 
 def main() -> None:
@@ -439,22 +461,32 @@ def main() -> None:
     parser = parser_of_inputs(__doc__)
     parser.add_argument("--loss-steps", type=int, default=100, help="steps of row c at least, to compare losses")
     parser.add_argument("--rounds", type=int, default=2, help="evaluations and saves of each")
-    parser.add_argument("--rows", default="abcd", help="the comparisons to make, such as ac")
+    parser.add_argument("--rows", help=f"the comparisons to make, such as ac (default {CPU_ROWS}, on a GPU {GPU_ROWS})")
     options = parser.parse_args()
 
-    rows = [row for row in ROWS if row.name in options.rows]
+    precision = precision_of(options)
+    chosen = options.rows or (GPU_ROWS if is_gpu(precision.device) else CPU_ROWS)
+    rows = [row for row in ROWS if row.name in chosen]
     results: dict[str, dict[str, Any]] = {}
     with prepared_inputs(options) as inputs:
         for name in RUN:  # brings every file into the page cache, so that the first row starts like the others
             Worker(name, rows[0], inputs).finish()
         for row in rows:
-            steps = max(options.steps, options.loss_steps - WARM_UP) if row.name == "c" else options.steps
+            steps = (
+                max(options.steps, options.loss_steps - steps_of_warm_up(inputs.device))
+                if row.name == "c"
+                else options.steps
+            )
             results[row.name] = measure(row, inputs, steps, options.rounds)
             print(row_table(results[row.name]), flush=True)
 
-    tables = [goals_table(results), *map(row_table, results.values()), notes(results, options.steps, options.rounds)]
-    write_result("trainer", {"size": options.size, "rows": results}, "\n\n".join(tables))
-    draw(results)
+    tables = [
+        goals_table(results),
+        *map(row_table, results.values()),
+        notes(results, options.steps, options.rounds, precision.device),
+    ]
+    write_result("trainer", {"size": options.size, "rows": results}, "\n\n".join(tables), precision=precision)
+    draw(results, result_name("trainer", precision.device))
 
 
 if __name__ == "__main__":

@@ -277,13 +277,16 @@ class GPT2(nn.Module):
         for block in self.h[:-1]:
             hidden_states = call(block, hidden_states, packing)
         hidden_states = call(self.h[-1], hidden_states, packing, selection)  # (S, C)
-        head = table if candidates is None else table[candidates]
+        return self.logits(hidden_states, table if candidates is None else table[candidates])
+
+    def logits(self, hidden_states: Tensor, table: Tensor) -> Tensor:
+        """The last norm and the head: (S, C) and the rows of the token table, (V, C) -> (S, V)."""
         hidden_states = self.ln_f(hidden_states)
         device_type = hidden_states.device.type
         if len(hidden_states) <= FP32_HEAD_ROWS and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return affine(hidden_states.float(), head.T)
-        return affine(hidden_states, head.T)  # (S, V)
+                return affine(hidden_states.float(), table.T)
+        return affine(hidden_states, table.T)
 
     def _checkpointed_call(self) -> Callable[..., Tensor]:
         """How to call a block: as it is, or so that its activations are recomputed in the backward pass.

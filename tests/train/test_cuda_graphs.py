@@ -1,14 +1,11 @@
 """The step as a CUDA graph: that it can be one, and that what surrounds the graph gives the same training."""
 
-import contextlib
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ft.config import Config
 from ft.data.batches import collate_padded
@@ -23,6 +20,7 @@ from ft.train.nonfinite import NonFiniteError, NonFiniteGuard
 from ft.train.optim import build_optimizer
 from ft.train.schedule import learning_rate_at, windows
 from ft.train.state import State
+from tests.graphs_on_cpu import emulate
 
 TINY = GPT2Config(vocab_size=97, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 CPU = torch.device("cpu")
@@ -130,84 +128,10 @@ def test_a_step_is_a_pure_tensor_program(precision, settings, kept):
     assert not {name for name in operations if "_local_scalar_dense" in name or "nonzero" in name}
 
 
-class Recording(TorchDispatchMode):
-    """Records operations with the very tensors they read and write, and leaves no trace of having run them."""
-
-    def __init__(self, graph):
-        super().__init__()
-        self.operations, self.created, self.before = graph.operations, {}, {}
-        graph.recordings += 1
-
-    def __enter__(self):
-        self.random_state = torch.get_rng_state()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        torch.set_rng_state(self.random_state)
-        with torch.no_grad():
-            for tensor, value in self.before.values():
-                tensor.copy_(value)
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        assert function is not torch.ops.aten._local_scalar_dense.default, "a read that waits for the device"
-        for described, value in zip(function._schema.arguments, arguments, strict=False):
-            if described.alias_info is not None and described.alias_info.is_write:
-                for tensor in tree_leaves(value):
-                    if address(tensor) not in self.created:
-                        self.before.setdefault(address(tensor), (tensor, tensor.detach().clone()))
-        result = function(*arguments, **keywords)
-        read = {address(leaf) for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and address(tensor) not in read:
-                self.created[address(tensor)] = tensor
-        self.operations.append((function, arguments, keywords, result))
-        return result
-
-
-def address(tensor):
-    return tensor.untyped_storage().data_ptr()
-
-
-class GraphOnCPU:
-    """What a CUDA graph does: the same operations again, on the same memory."""
-
-    def __init__(self):
-        self.operations, self.recordings, self.replays = [], 0, 0
-        graphs.append(self)
-
-    @torch.no_grad()
-    def replay(self):
-        self.replays += 1
-        for function, arguments, keywords, result in self.operations:
-            again = function(*arguments, **keywords)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(new, torch.Tensor) and address(old) != address(new):
-                    old.copy_(new)
-
-
-graphs = []
-
-
-class FakeStream:
-    def __init__(self, device=None):
-        pass
-
-    def wait_stream(self, other):
-        assert isinstance(other, FakeStream)
-
-
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
-    graphs.clear()
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", GraphOnCPU)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: Recording(graph))
     monkeypatch.setattr("ft.finetune.require_cuda", lambda device: None)
-    return graphs
+    return emulate(monkeypatch)
 
 
 @pytest.mark.parametrize(
