@@ -198,7 +198,12 @@ class Config:
     forgetting: str | None = None
     """also measure perplexity on general text, before, meanwhile and after: a UTF-8 file, a data set, or builtin"""
     save_steps: int = 100
-    """save a checkpoint, from which --resume continues"""
+    """save a checkpoint, from which --resume continues
+
+    On a GPU many steps are made while a checkpoint is written. One that comes due meanwhile is saved as soon as the
+    writer is free, after a later step. Those of the last step, of a stop and, with keep_best, of the best evaluation
+    are not put off, and with save_blocking none is.
+    """
     keep_checkpoints: int = 2
     """how many of the newest checkpoints to keep"""
     keep_best: bool = False

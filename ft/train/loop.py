@@ -14,7 +14,7 @@ from ft.distributed.ranks import ALONE, Ranks
 from ft.train.metrics import Report
 from ft.train.nonfinite import NonFiniteGuard
 from ft.train.optim import AdamW, clip_in_optimizer
-from ft.train.schedule import learning_rate_at, steps_per_epoch, total_steps, windows
+from ft.train.schedule import SaveSchedule, learning_rate_at, steps_per_epoch, total_steps, windows
 from ft.train.state import State
 
 
@@ -37,20 +37,16 @@ def train(
 ) -> None:
     """Train `model` in place from step `state.step` to the last one, evaluating and saving on the way.
 
-    When `stopping` says so, the step in hand is finished and saved. A save that is due by its number waits for a later
-    step while `put_off` says so; those of the last step, of a stop and of the best evaluation do not. Several processes
-    share every batch of every step.
+    When `stopping` says so, the step in hand is finished and saved. Several processes share every batch of every step.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite, and no more steps may be skipped.
     """
-    device = precision.device
-    last_step = total_steps(len(examples), config)
-    per_epoch = steps_per_epoch(len(examples), config)
-    one = torch.ones((), device=device)
+    last_step, per_epoch = total_steps(len(examples), config), steps_per_epoch(len(examples), config)
+    device, one = precision.device, torch.ones((), device=precision.device)
     loss_sum = state.loss_sum * one
     guard = NonFiniteGuard(device, state, limit=config.max_skipped_steps if config.on_nonfinite == "skip" else 0)
-    save_due = False
+    saves = SaveSchedule(config, put_off)
     model.train()
 
     for window in windows(len(examples), config, state.step):
@@ -95,11 +91,7 @@ def train(
             state.evaluation_due = True  # and stays so if the run is stopped meanwhile
             evaluate(state)
         stops = stopping()
-        save_due = save_due or state.step % config.save_steps == 0
-        # The weights of these steps no later checkpoint can hold.
-        must_save = last or stops or (config.keep_best and state.best_step == state.step)
-        if must_save or (save_due and not put_off(state)):
-            save_due = False
+        if saves.are_due(state, must=last or stops):
             guard.check()
             state.loss_sum = loss_sum.item()
             save(state)
