@@ -242,6 +242,10 @@ class Config:
         "also measure perplexity on general text, before, meanwhile and after: a UTF-8 file, a data set, or builtin",
     )
     save_steps: int = setting(100, LOGGING, "save a checkpoint, from which --resume continues", minimum=1)
+    """On a GPU many steps are taken while a checkpoint is written. A save that comes due meanwhile is deferred until
+    the writer is free. Those of the last step, of a stop and, with keep_best, of the best evaluation are not deferred,
+    and with save_blocking none is.
+    """
     keep_checkpoints: int = setting(2, LOGGING, "number of newest checkpoints to keep", minimum=1)
     keep_best: bool = setting(
         False,

@@ -34,8 +34,9 @@ def compile_blocks(blocks: Iterable[nn.Module], mode: str, device: torch.device)
 
 def _missing_to_compile(device: torch.device) -> str | None:
     """What `torch.compile` needs on this device and does not find; None if all is there."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        return "a C++ compiler (g++ or clang++) on a CPU, and none is installed here"
+    cxx = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if device.type == "cpu" and not shutil.which(cxx):
+        return f"a C++ compiler on a CPU, and {cxx} is not installed here (CXX names another)"
     if device.type != "cuda":
         return None
     if find_spec("triton") is None:

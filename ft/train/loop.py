@@ -17,7 +17,7 @@ from ft.distributed.ranks import ALONE, Ranks
 from ft.train.cuda_graphs import GraphedStep, Step
 from ft.train.nonfinite import NonFiniteGuard
 from ft.train.optim import AdamW, clip_in_optimizer
-from ft.train.schedule import learning_rate_at, steps_per_epoch, total_steps, windows
+from ft.train.schedule import SaveSchedule, learning_rate_at, steps_per_epoch, total_steps, windows
 from ft.train.state import State
 
 
@@ -130,7 +130,7 @@ def train(
     if config.cuda_graphs:
         *inputs, empty = (collate([]).to(device) for _ in range(config.gradient_accumulation_steps + 1))
         step = GraphedStep(step, inputs, empty)
-    save_due = False
+    saves = SaveSchedule(config, hooks.defers_save)
     components.model.train()
 
     # A window is the rows of one optimizer step: as many batches as gradients are accumulated over.
@@ -157,11 +157,7 @@ def train(
             state.evaluation_due = True  # remains set if the run is stopped during the evaluation
             hooks.evaluate(state)
         stops = hooks.should_stop(state)
-        save_due = save_due or state.step % config.save_steps == 0
-        # No later checkpoint can hold the weights of these steps.
-        must_save = last or stops or (config.keep_best and state.best_step == state.step)
-        if must_save or (save_due and not hooks.defers_save(state)):
-            save_due = False
+        if saves.are_due(state, must=last or stops):
             guard.check()
             state.loss_sum = loss_sum.item()
             hooks.save(state)

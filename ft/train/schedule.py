@@ -1,11 +1,12 @@
-"""How many steps a run has, and the learning rate of each."""
+"""How many steps a run has, the learning rate of each, and after which of them it saves."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from ft.config import Config
 from ft.data.batches import epoch_order
+from ft.train.state import State
 
 
 def learning_rate_at(
@@ -53,6 +54,26 @@ def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list
             start = (step - first_of_epoch) * config.rows_per_step
             window = order[start : start + config.rows_per_step]
             yield [window[i : i + config.rows_per_batch] for i in range(0, len(window), config.rows_per_batch)]
+
+
+class SaveSchedule:
+    """The steps after which a checkpoint is saved: every `save_steps`, or later while saves are deferred.
+
+    With `keep_best` that of the best evaluation is never deferred: no later checkpoint holds its weights.
+    """
+
+    def __init__(self, config: Config, defers: Callable[[State], bool]) -> None:
+        """`defers` is called only after steps whose save may wait, on all ranks alike."""
+        self._config, self._defers = config, defers
+        self._is_waiting = False
+
+    def are_due(self, state: State, *, must: bool) -> bool:
+        """Whether to save now; with `must` in any case, as after the last step."""
+        must = must or (self._config.keep_best and state.best_step == state.step)
+        self._is_waiting = self._is_waiting or state.step % self._config.save_steps == 0
+        is_due = must or (self._is_waiting and not self._defers(state))
+        self._is_waiting = self._is_waiting and not is_due
+        return is_due
 
 
 def rows_of_step(num_examples: int, config: Config, step: int) -> list[int]:

@@ -155,6 +155,7 @@ def test_half_precision_is_that_of_transformers(train, inputs, device, precision
         assert ours[i::2] == pytest.approx(expected[i::2], rel=tolerance)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("device", EXPENSIVE)
 def test_compiled_blocks_compute_the_same(train, device, on_cpu, mode):
