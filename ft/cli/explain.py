@@ -128,7 +128,7 @@ def _walk(config: Config, row: int | None) -> None:
     _stage(6, "Hyper-parameters", "ft/config.py Config")
     _tell("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPER_PARAMETERS))
 
-    _stage(7, "Loop", "ft/train/loop.py train; forward: ft/model/gpt2.py GPT2.forward; clip, AdamW: ft/train/optim.py")
+    _stage(7, "Loop", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py")
     read = [number for numbers in window for number in numbers]
     first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
     own = slice(first, first + len(target_ids))  # this review's among the targets of the step

@@ -465,7 +465,7 @@ def test_no_configuration_of_a_model_makes_a_traceback(published):
 # --- what must not be there -------------------------------------------------------------------------------------------
 
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "joblib", "eval", "exec", "__import__", "torch.load"}
-PROGRAM = sorted((Path(__file__).parents[2] / "ft").glob("*.py"))
+PROGRAM = sorted((Path(__file__).parents[2] / "ft").rglob("*.py"))
 
 
 def test_nothing_runs_code_that_a_file_brings_along():
