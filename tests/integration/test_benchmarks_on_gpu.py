@@ -52,7 +52,7 @@ def gpu(monkeypatch, tmp_path):
             patch.setattr(torch.cuda, "is_available", lambda: True)
             return described()
 
-    def choose_device(name):
+    def choose_device(name, local_rank=None):
         chosen.append(name)
         return CPU
 
