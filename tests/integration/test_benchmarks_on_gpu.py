@@ -177,6 +177,7 @@ class Inline:
     """A process pool without a process."""
 
     def __enter__(self):
+        ablation.build.cache_clear()  # a new process has no model yet
         return self
 
     def __exit__(self, *_):
