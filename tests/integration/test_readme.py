@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from ft.cli.arguments import COMMANDS, WITH_THE_JOBS_FLAGS, read_arguments
 from ft.cli.main import main
 from ft.cli.parsers import CommandParser
+from ft.config import Config, flag
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "README.md"
@@ -20,6 +22,7 @@ NAMES = {path: str(path.relative_to(ROOT)) for path in READMES}
 WALK_THROUGH = TEXTS[ROOT / "ft" / "README.md"]
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", WALK_THROUGH, re.MULTILINE | re.DOTALL)
 MOST_LINES = 220
+OF_OTHER_PROGRAMS = ("--help", "--index-url", "--nproc-per-node", "--max-restarts")
 
 
 def without_code(text):
@@ -140,6 +143,15 @@ def test_every_file_and_module_in_code_exists(path):
         assert any(place.exists() for place in places), name
     for name in re.findall(r"-m benchmarks\.(\w+)", TEXTS[path]):
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize("path", READMES, ids=NAMES.get)
+def test_every_flag_in_code_exists(path):
+    sources = [*(ROOT / "ft" / "cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    added = {name for source in sources for name in re.findall(r'"(--[a-z0-9-]+)"', source.read_text(encoding="utf-8"))}
+    flags = added | {flag(field.name) for field in fields(Config)} | {*OF_OTHER_PROGRAMS}
+    for code in re.findall(r"`([^`]+)`", without_code(TEXTS[path])):
+        assert {word.partition("=")[0] for word in re.findall(r"(?<!\S)--[a-z0-9-]+", code)} <= flags, code
 
 
 def test_every_benchmark_with_results_is_in_the_table_of_figures():
