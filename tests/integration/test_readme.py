@@ -161,6 +161,15 @@ def test_every_benchmark_with_results_is_in_the_table_of_figures():
         assert f"(results/{path.stem}.md)" in text
 
 
+@pytest.mark.parametrize("path", [MAIN, ROOT / "benchmarks" / "README.md"], ids=NAMES.get)
+def test_figures_against_the_trainer_are_those_of_the_result_file(path):
+    measured = (ROOT / "benchmarks" / "results" / "trainer.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]+\| ([\d.]+) \S+ \| ([\d.]+) \S+ \| ([\d.]+) x \|$", TEXTS[path], re.MULTILINE)
+    assert rows
+    for trainer, ours, factor in rows:
+        assert f"| {trainer} | {ours} | {factor} x |" in measured
+
+
 def test_the_lines_that_a_newcomer_copies_are_found_in_the_readme():
     """By the patterns of `.ci/run`."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
