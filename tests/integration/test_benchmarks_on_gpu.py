@@ -86,7 +86,7 @@ def gpu(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr("sys.argv", [name, "--device", "cuda", "--size", "tiny", *flags])
             module.main()
-        assert set(chosen) == {"cuda"}
+        assert chosen[0] == "cuda"  # later ones name the device that this stood for
         assert drawn in ([], [f"{name}-cuda"])
         table = (tmp_path / f"{name}-cuda.md").read_text()
         assert "Pretended H100, 80.0 GiB" in table
