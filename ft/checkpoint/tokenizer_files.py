@@ -140,7 +140,9 @@ def _from_vocabulary(files: Mapping[str, Path], described: Mapping[str, dict[str
     config = described.get(TOKENIZER_CONFIG, {})
     try:
         tokenizer = Tokenizer(BPE.from_file(str(files[VOCABULARY]), str(files[MERGES])))
-    except Exception as error:  # the library raises nothing narrower
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and when it panics no Exception
         raise FtError(f"cannot read {files[VOCABULARY]} and {files[MERGES]} as a tokenizer: {error}") from error
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=config.get("add_prefix_space") is True)
     tokenizer.decoder = ByteLevelDecoder()

@@ -48,7 +48,7 @@ def describe(config: Config) -> None:
     }
 
     print(f"{printable(source)}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
-    for note in data.notes:
+    for note in (*described.tokenizer.notes, *data.notes):
         print(f"Note: {printable(note)}.")
     if data.label_names:
         words = [tokenizer.decode([token]) for token in data.label_ids]

@@ -308,3 +308,11 @@ def test_a_model_of_bpe_without_merges_is_no_gpt2_pipeline(inputs, folder, tmp_p
     tokenizer.save(str(folder / "tokenizer.json"))
     ours = saved(folder, tmp_path / "saved").tokenizer.tokenizer
     assert ids(AutoTokenizer.from_pretrained(tmp_path / "saved"), "the plot") == ours.encode("the plot").ids
+
+
+def test_a_panic_of_the_library_is_a_message(folder):
+    """A token that is there twice makes `BPE.from_file` panic, which is no `Exception`."""
+    (folder / "vocab.json").write_text('{"a": 0, "b": 1, "c": 2, "Ġ": 3, "ab": 4, "a": 5}', encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\na b\nĠ a\n", encoding="utf-8")
+    with pytest.raises(FtError, match=r"cannot read .*vocab\.json and .*merges\.txt as a tokenizer"):
+        read_description(model_files(str(folder), with_weights=False))
