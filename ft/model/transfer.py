@@ -1,7 +1,7 @@
 """Everything that a batch needs on the GPU, sent by one copy.
 
-A copy to a GPU costs the host about ten microseconds whatever its size, and a batch consists of eight small tensors. So
-they are laid one behind the other in one buffer, which is copied, and what arrives is cut into views:
+A small copy to a GPU costs the host time that does not depend on its size, and a batch consists of eight small tensors.
+So they are laid one behind the other in one buffer, which is copied, and what arrives is cut into views:
 
     on the CPU      input_ids  target_ids  positions  slots  ...      a tensor each
     buffer          |input_ids..|target_ids..|positions..|slots..|    bytes in page-locked memory
