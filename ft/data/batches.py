@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ft.data.examples import Example
 from ft.model.packing import Packing, Selection
-from ft.model.transfer import send
+from ft.model.transfer import to_device
 
 MOST_TARGETS = 2048  # of a batch whose logits over the whole vocabulary are computed: 400 MB with GPT-2's
 IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
@@ -32,7 +32,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, to a GPU by one copy."""
-        return send(self, device)
+        return to_device(self, device)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -26,6 +26,7 @@ from ft.errors import FtError
 from ft.io.formats import SUFFIXES
 from ft.io.json_file import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
+from ft.model.pretrained import load_published
 from tests.conftest import write_parquet
 from tests.reference.synthetic import write_model
 
@@ -381,7 +382,7 @@ def test_targets_are_the_completion_and_a_closing_end_of_text(demo_inputs):
 def test_the_loss_on_completions_is_transformers(demo_inputs):
     reference = transformers.AutoModelForCausalLM.from_pretrained(demo_inputs[0]).double().eval()
     model = GPT2(GPT2Config.from_dict(read_json(demo_inputs[0] / "config.json"))).double().eval()
-    model.load_published(reference.state_dict().items())
+    load_published(model, reference.state_dict().items())
     tokenizer = read_tokenizer(demo_inputs[0] / "tokenizer.json")
     split = Split(
         "train", ["the plot", "", "in the end , the acting"], [0] * 3, completions=[" is dull", "a", " is fine"]
