@@ -68,7 +68,7 @@ class OneDNNAffine(torch.autograd.Function):
 
 
 def _weight_gradient(x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """The product x^T g in the memory layout of `weight`: autograd copies any other, 154 MB for the head of the 124M model."""
+    """The product x^T g in the memory layout of `weight`: autograd would copy any other, 154 MB for the head."""
     is_transposed_view = weight.stride(0) == 1
     return (gradient.T @ x).T if is_transposed_view else x.T @ gradient
 

@@ -17,9 +17,9 @@ import transformers
 from ft.cli.main import main
 from ft.config import Config
 from ft.data.batches import collate
+from ft.data.dataset_files import sort_into_splits
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.load import read_splits
-from ft.data.split_files import sort_into_splits
 from ft.data.splits import Split, stratified
 from ft.data.tables import Columns, read_split
 from ft.errors import FtError
@@ -284,9 +284,9 @@ def test_one_of_several_data_sets_is_chosen_by_its_folder():
     assert sort_into_splits(names, "x", "cola") == {"train": names[1:]}
     with pytest.raises(FtError, match="in cola, sst2: choose one by --dataset-config cola"):
         sort_into_splits(names, "x")
-    with pytest.raises(FtError, match="no data set in a folder 'rte', it has one at its top: correct"):
+    with pytest.raises(FtError, match="no data set in a directory 'rte', it has one at its top: correct"):
         sort_into_splits(["train.parquet"], "x", "rte")
-    with pytest.raises(FtError, match="no data set in a folder 'rte', it has cola, sst2"):
+    with pytest.raises(FtError, match="no data set in a directory 'rte', it has cola, sst2"):
         sort_into_splits(names, "x", "rte")
 
 
@@ -503,7 +503,7 @@ def test_settings_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, 
     ("dataset", "message"),
     [
         ("absent.csv", "there is no file 'absent.csv': check --dataset"),
-        ("notes.txt", "whose format is not read: it must be one of .parquet, .arrow, .csv"),
+        ("notes.txt", "whose format is not supported: it must be one of .parquet, .arrow, .csv"),
         ("page.csv", "begins with b'<!DOCTYPE html>': put the real one there"),
         ("pointer.csv", "is a Git LFS pointer"),
         ("one.csv", "no validation split, and its 1 training rows are too few"),
