@@ -161,11 +161,11 @@ def _in_the_models_order(split: "Split", names: Sequence[str], *, were_given: bo
     Raises:
         FtError: a label is not among those of the model.
     """
-    from ft.data.load import numbered_as
+    from ft.data.load import renumber
     from ft.data.tables import WHOLE_NUMBER
 
     told = split.label_names
-    split = numbered_as(split, names)
+    split = renumber(split, names)
     if told is not None and not set(told) & set(names):
         print(
             f"Note: the data call their labels {listed(told)}, the model {listed(names)}: they are matched by number.",

@@ -1,19 +1,17 @@
-"""Tables in text files: CSV, TSV, JSON and JSON lines, also compressed by gzip; and plain lines of text.
+"""Text files: their encoding, plain lines, and tables in CSV and TSV, also compressed by gzip.
 
-The standard library parses them: PyArrow's JSON reader crashes on some malformed lines, and its CSV reader joins rows
-if a value begins with an unmatched quote.
+The standard library parses them: PyArrow's CSV reader joins rows if a value begins with an unmatched quote.
 """
 
 import codecs
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ft.data.table import Table
 from ft.errors import FtError, UsageError
@@ -162,11 +160,12 @@ def _best_reading(path: Path, text: str, delimiter: str, wanted: Sequence[str], 
     quoted = ("", lambda: _quoted(text, delimiter))
     literal = ("", lambda: _unquoted(text, delimiter))
     escaped = (rf"the quotes in {path.name} are escaped as \"", lambda: _quoted(text.replace('\\"', '""'), delimiter))
+    spaced = (f"blanks around quotes in {path.name} are left out", lambda: _quoted_with_blanks(text, delimiter))
     unmatched = (f"the quotes in {path.name} do not enclose values and are read as parts of them", literal[1])
     if delimiter == "\t":
         readings = [quoted, literal] if _doubles_quotes(text, delimiter) else [literal, quoted]
     else:
-        readings = [quoted, escaped, unmatched] if '\\"' in text else [quoted, unmatched]
+        readings = [quoted, *([escaped] if '\\"' in text else []), spaced, unmatched]
     found: _Rows | None = None
     failure: Exception | None = None
     for note, read in readings:
@@ -197,10 +196,15 @@ def _doubles_quotes(text: str, delimiter: str) -> bool:
     return any('"' in value for _, row in _quoted(text, delimiter) for value in row)
 
 
-def _quoted(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
+def _quoted_with_blanks(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
+    """Yield rows as `_quoted` does, without the blanks between quotes and delimiters, as in `1, "a, b" ,2`."""
+    return _quoted(re.sub(rf'" +(?=[{re.escape(delimiter)}\r\n]|$)', '"', text), delimiter, skip_blanks=True)
+
+
+def _quoted(text: str, delimiter: str, *, skip_blanks: bool = False) -> Iterable[tuple[int, list[str]]]:
     """Yield the rows of a text with quoted values, each with the line in which it begins."""
     old_limit = csv.field_size_limit(LARGEST_VALUE)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=skip_blanks)
     begin = 1
     try:
         for row in reader:
@@ -273,70 +277,3 @@ def _check_multiline_rows(
                 f"lines {begin:,} to {end:,} of {path} are one row, as a quote opens in the first and closes in the "
                 "last, yet each looks like a row: double the quotes inside values, or save the file as JSON lines"
             )
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def read_json_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
-    """Read JSON lines, an array of objects, or an object of columns as `pandas.DataFrame.to_json` writes it.
-
-    Args:
-        path: the file.
-        wanted: the columns to read, by which an object that is one row is recognized.
-        form: the encoding, if the user names it.
-
-    Raises:
-        FtError: it is not a table.
-        UsageError: there is no such encoding.
-    """
-    text = decoded(read_bytes(path), str(path), form.encoding)
-    lines: list[int] | None
-    try:
-        content = json.loads(text)
-        rows = content if isinstance(content, list) else _rows_of(path, content, wanted)
-        lines = [1] if len(rows) == 1 and rows[0] is content else None
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            raise FtError(f"cannot read {path}: {_json_problem(error)}") from error
-        numbered = [(number, line) for number, line in enumerate(plain_lines(text), start=1) if line.strip()]
-        lines = [number for number, _ in numbered]
-        rows = [_parse_line(path, number, line) for number, line in numbered]
-    for row, values in enumerate(rows):
-        if not isinstance(values, dict):
-            place = f"row {row}" if lines is None else f"line {lines[row]:,}"
-            shown = json.dumps(values)[:40]
-            raise FtError(f'{place} of {path} is {shown}, it must be an object such as {{"text": "...", "label": 1}}')
-    if not rows:
-        raise FtError(f"{path} is empty: it must hold an object per row")
-    names = list(dict.fromkeys(name for values in rows for name in values))
-    return Table(path, names, lambda place: [values.get(names[place]) for values in rows], lines)
-
-
-def _parse_line(path: Path, number: int, line: str) -> Any:  # noqa: ANN401
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FtError(f"cannot read {path}: {_json_problem(error, number)}") from error
-
-
-def _json_problem(error: Exception, line: int | None = None) -> str:
-    """The problem in words; of a file of JSON lines, `line` is the number of the line that was parsed."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON in line {line or error.lineno:,}, column {error.colno:,}: {error.msg}"
-    place = "" if line is None else f" in line {line:,}"
-    return f"JSON{place} is nested too deeply" if isinstance(error, RecursionError) else f"invalid JSON{place}: {error}"
-
-
-def _rows_of(path: Path, content: Any, wanted: Sequence[str]) -> list[Any]:  # noqa: ANN401
-    """The rows of a file that is one JSON value: a single row, the rows under `data`, or columns."""
-    if not isinstance(content, dict):
-        return [content]
-    if isinstance(content.get("data"), list) and not set(wanted) <= content.keys():
-        return list(content["data"])
-    columns = {name: list(v.values()) if isinstance(v, dict) else v for name, v in content.items()}
-    if not columns or not all(isinstance(values, list) for values in columns.values()):
-        return [content]
-    if len({len(values) for values in columns.values()}) > 1:
-        raise FtError(f"cannot read {path}: its columns have different lengths")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
