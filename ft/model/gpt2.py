@@ -234,6 +234,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
+        # Token table, look-up and head at once, and position table. `_weight` skips PyTorch's own initialization.
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd))
         self.wpe = nn.Embedding(
             config.n_positions, config.n_embd, _weight=torch.empty(config.n_positions, config.n_embd)
@@ -271,6 +272,7 @@ class GPT2(nn.Module):
             (S, V) logits, or (N, V) without a selection; with candidates K columns instead of V.
         """
         tokens, table = TiedEmbedding.apply(self.wte.weight, input_ids)  # (N, C), (V, C)
+        # Positions count from 0 in each sequence, although all sequences are in one tensor.
         hidden_states = self.drop(tokens + self.wpe(packing.positions))  # (N, C)
         run_block = self._block_runner()
         for block in self.h[:-1]:
@@ -282,6 +284,7 @@ class GPT2(nn.Module):
     def logits(self, hidden_states: Tensor, table: Tensor) -> Tensor:
         """Final layer norm and head: hidden_states (S, C), rows of the token table (V, C) -> (S, V)."""
         hidden_states = self.ln_f(hidden_states)
+        # The head has no weight of its own: a logit is the dot product of a hidden state and a token embedding.
         device_type = hidden_states.device.type
         if len(hidden_states) <= FP32_HEAD_ROWS and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -332,7 +335,7 @@ class GPT2(nn.Module):
 
 
 def _run(block: nn.Module, *inputs: Any) -> Tensor:  # noqa: ANN401
-    """`block(*inputs)`."""
+    """Run a block without half-precision copies."""
     return block(*inputs)
 
 

@@ -167,7 +167,7 @@ def test_a_text_that_is_not_utf8_is_refused_by_row(tmp_path):
 def test_the_file_named_is_the_one_that_is_wrong(tmp_path):
     good = write_parquet(tmp_path / "good.parquet", ["a", "b"], [0, 1])
     bad = write_parquet(tmp_path / "bad.parquet", ["c", None], [0, 1])
-    with pytest.raises(FtError, match=re.escape(f"the text in row 1 of {bad} is empty")):
+    with pytest.raises(FtError, match=re.escape(f"the text in row 1 of {bad} is missing")):
         read_split("train", [good, bad])
 
 
@@ -249,7 +249,7 @@ def test_the_label_tokens_of_the_demo(demo_tokenizer):
         ),
     ],
 )
-def test_labels_that_cannot_be_told_apart_are_refused(demo_tokenizer, names, message):
+def test_labels_with_the_same_first_token_are_refused(demo_tokenizer, names, message):
     with pytest.raises(FtError) as raised:
         label_tokens(names, demo_tokenizer)
     assert str(raised.value) == message

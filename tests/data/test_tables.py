@@ -344,7 +344,7 @@ def test_rows_keep_the_numbers_of_the_file():
 # --- labels and completions as tokens ---------------------------------------------------------------------------------
 
 
-def test_labels_that_begin_alike_are_told_apart_by_numbers(demo_inputs):
+def test_labels_that_begin_alike_are_represented_by_numbers(demo_inputs):
     tokenizer = read_tokenizer(demo_inputs[0] / "tokenizer.json")
     names = ["positive", "posh", "negative"]
     assert label_tokens(names, tokenizer, or_numbers=True) == [tokenizer.token_to_id(digit) for digit in "012"]

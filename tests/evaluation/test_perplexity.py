@@ -90,7 +90,7 @@ def test_measuring_draws_nothing_keeps_the_mode_and_bounds_the_logits(model, tok
     assert max(rows) == 4 * 63
 
 
-def test_a_file_is_read_as_utf8_up_to_a_bound_that_is_told(tokenizer, tmp_path, monkeypatch):
+def test_a_file_is_read_as_utf8_up_to_a_reported_bound(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("Äpfel und Birnen", encoding="utf-8-sig")
     text = read_general_text(str(path), tokenizer, 64)
@@ -162,7 +162,7 @@ def write_without_text(folder):
         (write_without_text, "has no column 'text'"),
     ],
 )
-def test_a_text_that_cannot_be_read_is_told_before_anything_is_done(inputs, tmp_path, prepare, message, capsys):
+def test_an_unreadable_text_is_reported_before_anything_is_done(inputs, tmp_path, prepare, message, capsys):
     (tmp_path / "texts").mkdir()
     source = prepare(tmp_path / "texts")
     assert main([*inputs, "--forgetting", str(source), "--output-dir", str(tmp_path / "run")]) == 1

@@ -1,4 +1,4 @@
-"""What a model writes, against `transformers`' generate and its filters of logits; and the command."""
+"""Generation against `transformers`' generate and its filters of logits; and the command."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def written_by_reference(reference, prompt_ids, max_new_tokens, seed=0, **settin
 
 
 def read(generation):
-    """The whole text and the tokens."""
+    """The full text and the tokens."""
     return "".join(generation), generation.token_ids
 
 
@@ -261,7 +261,7 @@ def test_the_command_prints_what_the_library_returns(folder, writer, monkeypatch
     assert capsys.readouterr().out == expected + "\n"
 
 
-def test_the_seed_is_told_and_draws_the_same_again(folder, capsys):
+def test_the_seed_is_printed_and_reproduces_the_text(folder, capsys):
     command = ["generate", str(folder), "the plot", "--temperature", "1", "--device", "cpu"]
     assert main(command) == 0
     out, err = capsys.readouterr()
@@ -305,7 +305,7 @@ def test_it_is_printed_as_it_comes(folder, monkeypatch):
         ),
     ],
 )
-def test_mistakes_are_told(folder, demo_inputs, tmp_path, monkeypatch, capsys, arguments, status, messages):
+def test_mistakes_are_reported(folder, demo_inputs, tmp_path, monkeypatch, capsys, arguments, status, messages):
     monkeypatch.setattr(sys, "stdin", Input(b"", terminal=True))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     mismatched = write_model(tmp_path, "tiny", tokenizer_from=demo_inputs[0], vocab_size=300)
