@@ -237,6 +237,7 @@ def _check_widths(numbered: Iterable[tuple[int, list[str]]]) -> _Rows:
     filled = [(line, row) for line, row in numbered if row]
     (_, names), *rest = filled
     width = len(names)
+    rest = [(line, row) for line, row in rest if width == 1 or len(row) > 1 or row[0].strip()]  # not lines of blanks
     if rest and all(len(row) == width + 1 and row[-1] == "" for _, row in rest):  # each line ends in a delimiter
         rest = [(line, row[:-1]) for line, row in rest]
     for line, row in rest:

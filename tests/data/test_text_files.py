@@ -181,6 +181,13 @@ def test_a_line_that_tells_excel_the_delimiter_is_no_header(tmp_path):
     assert split_of(tmp_path / "x.csv").texts == ["a, b", "c"]
 
 
+def test_lines_of_blanks_are_not_rows(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\na,1\n   \nb,0\n\n")
+    theirs = pandas.read_csv(tmp_path / "x.csv")
+    split = split_of(tmp_path / "x.csv")
+    assert (split.texts, split.labels) == (theirs["text"].tolist(), theirs["label"].tolist()) == (["a", "b"], [1, 0])
+
+
 def test_a_delimiter_at_the_end_of_each_row_is_no_column(tmp_path):
     """pandas-dev/pandas#14124 and apache/arrow#26743."""
     (tmp_path / "x.csv").write_text("text,label\na,pos,\nb,neg,\n")
