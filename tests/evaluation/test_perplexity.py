@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ft.cli.main import main
 from ft.device import choose_precision
-from ft.errors import FtError
+from ft.errors import FtError, Stopped
 from ft.evaluation import perplexity as perplexity_module
 from ft.evaluation.evaluate import evaluate
 from ft.evaluation.general_text import GENERAL_TEXT
@@ -222,7 +222,7 @@ def test_a_resumed_run_writes_the_same_lines_each_once(inputs, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("ft.session.evaluate", stop_in)
         patch.setattr(StopRequest, "__call__", lambda self: bool(request))
-        patch.setattr(StopRequest, "stopped", lambda self, message: KeyboardInterrupt(message))
+        patch.setattr(StopRequest, "stopped", lambda self, message: Stopped(message, status=130))
         assert main([*flags, "--output-dir", str(broken)]) == 130
     assert [line["step"] for line in lines(broken)] == [[], [0]][at]
     capsys.readouterr()
