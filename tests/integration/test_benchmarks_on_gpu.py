@@ -52,7 +52,7 @@ def gpu(monkeypatch, tmp_path):
             patch.setattr(torch.cuda, "is_available", lambda: True)
             return described()
 
-    def choose_device(name):
+    def choose_device(name, local_rank=None):
         chosen.append(name)
         return CPU
 
@@ -177,6 +177,7 @@ class Inline:
     """A process pool without a process."""
 
     def __enter__(self):
+        ablation.build.cache_clear()  # a new process has no model yet
         return self
 
     def __exit__(self, *_):
