@@ -71,11 +71,13 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     """Load the model, read the data, and print how good the answers are."""
-    from ft.data.judged_splits import splits_to_judge  # here, since --help and a mistake need not wait for PyTorch
+    from ft.data.evaluation_splits import (
+        read_evaluation_splits,
+    )  # here, since --help and a mistake need not wait for PyTorch
 
     classifier = load_named(options)
     names = None if config.completion_column else classifier.label_names
-    splits, notes = splits_to_judge(config, options.split, names, of_run=options.dataset is None)
+    splits, notes = read_evaluation_splits(config, options.split, names, of_run=options.dataset is None)
     for note in notes:
         print(f"Note: {printable(note)}.", file=sys.stderr)
     judge = _judge_labels if config.completion_column is None else _judge_completions
@@ -159,11 +161,11 @@ def _in_the_models_order(split: "Split", names: Sequence[str], *, were_given: bo
     Raises:
         FtError: a label is not among those of the model.
     """
-    from ft.data.load import numbered_as
+    from ft.data.load import renumber
     from ft.data.tables import WHOLE_NUMBER
 
     told = split.label_names
-    split = numbered_as(split, names)
+    split = renumber(split, names)
     if told is not None and not set(told) & set(names):
         print(
             f"Note: the data call their labels {listed(told)}, the model {listed(names)}: they are matched by number.",
@@ -195,8 +197,8 @@ def _tables(result: "Scores", names: Sequence[str]) -> str:
             lines.append("  ".join([name.ljust(width + 1), *(f"{count:{width},}" for count in counts)]))
     else:
         lines.append("  ".join(["true".ljust(width), "said".ljust(width), "    texts"]))
-        for pair in most_confused(result.confusion, CONFUSIONS):
-            lines.append("  ".join([names[pair.true].ljust(width), names[pair.said].ljust(width), f"{pair.texts:9,}"]))
+        for true, predicted, examples in most_confused(result.confusion, CONFUSIONS):
+            lines.append("  ".join([names[true].ljust(width), names[predicted].ljust(width), f"{examples:9,}"]))
     lines.append("\nstated probability  accuracy      texts")
     lines += [f"{stated:18.2%}  {true:8.2%}  {count:9,}" for stated, true, count in result.bins]
     return "\n".join(lines)
@@ -208,7 +210,7 @@ def _tables(result: "Scores", names: Sequence[str]) -> str:
 def _judge_completions(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> dict[str, Any]:
     """How good the model's completions are; printed where no JSON is asked for."""
     from ft.data.examples import encode
-    from ft.evaluation.completions import score_completions, told_failures
+    from ft.evaluation.completions import failure_records, score_completions
 
     model, tokenizer = classifier.model, classifier.tokenizer
     examples = encode(split, tokenizer, [], classifier.max_length)
@@ -223,7 +225,7 @@ def _judge_completions(classifier: "Classifier", split: "Split", options: argpar
     judged = score_completions(model, examples, options.batch_size)
     seconds = time.perf_counter() - started
     result = judged.scores()
-    failures = told_failures(model, tokenizer, split, examples, judged, options.mistakes)
+    failures = failure_records(model, tokenizer, split, examples, judged, options.mistakes)
     told = {"split": split.name, **asdict(result), "mistakes": failures}
     if options.json:
         return told

@@ -165,7 +165,7 @@ def test_what_is_no_folder_and_no_hub_id_says_so(tmp_path, monkeypatch, name):
     name = name.replace("file", str(tmp_path / "file"))
     with pytest.raises(FtError, match=r"there is no folder .* check --model"):
         model_files(name)
-    refused = "whose format is not read" if name.endswith("file") else "there is no folder .* check --dataset"
+    refused = "whose format is not supported" if name.endswith("file") else "there is no folder .* check --dataset"
     with pytest.raises(FtError, match=refused):
         dataset_files(name)
 
