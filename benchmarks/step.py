@@ -103,16 +103,21 @@ class Clock(StepRecorder):
 
 
 class ClockedScaler(torch.amp.GradScaler):
-    """The loss scaler of a precision. The loop calls it at the end of the forward and of the backward pass."""
+    """The loss scaler of a precision. The loop calls it after the forward pass, the backward pass and clipping."""
 
     def __init__(self, clock: Clock, precision: Precision = FP32) -> None:
         super().__init__(precision.device.type, enabled=precision.name == "fp16")
         self._clock = clock
 
     def scale(self, outputs: Tensor) -> Tensor:
-        """Of the loss, before its backward pass, or of the constant 1, when the gradients are complete."""
-        self._clock.mark("forward" if outputs.requires_grad else "backward")
+        """Called with the loss, before its backward pass."""
+        self._clock.mark("forward")
         return super().scale(outputs)
+
+    def unscale_(self, optimizer: AdamW) -> None:
+        """Called when the gradients are complete."""
+        self._clock.mark("backward")
+        super().unscale_(optimizer)  # type: ignore[arg-type]
 
     def step(self, optimizer: AdamW) -> None:
         """The update, which begins when the gradients' norm is known."""

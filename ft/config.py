@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ft.checks import find_problems
 from ft.errors import UsageError
 from ft.io import paths
 from ft.io.atomic import atomic_write_text
@@ -275,8 +276,6 @@ class Config:
         """
         for name in paths.SETTINGS:
             object.__setattr__(self, name, paths.expand_home(getattr(self, name)))
-        from ft.settings import find_problems  # here, as that module imports this one
-
         if problems := find_problems(self):
             raise UsageError(*problems)
 
@@ -300,8 +299,3 @@ NEWEST = "newest"
 
 # What a run records and no flag sets.
 NO_FLAGS = ("processes",)
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field: `batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")

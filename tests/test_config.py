@@ -9,7 +9,8 @@ from importlib import import_module
 
 import pytest
 
-from ft.config import Config, flag
+from ft.checks import field_types, flag
+from ft.config import Config
 from ft.errors import FtError, UsageError
 from ft.settings import (
     FREE_ON_RESUME,
@@ -17,7 +18,6 @@ from ft.settings import (
     NOT_OF_THE_RUN,
     changed_on_resume,
     field_help,
-    field_types,
     parse_value,
     read_config_file,
 )
@@ -28,7 +28,7 @@ EVERY_FIELD = pytest.mark.parametrize("name", FIELDS)
 
 def other_value(name):
     """A value of the field that is valid and is not its default."""
-    kind, choices = field_types()[name]
+    kind, choices = field_types(Config)[name]
     default = FIELDS[name].default
     if choices:
         return next(choice for choice in choices if choice != default)
@@ -77,7 +77,7 @@ def test_every_hyper_parameter_is_explained_below_its_help(name):
 
 @EVERY_FIELD
 def test_every_fields_type_is_that_of_its_annotation_and_default(name):
-    kind, choices = field_types()[name]
+    kind, choices = field_types(Config)[name]
     default, hint = FIELDS[name].default, typing.get_type_hints(Config)[name]
     assert kind in (str, int, float, bool, tuple)
     assert default is None or type(default) is kind
@@ -88,7 +88,7 @@ def test_every_fields_type_is_that_of_its_annotation_and_default(name):
 
 
 def test_helps_and_types_are_of_the_fields_and_of_nothing_else():
-    assert list(field_help()) == list(field_types()) == list(FIELDS)
+    assert list(field_help()) == list(field_types(Config)) == list(FIELDS)
     assert set(FREE_ON_RESUME) <= set(FIELDS)
     assert set(NOT_OF_THE_RUN) <= set(FREE_ON_RESUME)
 
@@ -286,7 +286,7 @@ def test_the_file_is_json_in_the_order_of_the_fields(tmp_path):
     text = (tmp_path / "config.json").read_text(encoding="utf-8")
     settings = dataclasses.asdict(Config(output_dir="läufe/1"))
     assert json.loads(text) == {
-        name: list(value) if field_types()[name][0] is tuple else value for name, value in settings.items()
+        name: list(value) if field_types(Config)[name][0] is tuple else value for name, value in settings.items()
     }
     assert list(json.loads(text)) == list(FIELDS)
     assert text.endswith("}\n")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint import store
-from ft.config import NEWEST, Config, flag
+from ft.checks import flag
+from ft.config import NEWEST, Config
 from ft.errors import FtError, UsageError, printable, sentence, shown
 from ft.io.json_file import read_json
 from ft.io.manifest import MANIFEST

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ft.checkpoint import resume, store
-from ft.config import NEWEST, Config, flag
+from ft.checks import flag
+from ft.config import NEWEST, Config
 from ft.data.load import with_demo_inputs
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError, UsageError, shown

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft.checks import flag
 from ft.cli.predict import ModelParser, asking_memory_advice, load_named, problems_of, settings_of_run
-from ft.config import Config, flag
+from ft.config import Config
 from ft.data.tables import listed
 from ft.errors import FtError, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused

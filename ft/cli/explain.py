@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ft.checkpoint.error_hints import training_memory_advice
 from ft.checkpoint.model_folder import read_description
-from ft.config import Config, flag
+from ft.checks import flag
+from ft.config import Config
 from ft.data.batches import IGNORED, Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs

@@ -82,11 +82,11 @@ class Ranks:
             return nullcontext()
         return nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the processes of a tensor on the loop's device; queued, not waited for, on a GPU."""
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in place. On a GPU it is queued; the host does not wait for it."""
         if self.size > 1:
-            torch.distributed.all_reduce(tensor)
-            tensor /= self.size
+            group = self.control if tensor.device.type == "cpu" else None
+            torch.distributed.all_reduce(tensor, group=group)
         return tensor
 
     def parallel(self, model: GPT2, device: torch.device, *, shard: bool, bf16_gradients: bool) -> nn.Module:
@@ -111,25 +111,19 @@ class Ranks:
             for block in model.h:  # which moves it to the device, and leaves a part of it there
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
+            for module in (*model.h, model):  # by default FSDP2 averages gradients
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
             return model
         model.to(device)
         if self.size == 1:
             return model
         parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if bf16_gradients:
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-            # As a function without its name, by which PyTorch keeps it from processes on CPUs, where it works as well.
-            parallel.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        # By default DistributedDataParallel averages gradients.
+        parallel.register_comm_hook(torch.bfloat16 if bf16_gradients else None, _sum_gradients)
         return parallel
 
     # What is settled, by small tensors on the CPU. All processes must come to each of these calls.
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes of a tensor on the CPU."""
-        if self.size > 1:
-            torch.distributed.all_reduce(tensor, group=self.control)
-        return tensor
 
     def all_reduce_max(self, number: int) -> int:
         """The highest of the processes' numbers."""
@@ -269,6 +263,14 @@ class Ranks:
 
     def _key(self, what: str, rank: int) -> str:
         return f"attempt {self.attempt}: process {rank} {what}"
+
+
+def _sum_gradients(dtype: torch.dtype | None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """All-reduce a bucket of gradients, sent as `dtype`, or as they are: a DDP communication hook."""
+    gradients = bucket.buffer()
+    sent = gradients if dtype is None else gradients.to(dtype)
+    reduction = torch.distributed.all_reduce(sent, async_op=True)
+    return reduction.get_future().then(lambda reduced: gradients.copy_(reduced.value()[0]))
 
 
 ALONE = Ranks()

@@ -30,7 +30,7 @@ class Components:
         optimizer: of the trained parameters of `model`.
         scaler: of the loss, for fp16; disabled in the other formats.
         precision: the number format of matrix products, and the device.
-        ranks: the processes of the run, which share every batch and average their gradients.
+        ranks: the processes of the run, which share every batch and sum their gradients.
     """
 
     model: nn.Module
@@ -137,7 +137,7 @@ def train(
     for window in windows(len(examples), config, state.step):
         batches = [collate(ranks.share([examples[row] for row in rows])).to(device) for rows in window]
         read = [examples[row] for rows in window for row in rows]
-        num_targets = sum(len(example.target_ids) for example in read) / ranks.size
+        num_targets = sum(len(example.target_ids) for example in read)
         lr = learning_rate_at(state.step, last_step, config.learning_rate, config.warmup_steps, config.lr_schedule)
         grad_norm = step(batches, num_targets, lr)
         guard.check_at_once()
@@ -184,7 +184,7 @@ def train_step(
     Args:
         components: changed in place, as are `guard` and `loss_sum`.
         batches: on the device; their gradients add up.
-        num_targets: supervised tokens of all batches, divided by the world size.
+        num_targets: supervised tokens of all batches on all ranks.
         learning_rate: of this step.
         max_grad_norm: as for `clip_in_optimizer`.
         guard: skips the update if the loss or the gradient is not finite.
@@ -194,8 +194,8 @@ def train_step(
         The global norm of the gradients before clipping, a scalar on the device.
     """
     optimizer, scaler, ranks = components.optimizer, components.scaler, components.ranks
-    # Forward and backward. Gradients of several batches add up, and those of several ranks are averaged; each loss is
-    # divided by the supervised tokens of the whole window, so that the result is the mean over them.
+    # Forward and backward. The gradients of all batches and of all ranks add up. Each loss is a sum divided by the
+    # number of supervised tokens in the window, so that the total is the mean over these tokens.
     window_loss = torch.zeros_like(loss_sum)
     for number, batch in enumerate(batches, start=1):
         with ranks.exchange(components.model, last=number == len(batches)):
@@ -204,11 +204,12 @@ def train_step(
             loss = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / num_targets
             scaler.scale(loss).backward()
         window_loss += loss.detach()
-    window_loss = ranks.mean(window_loss)
+    window_loss = ranks.sum(window_loss)
 
     # Clip and update.
+    scaler.unscale_(optimizer)  # the norm is that of the gradients without the loss scale; only fp16 has one
+    grad_norm = clip_in_optimizer(optimizer, max_grad_norm)
     optimizer.learning_rate = learning_rate
-    grad_norm = clip_in_optimizer(optimizer, max_grad_norm, loss_scale=scaler.scale(torch.ones_like(loss_sum)))
     loss_sum += guard.watch(optimizer, window_loss, grad_norm, scales_loss=scaler.is_enabled())
     scaler.step(optimizer)  # type: ignore[arg-type]  # in fp16 it skips the update if a gradient overflowed
     scaler.update()

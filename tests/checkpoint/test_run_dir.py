@@ -11,9 +11,10 @@ import pytest
 from ft import session
 from ft.checkpoint.resume import check_data_unchanged
 from ft.checkpoint.store import checkpoints
+from ft.checks import field_types, flag
 from ft.cli.main import main
-from ft.config import NO_FLAGS, flag
-from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME, field_types
+from ft.config import NO_FLAGS, Config
+from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
 from ft.train.metrics import Report
 from ft.train.state import State
 from tests.test_config import FIELDS, other_value
@@ -140,7 +141,6 @@ def test_the_demo_does_not_replace_a_real_run(run, capsys):
 
 
 def test_a_configuration_is_old_or_new_and_never_half(run, monkeypatch):
-    from ft.config import Config
 
     before = (run / "config.json").read_bytes()
 
@@ -173,7 +173,7 @@ def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run
     # Every setting but those that are free; the demo brings a model and data of its own along.
     names = [name for name in FIELDS if name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME, *NO_FLAGS, "demo")]
     for name in names:
-        value = next((choice for choice in field_types()[name][1] if choice != recorded[name]), other_value(name))
+        value = next((choice for choice in field_types(Config)[name][1] if choice != recorded[name]), other_value(name))
         words = {bool: [], tuple: list(value) if isinstance(value, tuple) else []}.get(type(value), [str(value)])
         capsys.readouterr()
         assert main(["--resume", str(run), flag(name), *words]) == 2, name

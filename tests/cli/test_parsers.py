@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ft
+from ft.checks import flag
 from ft.cli.arguments import read_arguments
 from ft.cli.main import main
 from ft.cli.parsers import DESTRUCTIVE, HABITS, unknown_flag
-from ft.config import NO_FLAGS, Config, flag
+from ft.config import NO_FLAGS, Config
 from ft.errors import UsageError
 from ft.io.paths import SETTINGS
 from ft.settings import NOT_OF_THE_RUN

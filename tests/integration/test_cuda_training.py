@@ -259,7 +259,9 @@ def test_an_overflow_in_fp16_skips_the_update_to_the_last_bit(device):
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("inf"))
-    clip_in_optimizer(optimizer, 1.0, scaler.scale(torch.ones((), device=device)))
+    scaler.scale(torch.ones((), device=device))  # creates the scaler's tensors
+    scaler.unscale_(optimizer)
+    clip_in_optimizer(optimizer, 1.0)
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 512.0

@@ -90,8 +90,10 @@ def assert_parity(ours, theirs, bound=1e-4):
         assert mine["learning_rate"] == pytest.approx(reference.learning_rate, rel=1e-9)
 
 
-@pytest.mark.parametrize(("accumulation", "epochs"), [(1, 10), (3, 25)])
-def test_each_of_100_steps_equals_the_trainers(run, tiny_model, small_data, tmp_path, accumulation, epochs):
+@pytest.mark.parametrize(("accumulation", "epochs", "weight_decay"), [(1, 10, 0.0), (3, 25, 0.0), (1, 10, 0.1)])
+def test_each_of_100_steps_equals_the_trainers(
+    run, tiny_model, small_data, tmp_path, accumulation, epochs, weight_decay
+):
     trainer, reference = build_trainer(
         tiny_model,
         small_data,
@@ -100,10 +102,11 @@ def test_each_of_100_steps_equals_the_trainers(run, tiny_model, small_data, tmp_
         gradient_checkpointing=False,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-3,
+        weight_decay=weight_decay,
         epochs=epochs,
     )
     trainer.train()
-    folder = run(dropout=0.0, epochs=epochs, gradient_accumulation_steps=accumulation)
+    folder = run(dropout=0.0, epochs=epochs, gradient_accumulation_steps=accumulation, weight_decay=weight_decay)
     ours = events(folder)
     assert len(ours) == {1: 100, 3: 100}[accumulation]
     assert_parity(ours, reference)
