@@ -43,7 +43,7 @@ from ft.data.examples import Example
 from ft.data.splits import Split
 from ft.data.tables import read_split
 from ft.device import Precision, disable_malloc_trim
-from ft.distributed.ranks import ALONE, Ranks
+from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.model import matmul
 from ft.model.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.train.loop import Components, StepRecorder, train
@@ -149,7 +149,7 @@ def timed_steps(
     optimizer: AdamW,
     examples: Sequence[Example],
     batch_size: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     *,
     precision: Precision = FP32,
     pad_to: int | None = None,

@@ -3,7 +3,6 @@
 `Config` calls `find_problems` on itself, so this module imports it for its type only.
 """
 
-import functools
 import sys
 import types
 import typing
@@ -22,7 +21,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-@functools.cache
 def field_types(settings: type) -> dict[str, tuple[type, tuple[str, ...]]]:
     """The type of each field (int for `int | None`, tuple for `tuple[str, ...]`), and the choices of a Literal."""
     found: dict[str, tuple[type, tuple[str, ...]]] = {}
@@ -36,21 +34,22 @@ def field_types(settings: type) -> dict[str, tuple[type, tuple[str, ...]]]:
     return found
 
 
-def _values(config: "Config") -> Iterator[tuple[Field[Any], type, Any]]:
-    """Each field with its type and value; a tuple of strings gives each of its strings."""
-    for each in fields(config):
-        kind, value = field_types(type(config))[each.name][0], getattr(config, each.name)
+def _values(config: "Config") -> Iterator[tuple[Field[Any], type, tuple[str, ...], Any]]:
+    """Each field with its type, choices and value; a tuple of strings gives each of its strings."""
+    types_by_name = field_types(type(config))
+    for field in fields(config):
+        (kind, choices), value = types_by_name[field.name], getattr(config, field.name)
         if kind is tuple and type(value) is tuple:
-            yield from ((each, str, text) for text in value)
+            yield from ((field, str, choices, element) for element in value)
         else:
-            yield each, kind, value
+            yield field, kind, choices, value
 
 
 def find_problems(config: "Config") -> list[str]:
     """Everything that is wrong with a configuration, one sentence each."""
     problems = []
-    for field, kind, value in _values(config):
-        name, (_, choices) = field.name, field_types(type(config))[field.name]
+    for field, kind, choices, value in _values(config):
+        name = field.name
         if value is None and field.default is None:
             continue
         fits = (type(value) in (int, float)) if kind is float else (type(value) is kind)

@@ -1,4 +1,4 @@
-"""Reading and checking settings: from a command line, from a file, and from the run that is resumed."""
+"""Read settings from a command line, from a file, and from the run that is resumed."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from ft.config import Config
 from ft.errors import UsageError, shown
 from ft.io.plain_files import read_regular
 
-# What one run of a folder may have and another not, without being another run.
-NOT_OF_THE_RUN = ("resume", "overwrite", "save_dataset")
+# How a run was started: not part of the configuration that a file sets.
+NOT_RECORDED = ("resume", "overwrite", "save_dataset")
 
-# What decides which rows a run reads.
-OF_THE_DATA = (
+# The settings that determine which rows a run reads.
+DATA_SETTINGS = (
     "dataset",
     "dataset_revision",
     "dataset_config",
@@ -32,13 +32,13 @@ OF_THE_DATA = (
     "seed",
 )
 
-# What may change when a run is resumed: none of it changes the weights that come out.
+# What may change when a run is resumed: none of these changes the final weights.
 FREE_ON_RESUME = (
-    *NOT_OF_THE_RUN,
+    *NOT_RECORDED,
     "output_dir",
     "device",
     "eval_batch_size",
-    "early_stopping_patience",  # which moves the end, and changes no step on the way there
+    "early_stopping_patience",  # changes where the run ends, and no step before
     "release_memory",
     "shard",
     "process_timeout",
@@ -54,10 +54,10 @@ FREE_ON_RESUME = (
     "max_skipped_steps",
 )
 
-# What may change as long as their product does not: more or fewer processes may share the reviews of a batch.
+# What may change if the product stays the same: another world size with the same global batch size.
 SHARED_ON_RESUME = ("batch_size", "processes")
 
-# What a resumed run may have more of; less of it would end before its checkpoint's schedule does.
+# What may only increase when a run is resumed.
 LONGER_ON_RESUME = ("epochs", "max_steps")
 
 
@@ -72,10 +72,10 @@ def field_groups() -> dict[str, str]:
 
 
 def parse_value(name: str, text: str | list[str]) -> Any:  # noqa: ANN401
-    """A field's value from the text that a command line gave, or from the texts for a field that takes several.
+    """Convert the text of a command line, or a list of texts for a field with several values, to a field's type.
 
     Raises:
-        UsageError: the text is no number where one is needed.
+        UsageError: the text is not a number, and the field is one.
     """
     kind, _ = field_types(Config)[name]
     try:
@@ -86,19 +86,19 @@ def parse_value(name: str, text: str | list[str]) -> Any:  # noqa: ANN401
 
 
 def read_config_file(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]:
-    """The settings in a `config.json` that `Config.save` wrote, or in one written by hand with fewer of them.
+    """Read the settings of a `config.json` written by `Config.save`, or by hand with some of the settings.
 
     Args:
         path: the file.
-        may_be_pipe: wait for what a FIFO gives, as the user has named it: `--config <(command)`.
+        may_be_pipe: also read a FIFO, as in `--config <(command)`.
 
     Raises:
-        UsageError: the file is absent, no JSON object, or has a setting that does not exist.
+        UsageError: the file is missing, not a JSON object, or has an unknown setting.
     """
     try:
         settings = json.loads(
             (path.read_bytes() if may_be_pipe else read_regular(path)).decode("utf-8-sig")
-        )  # a BOM, as editors on Windows write it
+        )  # editors on Windows write a byte order mark
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -111,15 +111,15 @@ def read_config_file(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]
     return {
         name: tuple(value) if field_types(Config)[name][0] is tuple and isinstance(value, list) else value
         for name, value in settings.items()
-        if name not in NOT_OF_THE_RUN
+        if name not in NOT_RECORDED
     }
 
 
-def checked(settings: Mapping[str, Any], problems: Sequence[str]) -> Config:
-    """The configuration with these settings.
+def build_config(settings: Mapping[str, Any], problems: Sequence[str]) -> Config:
+    """Build a configuration from settings.
 
     Raises:
-        UsageError: with the `problems` found before, and a sentence for each that the settings have.
+        UsageError: has the `problems` that were found before, and those of the settings.
     """
     try:
         config = Config(**settings)
@@ -130,13 +130,13 @@ def checked(settings: Mapping[str, Any], problems: Sequence[str]) -> Config:
     return config
 
 
-def run_of(path: Path) -> Path:
-    """The folder of the run that a value of --resume means: itself, or the one that a checkpoint lies in."""
+def run_directory_of(path: Path) -> Path:
+    """The run directory for a value of --resume: itself, or the parent directory of a checkpoint."""
     return path.parent if re.fullmatch(r"checkpoint-[0-9]+", path.name) else path
 
 
-def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
-    """One line for each setting that would make a resumed run another run than the one it continues: a table."""
+def find_changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
+    """The settings that must not change on resume and did, one aligned line each."""
     may_change = (*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME)
     changed = [
         (flag(name), shown(old[name]), shown(value))
@@ -145,11 +145,11 @@ def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
     ]
     batch = (old.get("batch_size", new.batch_size), old.get("processes", Config.processes))
     if math.prod(batch) != new.rows_per_batch:
-        changed.append((flag("batch_size"), _shared(*batch), _shared(new.batch_size, new.processes)))
+        changed.append((flag("batch_size"), _format_batch(*batch), _format_batch(new.batch_size, new.processes)))
     widths = [max(map(len, column)) for column in zip(*changed, strict=True)]
     return [f"{name:{widths[0]}} was {before:{widths[1]}} and would be {after}" for name, before, after in changed]
 
 
-def _shared(batch_size: int, processes: int) -> str:
-    """The reviews of a batch, in words that tell how many each of several processes has."""
+def _format_batch(batch_size: int, processes: int) -> str:
+    """A batch size as messages show it, with the number of processes if there are several."""
     return str(batch_size) if processes == 1 else f"{batch_size} x {processes} processes"

@@ -15,9 +15,9 @@ from ft.errors import FtError, UsageError
 from ft.settings import (
     FREE_ON_RESUME,
     LONGER_ON_RESUME,
-    NOT_OF_THE_RUN,
-    changed_on_resume,
+    NOT_RECORDED,
     field_help,
+    find_changed_settings,
     parse_value,
     read_config_file,
 )
@@ -90,7 +90,7 @@ def test_every_fields_type_is_that_of_its_annotation_and_default(name):
 def test_helps_and_types_are_of_the_fields_and_of_nothing_else():
     assert list(field_help()) == list(field_types(Config)) == list(FIELDS)
     assert set(FREE_ON_RESUME) <= set(FIELDS)
-    assert set(NOT_OF_THE_RUN) <= set(FREE_ON_RESUME)
+    assert set(NOT_RECORDED) <= set(FREE_ON_RESUME)
 
 
 def test_the_defaults_are_the_recipe():
@@ -275,7 +275,7 @@ def test_every_setting_is_read_back_as_it_was_saved(tmp_path, name):
     assert config != Config()
     config.save(tmp_path / "config.json")
     settings = read_config_file(tmp_path / "config.json")
-    if name in NOT_OF_THE_RUN:
+    if name in NOT_RECORDED:
         assert name not in settings
     else:
         assert Config(**settings) == config
@@ -332,14 +332,14 @@ def test_what_makes_it_another_run_is_told_and_nothing_else(name):
     message = f"{flag(name)} was {old[name]!r} and would be {getattr(new, name)!r}"
     if name == "processes":
         message = "--batch-size was 8 and would be 8 x 4 processes"
-    assert changed_on_resume(old, new) == ([] if name in (*FREE_ON_RESUME, *LONGER_ON_RESUME) else [message])
+    assert find_changed_settings(old, new) == ([] if name in (*FREE_ON_RESUME, *LONGER_ON_RESUME) else [message])
 
 
 def test_every_change_is_told_and_a_setting_that_was_not_recorded_is_none():
     old = dataclasses.asdict(Config())
-    assert changed_on_resume(old, Config()) == []
-    assert changed_on_resume({}, changed("seed")) == []
-    told = changed_on_resume(old, changed("seed", "learning_rate", "epochs", "model", "device"))
+    assert find_changed_settings(old, Config()) == []
+    assert find_changed_settings({}, changed("seed")) == []
+    told = find_changed_settings(old, changed("seed", "learning_rate", "epochs", "model", "device"))
     assert [sentence.split()[0] for sentence in told] == ["--model", "--seed", "--learning-rate"]
     assert len({sentence.index(" was ") for sentence in told}) == 1, "a table"
     assert len({sentence.index(" and would be ") for sentence in told}) == 1
@@ -348,13 +348,13 @@ def test_every_change_is_told_and_a_setting_that_was_not_recorded_is_none():
 @pytest.mark.parametrize(("batch_size", "processes"), [(12, 1), (6, 2), (3, 4), (1, 12)])
 def test_the_same_reviews_may_be_shared_by_more_or_fewer(batch_size, processes):
     old = dataclasses.asdict(Config(batch_size=6, processes=2))
-    assert changed_on_resume(old, Config(batch_size=batch_size, processes=processes)) == []
+    assert find_changed_settings(old, Config(batch_size=batch_size, processes=processes)) == []
 
 
 def test_a_run_that_noted_no_processes_had_one():
     old = {name: value for name, value in dataclasses.asdict(Config(batch_size=8)).items() if name != "processes"}
-    assert changed_on_resume(old, Config(batch_size=4, processes=2)) == []
-    assert changed_on_resume(old, Config(batch_size=8, processes=2)) == [
+    assert find_changed_settings(old, Config(batch_size=4, processes=2)) == []
+    assert find_changed_settings(old, Config(batch_size=8, processes=2)) == [
         "--batch-size was 8 and would be 8 x 2 processes"
     ]
 

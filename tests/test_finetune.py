@@ -48,7 +48,7 @@ def test_the_program_from_start_to_end(small, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "quiet and plain where nobody watches a bar"
-    assert "135,232 parameters, on cpu in fp32 (as --precision says)" in done.stdout
+    assert "135,232 parameters, on cpu in fp32 (set by --precision)" in done.stdout
     assert "40 examples to train on, 20 examples to validate, 10 examples to test; labels neg, pos" in done.stdout
     assert "Plan: 5 steps of 8 examples" in done.stdout
     assert "Finished 5 steps in" in done.stdout
@@ -82,7 +82,7 @@ def test_a_second_run_does_not_overwrite_the_first(small, capsys):
     capsys.readouterr()
     assert main(command({**small, "--seed": "7"})) == 2
     error = capsys.readouterr().err
-    assert "holds files already: --resume continues" in error
+    assert "is not empty: --resume continues" in error
     assert "Traceback" not in error
     assert metrics(small["--output-dir"]) == before
     assert main([*command({**small, "--seed": "7"}), "--overwrite"]) == 0

@@ -13,7 +13,7 @@ from ft.cli.parsers import unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
-from ft.settings import checked, field_groups, field_help, parse_value, read_config_file, run_of
+from ft.settings import build_config, field_groups, field_help, parse_value, read_config_file, run_directory_of
 
 EXAMPLES = """\
 examples:
@@ -123,7 +123,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         settings = {**_starting_point(settings), **settings}
     except UsageError as error:
         problems += error.problems
-    return checked(settings, problems)
+    return build_config(settings, problems)
 
 
 def _with_negative_numbers_joined(arguments: Sequence[str]) -> list[str]:
@@ -144,7 +144,7 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(settings.get("output_dir", ""), str):
         return {}  # which `Config` refuses
     if resume is not None and resume != NEWEST:
-        run = run_of(Path(resume))
+        run = run_directory_of(Path(resume))
         base: dict[str, Any] = {"output_dir": str(run)}
     else:
         run = Path(settings.get("output_dir", Config.output_dir))

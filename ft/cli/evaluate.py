@@ -15,7 +15,7 @@ from ft.config import Config
 from ft.data.tables import listed
 from ft.errors import FtError, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
-from ft.settings import checked
+from ft.settings import build_config
 
 if TYPE_CHECKING:
     from ft.data.splits import Split
@@ -117,7 +117,7 @@ def _config_of(options: argparse.Namespace) -> Config:
         problems.append(
             f"--prompt-column is {shown(options.prompt_column)} without --completion-column: give both or neither"
         )
-    return checked(settings, problems)
+    return build_config(settings, problems)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -58,22 +58,22 @@ def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_ne
 def test_a_save_is_put_off_while_one_is_being_written_and_said_once():
     lines, may_end = [], threading.Event()
     saver = Saver(lambda snapshot, do: may_end.wait(30), lines.append, blocking=False)
-    assert not saver.puts_off(90)
+    assert not saver.defers_save_after(90)
     saver.save(Step(100))
-    assert [saver.puts_off(step) for step in (200, 201, 202)] == [True] * 3
+    assert [saver.defers_save_after(step) for step in (200, 201, 202)] == [True] * 3
     assert saver._hurry.is_set()
     may_end.set()
     while saver.is_writing:
         time.sleep(0.001)
-    assert not saver.puts_off(203)
+    assert not saver.defers_save_after(203)
     may_end.clear()
     saver.save(Step(203))
-    assert saver.puts_off(300)
+    assert saver.defers_save_after(300)
     may_end.set()
     saver.wait()
     assert lines == [
-        "step    200  its checkpoint is put off: that of step 100 is being written",
-        "step    300  its checkpoint is put off: that of step 203 is being written",
+        "step    200  its checkpoint is deferred: that of step 100 is being written",
+        "step    300  its checkpoint is deferred: that of step 203 is being written",
     ]
 
 
@@ -85,7 +85,7 @@ def test_all_processes_put_a_save_off_alike():
         agreed.append(number)
         return 1
 
-    assert Saver(print, lambda line: None, blocking=False, agree=agree).puts_off(5)
+    assert Saver(print, lambda line: None, blocking=False, all_reduce_max=agree).defers_save_after(5)
     assert agreed == [0]
 
 
@@ -126,7 +126,7 @@ def test_a_save_that_comes_due_while_one_is_written_is_made_later(inputs, tmp_pa
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in (5, 12, 15, 20)]
     output = capsys.readouterr().out
     assert output.count("put off") == 1
-    assert "step     10  its checkpoint is put off: that of step 5 is being written\n" in output
+    assert "step     10  its checkpoint is deferred: that of step 5 is being written\n" in output
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -192,8 +192,8 @@ def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
     saver.wait()
     assert saver.failure is FULL
     assert lines == [
-        "WARNING: checkpoint 1 could not be written: No space left on device. The run goes on and tries again at the "
-        "next one; those written before are untouched."
+        "WARNING: checkpoint 1 could not be written: No space left on device. The run continues and tries again at the "
+        "next one; earlier checkpoints are not affected."
     ]
     saver.save(Step(2))
     saver.wait()
@@ -336,7 +336,7 @@ def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, t
     monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "has 0.0 MB free, a checkpoint and the finished model need" in error
+    assert "has 0.0 MB free, a checkpoint and the final model need" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -396,7 +396,7 @@ def test_a_blocking_save_and_one_without_patience_left_do_not_wait_for_idle_proc
     from ft.checkpoint import async_writer as module
 
     for blocking, patience in ((True, 60.0), (False, 0.0)):
-        monkeypatch.setattr(module, "PATIENCE", patience)
+        monkeypatch.setattr(module, "IDLE_SECONDS", patience)
         pieces = Pieces(2)
         pieces.may_go_on.set()
         saver = Saver(pieces, print, blocking=blocking)

@@ -89,7 +89,7 @@ def test_a_run_is_continued_in_its_own_folder_only(inputs, run, tmp_path, capsys
     before = sorted(other.rglob("*"))
     for source in (run, run / "checkpoint-5"):
         assert main([*inputs, *SETTINGS, "--resume", str(source), "--output-dir", str(other)]) == 2
-        assert "a run is continued in its own folder, leave --output-dir out" in capsys.readouterr().err
+        assert "a run is resumed in its own directory, omit --output-dir" in capsys.readouterr().err
     assert sorted(other.rglob("*")) == before
 
 
@@ -124,7 +124,7 @@ def test_a_resume_on_other_rows_under_the_same_name_is_refused(inputs, tmp_path,
     pq.write_table(rows.take([*range(1, len(rows)), 0]), data / "train.parquet")
     capsys.readouterr()
     assert main(["--resume", str(run)]) == 1
-    assert re.search("error: the data are not those of .*checkpoint-5, though the flags are", capsys.readouterr().err)
+    assert re.search("error: the data are not those of .*checkpoint-5, although the flags are", capsys.readouterr().err)
     pq.write_table(rows, data / "train.parquet")
     assert main(["--resume", str(run)]) == 0
 
@@ -180,7 +180,7 @@ def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run
         error = capsys.readouterr().err
         assert error.startswith(f"error: {flag(name)} was "), error
         assert f" and would be {value!r}" in error
-        assert "--resume continues the same run: leave these flags out, or start another run" in error
+        assert "--resume continues the same run: omit these flags, or start another run" in error
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": 2}, "is of step 2, which is not that of its folder"),
+        ({"step": 2}, "is of step 2, which is not that of its directory"),
         ({"step": True}, "step is 'True', it must be of type int"),
         ({"step": 1.0}, "step is '1.0', it must be of type int"),
         ({"seconds": float("nan")}, "seconds is nan, it must be from 0 to 1e"),
@@ -331,7 +331,7 @@ def test_no_state_makes_a_traceback(trained, source, tmp_path, changes, scale):
         state = restore(folder, model, optimizer, scaler)
         scaler.scale(torch.ones(()))
         scaler.state_dict()
-        state.note(0.5, 0.5)
+        state.record_evaluation(0.5, 0.5)
     except FtError as error:
         assert "state.json" in str(error)  # noqa: PT017
     (folder / "state.json").write_text(json.dumps(good))

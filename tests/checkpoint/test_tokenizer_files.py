@@ -182,7 +182,7 @@ def test_where_a_class_contradicts_tokenizer_json_the_latter_decides_with_a_note
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "pad_token": END}))
     description = saved(folder, tmp_path / "saved")
     (note,) = description.tokenizer.notes
-    assert "names GPT2Tokenizer, which does not make what tokenizer.json describes" in note
+    assert "names GPT2Tokenizer, which does not give the pipeline of tokenizer.json" in note
     after = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert ids(after, "The PLOT") == ids(after, "the plot") == description.tokenizer.tokenizer.encode("The Plot").ids
     assert (after.pad_token, after.eos_token) == (END, END)
@@ -240,7 +240,7 @@ def test_checkpoints_and_resumed_runs_carry_them_too(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"added_tokens": {"[PAD]": 700}}, r"'\[PAD\]' has the id 700 .* would have \d+: save the tokenizer anew"),
+        ({"added_tokens": {"[PAD]": 700}}, r"'\[PAD\]' has the id 700 .* would have \d+: save the tokenizer again"),
         ({"added_tokens": {"[PAD]": "x"}}, "added_tokens.json"),
         ({"special_tokens_map": {"pad_token": 3}}, "3 is not an added token"),
         ({"special_tokens_map": {"pad_token": {"x": 1}}}, "is not an added token"),

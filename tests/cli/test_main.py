@@ -17,7 +17,7 @@ from ft.cli.main import main
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.data.demo import SETTINGS
 from ft.errors import FtError, UsageError
-from ft.settings import NOT_OF_THE_RUN, field_groups, field_help
+from ft.settings import NOT_RECORDED, field_groups, field_help
 from tests.test_config import EVERY_FIELD, FIELDS, other_value
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,7 @@ def test_the_help_shows_flags_that_exist(help_text):
 
 
 def test_a_saved_configuration_comes_back_through_its_file():
-    left_out = (*NOT_OF_THE_RUN, "completion_column", "shard")  # which go with no --label-names and no --compile
+    left_out = (*NOT_RECORDED, "completion_column", "shard")  # which go with no --label-names and no --compile
     saved = Config(**{name: other_value(name) for name in FIELDS if name not in left_out})
     saved.save(Path("saved.json"))
     assert read_arguments(["--config", "saved.json"]) == saved
@@ -150,7 +150,7 @@ def test_a_saved_configuration_comes_back_through_its_file():
 def test_each_setting_comes_back_through_its_file(name):
     saved = Config(**{name: other_value(name)})
     saved.save(Path("saved.json"))
-    assert read_arguments(["--config", "saved.json"]) == (Config() if name in NOT_OF_THE_RUN else saved)
+    assert read_arguments(["--config", "saved.json"]) == (Config() if name in NOT_RECORDED else saved)
 
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default():
@@ -317,7 +317,7 @@ def test_a_wrong_configuration_file_is_refused_like_a_wrong_flag(content, proble
         assert problems_of("--resume", ".") == [problem.replace("mine", "config")]
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_OF_THE_RUN])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_RECORDED])
 def test_every_setting_of_a_file_is_checked_for_its_type(name):
     kind, _ = field_types(Config)[name]
     wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a text"}[kind]

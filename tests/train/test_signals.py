@@ -222,7 +222,7 @@ def test_a_signal_that_comes_while_the_processes_agree_is_told_to_all_the_next_t
 
 
 def test_a_signal_to_another_process_stops_this_one_with_the_same_status():
-    with StopRequest(agree=lambda number: max(number, signal.SIGUSR1)) as stopping:
+    with StopRequest(all_reduce_max=lambda number: max(number, signal.SIGUSR1)) as stopping:
         assert stopping()
         assert stopping.stopped("").status == 128 + signal.SIGUSR1
 
