@@ -55,7 +55,7 @@ def find_problems(config: "Config") -> list[str]:
         fits = (type(value) in (int, float)) if kind is float else (type(value) is kind)
         if not fits:
             numbers = {int: "a whole number", float: "a number"}
-            wanted = {**numbers, str: "a text", bool: "true or false", tuple: "a list of texts"}[kind]
+            wanted = {**numbers, str: "a string", bool: "true or false", tuple: "a list of strings"}[kind]
             problems.append(f"{flag(name)} is {shown(value)}, it must be {wanted}")
         elif choices and value not in choices:
             problems.append(f"{flag(name)} is {shown(value)}, it must be one of {', '.join(choices)}")

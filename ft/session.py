@@ -214,9 +214,9 @@ class Session:
             num_parameters=count_parameters(self._model),
             device=f"{precision.device} in {precision.name}",
         )
-        with atomic_directory(run.path / "final") as folder:
-            store.save_model(folder, self._inputs.model_config, weights, self._source)
-            folder.write("README.md", [card.encode()])
+        with atomic_directory(run.path / "final") as staged:
+            store.save_model(staged, self._inputs.model_config, weights, self._source)
+            staged.write("README.md", [card.encode()])
         if (failure := self._writer.failure) is not None:
             raise FtError(
                 f"the model is saved to {run.path / 'final'}, but the last checkpoint could not be written "

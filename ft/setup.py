@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ft.checkpoint import resume
-from ft.checkpoint.model_folder import ModelDescription, read_description
+from ft.checkpoint.model_description import ModelDescription, read_description
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import WEIGHTS, load_training_state
 from ft.config import Config

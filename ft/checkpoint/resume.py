@@ -58,11 +58,11 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
             raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest complete one")
         return given
     found = store.checkpoints(given)
-    for folder in reversed(found):
-        damage = store.verify_checkpoint(folder)
+    for checkpoint in reversed(found):
+        damage = store.verify_checkpoint(checkpoint)
         if damage is None:
-            return folder
-        print(sentence(f"WARNING: {folder} is damaged and ignored: {damage}."))
+            return checkpoint
+        print(sentence(f"WARNING: {checkpoint} is damaged and ignored: {damage}."))
     if found:
         raise FtError(f"all checkpoints in {given} are damaged, so the run cannot be resumed; --overwrite starts anew")
     print(f"No checkpoint in {printable(str(given))} yet: starting from the beginning.")

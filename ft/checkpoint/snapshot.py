@@ -116,7 +116,7 @@ def gather_tensors(
 
 
 def load_training_state(
-    folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, ranks: Ranks = SINGLE_PROCESS
+    checkpoint: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, ranks: Ranks = SINGLE_PROCESS
 ) -> State:
     """Restore optimizer, loss scale and random states from a checkpoint; returns the state of the run.
 
@@ -126,36 +126,36 @@ def load_training_state(
     Raises:
         FtError: a file is missing, unreadable or does not fit the model.
     """
-    _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])), ranks)
-    state, loss_scale = read_state(folder)
-    mismatch = FtError(f"{folder / STATE} or {RANDOM} does not fit this program")
+    _restore_optimizer(model, optimizer, dict(read_tensors([checkpoint / OPTIMIZER])), ranks)
+    state, loss_scale = read_state(checkpoint)
+    mismatch = FtError(f"{checkpoint / STATE} or {RANDOM} does not fit this program")
     try:
         if loss_scale and scaler.is_enabled():  # it is empty unless the run was in fp16
             if not _fits(loss_scale, scaler.state_dict()):
                 raise mismatch
             scaler.load_state_dict(loss_scale)
-        _restore_random_states(dict(read_tensors([folder / RANDOM])), model.wte.weight.device, ranks)
+        _restore_random_states(dict(read_tensors([checkpoint / RANDOM])), model.wte.weight.device, ranks)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise mismatch from error
     return state
 
 
-def read_state(folder: Path) -> tuple[State, dict[str, Any]]:
+def read_state(checkpoint: Path) -> tuple[State, dict[str, Any]]:
     """The state in a checkpoint, and its loss scale, which is empty unless the run was in fp16.
 
     Raises:
         FtError: the file cannot be read, or a value is not possible for a run at this step.
     """
-    saved = read_json(folder / STATE)
+    saved = read_json(checkpoint / STATE)
     loss_scale = saved.pop("grad_scaler", None)
     if not isinstance(loss_scale, dict):
-        raise FtError(f"{folder / STATE} has no grad_scaler")
+        raise FtError(f"{checkpoint / STATE} has no grad_scaler")
     try:
         state = State.from_dict(saved)
     except FtError as error:
-        raise FtError(f"{folder / STATE}: {error}") from error
-    if folder.name != f"checkpoint-{state.step}":
-        raise FtError(f"{folder / STATE} is of step {state.step}, which is not that of its directory")
+        raise FtError(f"{checkpoint / STATE}: {error}") from error
+    if checkpoint.name != f"checkpoint-{state.step}":
+        raise FtError(f"{checkpoint / STATE} is of step {state.step}, which is not that of its directory")
     return state, loss_scale
 
 

@@ -54,7 +54,7 @@ class ModelSource:
     about_tokenizer: Mapping[str, bytes]
 
 
-def save_model(folder: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
+def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
     """Write a model that `transformers` loads by AutoModelForCausalLM and AutoTokenizer."""
     labels = {
         "id2label": {str(label): name for label, name in enumerate(source.label_names)},
@@ -65,12 +65,12 @@ def save_model(folder: StagedDirectory, config: GPT2Config, weights: dict[str, T
     published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     if source.label_names:  # none for completions
         published |= labels
-    folder.write_json("config.json", published)
-    folder.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})
+    staged.write_json("config.json", published)
+    staged.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})
     for name, content in source.about_tokenizer.items():
-        folder.write(name, [content])
-    folder.write("tokenizer.json", [source.tokenizer])
-    folder.write(WEIGHTS, safetensors_chunks(weights, metadata={"format": "pt"}))
+        staged.write(name, [content])
+    staged.write("tokenizer.json", [source.tokenizer])
+    staged.write(WEIGHTS, safetensors_chunks(weights, metadata={"format": "pt"}))
 
 
 def write_checkpoint(
@@ -129,9 +129,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in run.glob("checkpoint-*") if is_checkpoint(path)), key=step_of)
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(directory: Path) -> bool:
     """Whether a directory has the name of a complete checkpoint."""
-    return re.fullmatch(r"checkpoint-[0-9]{1,18}", folder.name) is not None and folder.is_dir()
+    return re.fullmatch(r"checkpoint-[0-9]{1,18}", directory.name) is not None and directory.is_dir()
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -139,17 +139,17 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
-def step_of(folder: Path) -> int:
+def step_of(directory: Path) -> int:
     """The step of a checkpoint."""
-    return int(folder.name.removeprefix("checkpoint-"))
+    return int(directory.name.removeprefix("checkpoint-"))
 
 
-def verify_checkpoint(folder: Path) -> str | None:
+def verify_checkpoint(directory: Path) -> str | None:
     """Describe what is damaged in a checkpoint; None if its files match the manifest and its state is valid."""
-    damage = verify_manifest(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    damage = verify_manifest(directory, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
     if damage is None:
         try:
-            read_state(folder)
+            read_state(directory)
         except FtError as error:
             damage = str(error)
     return damage

@@ -1,6 +1,6 @@
 """Read a tokenizer from its files, and describe it in saved models so that `AutoTokenizer` gives the same tokens.
 
-`tokenizer.json` holds the whole pipeline. Models from before 2021 have `vocab.json` and `merges.txt` instead, from
+`tokenizer.json` contains the full pipeline. Models from before 2021 have `vocab.json` and `merges.txt` instead, from
 which GPT-2's pipeline is built. `tokenizer_config.json` and the files beside it name the special tokens and the chat
 template; they are copied to every saved model.
 """

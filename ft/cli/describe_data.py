@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ft.checkpoint.error_hints import explain_out_of_memory
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.config import Config
 from ft.data.load import read_data, with_demo_inputs
 from ft.data.splits import Split

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ft.checkpoint.error_hints import explain_out_of_memory_in_training
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.checks import flag
 from ft.config import Config
 from ft.data.batches import IGNORED, Batch, collate

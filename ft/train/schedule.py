@@ -37,7 +37,7 @@ def steps_per_epoch(num_examples: int, config: Config) -> int:
 
 
 def total_steps(num_examples: int, config: Config) -> int:
-    """Optimizer steps in the whole run."""
+    """Optimizer steps of the run."""
     return config.max_steps or math.ceil(config.epochs * steps_per_epoch(num_examples, config))
 
 

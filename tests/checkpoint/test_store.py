@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.checkpoint.snapshot import gather_weights, load_training_state, take_snapshot
 from ft.checkpoint.store import checkpoints, step_of, verify_checkpoint, write_checkpoint
 from ft.checkpoint.store import save_model as write_model

@@ -13,7 +13,7 @@ from tokenizers.normalizers import NFKC, Lowercase
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.checkpoint.store import save_model
 from ft.cli.main import main
 from ft.errors import FtError
