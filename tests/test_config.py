@@ -159,7 +159,7 @@ def test_text_becomes_the_type_of_the_field(name, text, value):
         ("learning_rate", "2e-", "--learning-rate is '2e-', it must be a number"),
     ],
 )
-def test_text_that_is_no_number_is_refused(name, text, message):
+def test_text_that_is_not_a_number_is_refused(name, text, message):
     with pytest.raises(UsageError) as raised:
         parse_value(name, text)
     assert raised.value.problems == (message,)
@@ -236,7 +236,7 @@ def test_what_cannot_work_is_refused_with_flag_value_and_limit(settings, message
     assert str(raised.value) == message
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_fields():
+def test_all_problems_are_reported_at_once_in_the_order_of_the_fields():
     with pytest.raises(UsageError) as raised:
         Config(save_steps=0, precision="fp8", batch_size=0, epochs=float("nan"), resume="x", overwrite=True)
     assert raised.value.problems == (
@@ -327,7 +327,7 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, content, messag
 
 
 @EVERY_FIELD
-def test_what_makes_it_another_run_is_told_and_nothing_else(name):
+def test_only_settings_of_the_run_are_reported_as_changed(name):
     old, new = dataclasses.asdict(Config()), changed(name)
     message = f"{flag(name)} was {old[name]!r} and would be {getattr(new, name)!r}"
     if name == "processes":
@@ -335,14 +335,14 @@ def test_what_makes_it_another_run_is_told_and_nothing_else(name):
     assert find_changed_settings(old, new) == ([] if name in (*FREE_ON_RESUME, *LONGER_ON_RESUME) else [message])
 
 
-def test_every_change_is_told_and_a_setting_that_was_not_recorded_is_none():
+def test_every_change_of_a_recorded_setting_is_reported():
     old = dataclasses.asdict(Config())
     assert find_changed_settings(old, Config()) == []
     assert find_changed_settings({}, changed("seed")) == []
-    told = find_changed_settings(old, changed("seed", "learning_rate", "epochs", "model", "device"))
-    assert [sentence.split()[0] for sentence in told] == ["--model", "--seed", "--learning-rate"]
-    assert len({sentence.index(" was ") for sentence in told}) == 1, "a table"
-    assert len({sentence.index(" and would be ") for sentence in told}) == 1
+    changes = find_changed_settings(old, changed("seed", "learning_rate", "epochs", "model", "device"))
+    assert [sentence.split()[0] for sentence in changes] == ["--model", "--seed", "--learning-rate"]
+    assert len({sentence.index(" was ") for sentence in changes}) == 1, "a table"
+    assert len({sentence.index(" and would be ") for sentence in changes}) == 1
 
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(12, 1), (6, 2), (3, 4), (1, 12)])
@@ -351,7 +351,7 @@ def test_the_same_reviews_may_be_shared_by_more_or_fewer(batch_size, processes):
     assert find_changed_settings(old, Config(batch_size=batch_size, processes=processes)) == []
 
 
-def test_a_run_that_noted_no_processes_had_one():
+def test_a_run_without_recorded_processes_had_one():
     old = {name: value for name, value in dataclasses.asdict(Config(batch_size=8)).items() if name != "processes"}
     assert find_changed_settings(old, Config(batch_size=4, processes=2)) == []
     assert find_changed_settings(old, Config(batch_size=8, processes=2)) == [

@@ -209,7 +209,7 @@ def test_freed_memory_is_kept_and_memory_still_works():
 
 
 class FakeLibrary:
-    """A C library whose `mallopt` answers what it is told to."""
+    """A C library whose `mallopt` returns given values."""
 
     def __init__(self, answers):
         self.calls = []

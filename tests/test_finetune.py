@@ -47,7 +47,7 @@ def test_the_program_from_start_to_end(small, tmp_path):
         [sys.executable, "run.py", *command(small)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "quiet and plain where nobody watches a bar"
+    assert done.stderr == "", "no bar without a terminal"
     assert "135,232 parameters, on cpu in fp32 (set by --precision)" in done.stdout
     assert "40 examples to train on, 20 examples to validate, 10 examples to test; labels neg, pos" in done.stdout
     assert "Plan: 5 steps of 8 examples" in done.stdout
@@ -147,7 +147,7 @@ def rewrite(small, split, columns, names=("neg", "pos")):
         (lambda s: None, ["--save-dataset", str(ROOT)], "is not empty"),
     ],
 )
-def test_failures_say_what_is_wrong_and_leave_no_trace(small, prepare, flags, message, capsys):
+def test_failures_have_a_message_and_leave_no_files(small, prepare, flags, message, capsys):
     prepare(small)
     assert main([*command(small), *flags]) == 1
     error = capsys.readouterr().err

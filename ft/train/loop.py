@@ -210,8 +210,7 @@ def train_step(
         window_loss += loss.detach()
     window_loss = ranks.sum(window_loss)
 
-    # Clip and update.
-    # In fp16 the gradients have the factor of the loss scale: remove it before measuring their norm.
+    # Clip and update. In fp16 the gradients have the factor of the loss scale, which is removed before clipping.
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     grad_norm = clip_in_optimizer(optimizer, max_grad_norm)
     optimizer.learning_rate = learning_rate

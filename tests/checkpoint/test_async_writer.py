@@ -38,7 +38,7 @@ class Step:
         self.state = State(step=step)
 
 
-def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_next():
+def test_training_continues_during_a_write_and_waits_before_the_next():
     written, lines, may_end = [], [], threading.Event()
 
     def write(snapshot, do):
@@ -55,7 +55,7 @@ def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_ne
     assert (written, lines, saver.failure) == ([1, 2], [], None)
 
 
-def test_a_save_is_put_off_while_one_is_being_written_and_said_once():
+def test_a_save_is_deferred_during_a_write_and_reported_once():
     lines, may_end = [], threading.Event()
     saver = Saver(lambda snapshot, do: may_end.wait(30), lines.append, blocking=False)
     assert not saver.defers_save_after(90)
@@ -147,7 +147,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_was_put_off_to_the_same_bit(
     assert_same_metrics(run, baseline)
 
 
-def test_the_best_checkpoint_is_never_put_off(inputs, tmp_path, as_on_a_gpu, monkeypatch):
+def test_the_best_checkpoint_is_never_deferred(inputs, tmp_path, as_on_a_gpu, monkeypatch):
     """Its weights are those that were evaluated; the save of step 5, still being written, is waited for."""
     from ft import session
     from ft.evaluation.evaluate import Evaluation
@@ -180,7 +180,7 @@ def test_a_blocking_save_has_ended_when_it_returns():
     assert written
 
 
-def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
+def test_a_failed_write_is_reported_and_the_next_save_tries_again():
     errors, lines = [FULL, None], []
 
     def write(snapshot, do):
@@ -234,7 +234,7 @@ def test_a_snapshot_does_not_follow_the_training(demo_inputs, tmp_path):
 
 
 @pytest.mark.parametrize("blocking", [[], ["--save-blocking"]])
-def test_a_save_that_fails_costs_no_step(inputs, tmp_path, monkeypatch, capsys, blocking):
+def test_a_failed_save_does_not_stop_training(inputs, tmp_path, monkeypatch, capsys, blocking):
     calm, run = tmp_path / "calm", tmp_path / "run"
     assert main([*inputs, *SETTINGS, "--output-dir", str(calm)]) == 0
     seen = []
@@ -277,7 +277,7 @@ def test_a_last_save_that_fails_is_a_failure_and_the_one_before_stays(inputs, tm
     assert all(verify_checkpoint(path) is None for path in checkpoints(tmp_path / "run"))
 
 
-def test_a_folder_that_vanishes_costs_no_step(inputs, tmp_path, monkeypatch, capsys):
+def test_a_deleted_directory_does_not_stop_training(inputs, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
 
     def vanish(*arguments, **keywords):
@@ -304,7 +304,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_a_limit_on_the_size_of_files_is_told_and_does_not_end_the_run(inputs, tmp_path):
+def test_a_file_size_limit_is_reported_and_does_not_end_the_run(inputs, tmp_path):
     run = tmp_path / "run"
     weights = (Path(inputs[1]) / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", LIMITED, str(weights + 5000), *inputs, *SETTINGS, "--output-dir", str(run)]
@@ -318,7 +318,7 @@ def test_a_limit_on_the_size_of_files_is_told_and_does_not_end_the_run(inputs, t
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, tmp_path, monkeypatch, capsys):
+def test_disk_space_is_reported_and_a_disk_without_it_is_an_error(inputs, tmp_path, monkeypatch, capsys):
     from ft.checkpoint import run_dir
 
     arguments = [*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]
@@ -501,7 +501,7 @@ def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_pat
     assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(inputs, tmp_path, monkeypatch, capsys):
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(inputs, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
 
     def rename(self, target):

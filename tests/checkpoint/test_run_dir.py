@@ -69,7 +69,7 @@ def test_a_longer_run_that_is_broken_off_at_its_end_is_not_finished(inputs, run,
     assert "This run is finished" in capsys.readouterr().out
 
 
-def test_after_going_back_the_later_checkpoints_count_no_more(inputs, run, monkeypatch, capsys):
+def test_resuming_from_an_older_checkpoint_supersedes_later_ones(inputs, run, monkeypatch, capsys):
     longer = [*inputs, *SETTINGS, "--epochs", "2"]
     with monkeypatch.context() as patch:
         interrupt(patch, at=2)
@@ -83,7 +83,7 @@ def test_after_going_back_the_later_checkpoints_count_no_more(inputs, run, monke
     assert not list(run.glob(".superseded-*"))
 
 
-def test_a_run_is_continued_in_its_own_folder_only(inputs, run, tmp_path, capsys):
+def test_a_run_is_resumed_in_its_own_directory_only(inputs, run, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     before = sorted(other.rglob("*"))
@@ -129,7 +129,7 @@ def test_a_resume_on_other_rows_under_the_same_name_is_refused(inputs, tmp_path,
     assert main(["--resume", str(run)]) == 0
 
 
-def test_a_checkpoint_that_notes_no_data_is_continued():
+def test_a_checkpoint_without_a_digest_of_the_data_is_resumed():
     check_data_unchanged(Path("checkpoint-1"), State(), "0" * 64)
 
 
@@ -154,7 +154,7 @@ def test_a_configuration_is_old_or_new_and_never_half(run, monkeypatch):
     assert (run / "config.json").read_bytes() == before
 
 
-def test_two_runs_in_one_folder_are_one_too_many(inputs, run, capsys):
+def test_a_second_run_in_a_directory_is_refused(inputs, run, capsys):
     from ft.io.lock import locked
 
     with locked(run):
@@ -167,7 +167,7 @@ def test_fp16_without_clipping(inputs, tmp_path):
     assert main([*inputs, *flags]) == 0
 
 
-def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run, capsys):
+def test_every_flag_that_changes_the_weights_is_refused_on_resume(inputs, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     recorded = json.loads((run / "config.json").read_text())
     # Every setting but those that are free; the demo brings a model and data of its own along.

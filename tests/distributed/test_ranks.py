@@ -193,7 +193,7 @@ def wait_until(happened, seconds=120):
         time.sleep(0.002)
 
 
-def test_a_run_of_two_processes_goes_on_in_one_or_four(several, command, tmp_path):
+def test_a_run_of_two_processes_resumes_in_one_or_four(several, command, tmp_path):
     flags = ["--dropout", "0", "--learning-rate", "1e-5", "--epochs", "8"]
     several.run(1, command("one", 8, *flags))
     for size in (1, 4):
@@ -226,7 +226,7 @@ def test_the_reviews_of_a_batch_must_be_shared_equally(several, command, tmp_pat
     assert "resume it with 1, 2, 4, 8" in several.said()
 
 
-def test_a_resumed_run_takes_no_other_batch(several, command, tmp_path):
+def test_a_resumed_run_keeps_its_global_batch_size(several, command, tmp_path):
     several.run(2, command("run", 4, "--max-steps", "4"))
     several.start([["--output-dir", str(tmp_path / "run"), "--resume", "--batch-size", "5"]] * 2)
     assert 2 in several.statuses()
@@ -321,7 +321,7 @@ def is_worker(environ, rank, output):
 
 
 def test_torchrun_does_not_go_on_with_a_run_that_it_did_not_begin(several, command, tmp_path):
-    """A folder that holds files is refused, and being started anew for that is no wish to continue what lies there."""
+    """A directory with files is refused, also after a restart by torchrun: this does not mean --resume."""
     several.run(2, command("run", 4, "--max-steps", "4"))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     elastic = torchrun(command("run", 4, "--max-steps", "8"), "--max-restarts", "1")
@@ -374,7 +374,7 @@ def test_shares_are_a_partition_of_a_batch_and_differ_by_one_at_most(size, count
     real = [[example for example in share if example.target_ids != [IGNORED]] for share in shares]
     assert sorted(example for share in real for example in share) == batch
     assert max(map(len, real)) - min(map(len, real)) <= 1
-    assert all(shares)  # nobody is left without a forward pass, in which the others would wait for him
+    assert all(shares)  # every rank has a forward pass: the others would wait for it
 
 
 def test_several_processes_read_in_the_order_of_one():
@@ -407,7 +407,7 @@ def test_more_processes_than_gpus(monkeypatch, present, local_rank):
 
 
 @pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "-1"), ("RANK", "x")])
-def test_a_place_that_is_no_number(monkeypatch, capsys, command, name, value):
+def test_a_rank_that_is_not_a_number(monkeypatch, capsys, command, name, value):
     from ft.cli.main import main
 
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
@@ -417,7 +417,7 @@ def test_a_place_that_is_no_number(monkeypatch, capsys, command, name, value):
     assert f"the environment variable {name} is {value!r}, it must be a number" in capsys.readouterr().err
 
 
-def test_a_place_among_others_that_nobody_told(monkeypatch, capsys, command):
+def test_missing_variables_of_torchrun(monkeypatch, capsys, command):
     from ft.cli.main import main
 
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -20,7 +20,7 @@ FIGURES = {"loss": 0.75, "learning_rate": 2e-5, "grad_norm": 3.5}
 
 
 class Clock:
-    """A clock that only moves when it is told to."""
+    """A clock that moves only when the test advances it."""
 
     def __init__(self):
         self.now = 1000.0
@@ -97,7 +97,7 @@ def test_a_gradient_that_overflowed_has_no_norm(path, clock, capsys, grad_norm):
     assert "  grad norm overflow  " in capsys.readouterr().out
 
 
-def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_goes_on_behind_the_others(path):
+def test_a_resumed_run_truncates_the_lines_after_its_checkpoint_and_appends(path):
     with open_report(path) as report:
         report.write(1, 0.1, {"loss": 1.0})
         kept = report.metrics_bytes
@@ -183,7 +183,7 @@ def test_time_spent_in_a_pause_does_not_slow_training_down(path, clock):
     ]
 
 
-def test_a_line_for_people_says_the_same(path, clock, capsys):
+def test_log_lines_have_the_same_figures(path, clock, capsys):
     with open_report(path) as report:
         clock.now += 2
         report.step(examples=9, tokens=100)
@@ -222,7 +222,7 @@ def assert_whole_log_lines(lines):
         assert re.fullmatch(EVALUATION_LINE, evaluation)
 
 
-def test_without_a_terminal_there_is_no_bar_but_whole_lines(path):
+def test_without_a_terminal_there_are_complete_lines_and_no_bar(path):
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
@@ -253,7 +253,7 @@ def run_on_a_terminal(path):
     try:
         while chunk := os.read(terminal, 65536):
             written += chunk
-    except OSError:  # how Linux says that nobody will write any more
+    except OSError:  # the error of Linux after the last writer has closed
         pass
     os.close(terminal)
     assert process.wait(timeout=60) == 0

@@ -1,4 +1,4 @@
-"""The optimiser against `torch.optim` and `torch.nn.utils`, the schedules against `transformers`."""
+"""The optimizer against `torch.optim` and `torch.nn.utils`, the schedules against `transformers`."""
 
 import copy
 
@@ -106,7 +106,7 @@ def test_schedules_equal_transformers(schedule, warmup_steps):
         reference.step()
 
 
-def test_a_warm_up_longer_than_the_run_is_no_error():
+def test_a_warm_up_may_be_longer_than_the_run():
     assert [learning_rate_at(step, 2, peak=1.0, warmup_steps=4) for step in range(2)] == [0.0, 0.25]
 
 
