@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from ft.data.batches import IGNORED
 from ft.data.examples import Example
@@ -123,8 +122,10 @@ class Ranks:
         if self.size == 1:
             return model
         parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # By default DistributedDataParallel averages gradients.
-        parallel.register_comm_hook(torch.bfloat16 if bf16_gradients else None, _sum_gradients)
+        # By default DistributedDataParallel averages gradients. A lambda, as the hook must be annotated with classes of
+        # `torch.distributed` or not at all, and some builds of PyTorch lack them.
+        dtype = torch.bfloat16 if bf16_gradients else None
+        parallel.register_comm_hook(dtype, lambda dtype, bucket: _sum_gradients(dtype, bucket))
         return parallel
 
     # --- decisions, by small tensors on the CPU. All ranks must make each of these calls.
@@ -269,7 +270,7 @@ class Ranks:
         return f"attempt {self.attempt}: process {rank} {what}"
 
 
-def _sum_gradients(dtype: torch.dtype | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(dtype: torch.dtype | None, bucket: Any) -> Any:  # noqa: ANN401
     """All-reduce a bucket of gradients, sent as `dtype`, or as they are: a DDP communication hook."""
     gradients = bucket.buffer()
     sent = gradients if dtype is None else gradients.to(dtype)
