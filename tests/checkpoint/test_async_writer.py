@@ -61,7 +61,7 @@ def test_a_save_is_deferred_during_a_write_and_reported_once():
     assert not saver.defers_save_after(90)
     saver.save(Step(100))
     assert [saver.defers_save_after(step) for step in (200, 201, 202)] == [True] * 3
-    assert saver._hurry.is_set()
+    assert saver._urgent.is_set()
     may_end.set()
     while saver.is_writing:
         time.sleep(0.001)
@@ -125,7 +125,7 @@ def test_a_save_that_comes_due_while_one_is_written_is_made_later(inputs, tmp_pa
     assert main([*inputs, *EVERY_STEP, "--keep-checkpoints", "9", "--output-dir", str(run)]) == 0
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in (5, 12, 15, 20)]
     output = capsys.readouterr().out
-    assert output.count("put off") == 1
+    assert output.count("deferred") == 1
     assert "step     10  its checkpoint is deferred: that of step 5 is being written\n" in output
 
 
