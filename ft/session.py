@@ -84,7 +84,10 @@ class Session:
         self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
         device, ranks = components.precision.device, components.ranks
         self._writer = Saver(
-            self._write_checkpoint, report.line, blocking=run.config.save_blocking, all_reduce_max=ranks.all_reduce_max
+            self._write_checkpoint,
+            report.print_line,
+            blocking=run.config.save_blocking,
+            all_reduce_max=ranks.all_reduce_max,
         )
         uses_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not run.config.save_blocking
         self._host = HostBuffer(device) if uses_pinned_memory else None
@@ -93,18 +96,18 @@ class Session:
 
     def step_done(self, num_examples: int, num_tokens: int) -> None:
         """Count an optimizer step for throughput and progress."""
-        self._report.step(examples=num_examples, tokens=num_tokens)
+        self._report.count_step(examples=num_examples, tokens=num_tokens)
 
     def log(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Write the mean training loss to console and metrics.jsonl."""
-        self._report.training(step, epoch, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+        self._report.log_training(step, epoch, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
 
     def evaluate(self, state: State) -> None:
         """Evaluate on the validation split and on general text; after a signal the evaluation stays due."""
         result = self._evaluate_split("validation")
         if result is not None and self._measure_forgetting(state):
             epoch = state.step / self._steps_per_epoch
-            self._report.evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
+            self._report.log_evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
             state.record_evaluation(result.loss, result.accuracy)
 
     def defers_save(self, state: State) -> bool:
@@ -187,7 +190,7 @@ class Session:
         test = self._evaluations.get("test")
         if test is not None:
             epoch = state.step / self._steps_per_epoch
-            self._report.evaluation(state.step, epoch, loss=test.loss, accuracy=test.accuracy, split="test")
+            self._report.log_evaluation(state.step, epoch, loss=test.loss, accuracy=test.accuracy, split="test")
         self._write_results(state, scored, seconds)
 
     def _write_results(self, state: State, scored: str, seconds: float) -> None:
@@ -246,7 +249,7 @@ class Session:
         if result is None:
             return False
         epoch = state.step / self._steps_per_epoch
-        self._report.general_text(state.step, epoch, loss=result.loss, perplexity=perplexity(result.loss))
+        self._report.log_general_text(state.step, epoch, loss=result.loss, perplexity=perplexity(result.loss))
         state.general_loss = result.loss
         if state.step == 0:
             state.general_loss_before = result.loss

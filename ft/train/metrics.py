@@ -96,13 +96,13 @@ class Report:
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def line(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the bar. A closed pipe does not end the run."""
         with suppress(OSError):
             self._bar.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
-    def step(self, examples: int, tokens: int) -> None:
+    def count_step(self, examples: int, tokens: int) -> None:
         """Count an optimizer step that read this many examples and input tokens."""
         self._examples += examples
         self._tokens += tokens
@@ -119,7 +119,7 @@ class Report:
         self._paused += time.perf_counter() - started
         self.times.mark(activity)
 
-    def training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+    def log_training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the mean loss since the last call, and the speed over the same steps."""
         self.times.end_of_step()
         now = time.perf_counter()
@@ -134,21 +134,23 @@ class Report:
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} examples/s"
         )
-        self.line(
+        self.print_line(
             f"step {step:>6}  epoch {epoch:5.2f}  loss {loss:8.4f}  lr {learning_rate:.2e}  grad norm "
             f"{'overflow' if overflowed else format(grad_norm, '8.3f')}  {speed['samples_per_second']:6.1f} examples/s"
         )
 
-    def evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:
+    def log_evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:
         """Log loss and accuracy of a split."""
         self.write(step, epoch, {f"{split}_loss": loss, f"{split}_accuracy": accuracy})
         name = "validation" if split == "eval" else split
-        self.line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
+        self.print_line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
 
-    def general_text(self, step: int, epoch: float, *, loss: float, perplexity: float) -> None:
+    def log_general_text(self, step: int, epoch: float, *, loss: float, perplexity: float) -> None:
         """Log loss and perplexity on general text, which measure forgetting."""
         self.write(step, epoch, {"general_loss": loss, "general_perplexity": perplexity})
-        self.line(f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}")
+        self.print_line(
+            f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}"
+        )
 
     def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
         """Append one event to metrics.jsonl, with the seconds by part since the last one.
@@ -195,7 +197,7 @@ class Report:
         if lost:
             if self._tensorboard is not None:
                 self._tensorboard.restore()
-            self.line(
+            self.print_line(
                 f"WARNING: {self._path.parent} or a file in it was moved or deleted during the run. The lock and "
                 f"{self._path.name}, with all its lines, are restored there, and the run continues."
             )

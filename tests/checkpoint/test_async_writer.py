@@ -77,7 +77,7 @@ def test_a_save_is_deferred_during_a_write_and_reported_once():
     ]
 
 
-def test_all_processes_put_a_save_off_alike():
+def test_all_ranks_defer_a_save_alike():
     """Rank 0 writes; the others do what it says."""
     agreed = []
 
@@ -108,10 +108,10 @@ def as_on_a_gpu(monkeypatch):
             saver = next(thread for thread in threading.enumerate() if thread.name == "checkpoint")
             saver.join(30)
 
-    write, log = store.write_checkpoint, session.Report.training
+    write, log = store.write_checkpoint, session.Report.log_training
     monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
     monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
-    monkeypatch.setattr(session.Report, "training", training)
+    monkeypatch.setattr(session.Report, "log_training", training)
     return ends_at
 
 
@@ -130,7 +130,7 @@ def test_a_save_that_comes_due_while_one_is_written_is_made_later(inputs, tmp_pa
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_run_goes_on_from_a_checkpoint_that_was_put_off_to_the_same_bit(
+def test_a_run_resumes_from_a_deferred_checkpoint_to_the_same_bits(
     inputs, tmp_path, as_on_a_gpu, capsys, precision
 ):
     flags = [*inputs, *EVERY_STEP, "--keep-checkpoints", "9", "--precision", precision]

@@ -46,8 +46,8 @@ def interrupt(monkeypatch, at):
         if self.steps == at:
             raise KeyboardInterrupt
 
-    count = Report.step
-    monkeypatch.setattr(Report, "step", step)
+    count = Report.count_step
+    monkeypatch.setattr(Report, "count_step", step)
 
 
 def test_a_longer_run_that_is_broken_off_at_its_end_is_not_finished(inputs, run, monkeypatch, capsys):

@@ -196,7 +196,7 @@ def test_the_first_step_after_a_resume_is_the_same_to_the_last_bit(train, device
 
 
 def test_saves_beside_the_training_are_whole_and_the_last_one_is_the_finished_model(train, device, monkeypatch):
-    """A save after every step: on a GPU most of them are put off."""
+    """A save after every step: on a GPU most of them are deferred."""
     monkeypatch.setattr(session, "read_synchronizes", lambda _: True)
     folder = train(device, *STEPS, "--save-steps", "1", "--keep-checkpoints", "30")
     found = checkpoints(folder)

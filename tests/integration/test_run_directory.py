@@ -44,8 +44,8 @@ def during_step(monkeypatch, number, action):
         if len(seen) == number:
             action()
 
-    count, seen = Report.step, []
-    monkeypatch.setattr(Report, "step", step)
+    count, seen = Report.count_step, []
+    monkeypatch.setattr(Report, "count_step", step)
 
 
 def delete(run):

@@ -8,14 +8,14 @@ from ft.train.state import State
 
 
 def saved(config, *, busy=(), must=(), best=()):
-    """The steps of 12 that are saved, and those after which it was asked whether to put off."""
+    """The steps of 12 that are saved, and those after which `defers` was called."""
     asked = []
 
-    def put_off(state):
+    def defers(state):
         asked.append(state.step)
         return state.step in busy
 
-    saves, state, steps = SaveSchedule(config, put_off), State(), []
+    saves, state, steps = SaveSchedule(config, defers), State(), []
     for step in range(1, 13):
         state.step = step
         if step in best:

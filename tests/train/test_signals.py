@@ -47,10 +47,10 @@ def test_a_signal_ends_the_run_after_its_step(inputs, calm, tmp_path, monkeypatc
         if len(steps) == step:
             os.kill(os.getpid(), getattr(signal, name))
 
-    count, steps = Report.step, []
+    count, steps = Report.count_step, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", step_and_signal)
+        patch.setattr(Report, "count_step", step_and_signal)
         assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == status
     error = capfd.readouterr().err
     assert f"{name}: finishing this step and saving" in error
@@ -123,7 +123,7 @@ def test_several_signals_are_one(inputs, tmp_path, monkeypatch, capfd):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Report, "step", step_and_signals)
+    monkeypatch.setattr(Report, "count_step", step_and_signals)
     assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]) == 130
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
