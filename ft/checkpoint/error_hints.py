@@ -60,5 +60,6 @@ def explain_out_of_memory_in_training(config: Config) -> AbstractContextManager[
         f"--batch-size {config.batch_size}, --max-length {config.max_length} and --activation-checkpointing "
         f"{config.activation_checkpointing}",
         "--activation-checkpointing full, with a smaller --batch-size (and more "
-        "--gradient-accumulation-steps), or with --precision bf16",
+        "--gradient-accumulation-steps), or with --precision bf16; in an evaluation with a smaller --eval-batch-size "
+        f"(now {config.eval_batch_size})",
     )

@@ -130,9 +130,7 @@ def test_a_save_that_comes_due_while_one_is_written_is_made_later(inputs, tmp_pa
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_run_resumes_from_a_deferred_checkpoint_to_the_same_bits(
-    inputs, tmp_path, as_on_a_gpu, capsys, precision
-):
+def test_a_run_resumes_from_a_deferred_checkpoint_to_the_same_bits(inputs, tmp_path, as_on_a_gpu, capsys, precision):
     flags = [*inputs, *EVERY_STEP, "--keep-checkpoints", "9", "--precision", precision]
     baseline, run = tmp_path / "baseline", tmp_path / "run"
     assert main([*flags, "--save-blocking", "--output-dir", str(baseline)]) == 0
