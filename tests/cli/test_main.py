@@ -321,7 +321,7 @@ def test_a_wrong_configuration_file_is_refused_like_a_wrong_flag(content, proble
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_RECORDED])
 def test_every_setting_of_a_file_is_checked_for_its_type(name):
     kind, _ = field_types(Config)[name]
-    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a text"}[kind]
+    wanted = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a string"}[kind]
     write_json("mine.json", **{name: [1]})
     value = 1 if kind is tuple else [1]  # of several texts, the one that is none
     assert problems_of("--config", "mine.json") == [f"{flag(name)} is {value}, it must be {wanted}"]
