@@ -54,7 +54,7 @@ from ft.data.batches import epoch_order
 from ft.data.examples import Example
 from ft.device import disable_malloc_trim
 from ft.distributed.launch import process_group
-from ft.distributed.ranks import ALONE, Ranks
+from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.train.optim import build_optimizer
 from tests.reference.synthetic import SIZES, model_config
@@ -182,11 +182,11 @@ def run(rank: int, case: Case, together: int, size: str, steps: int, port: int) 
         disable_malloc_trim()
     config = GPT2Config.from_dict(model_config(size))
     with process_group(FP32.device, TIMEOUT) as ranks:
-        trained_by = ranks if case.exchanges else ALONE
+        trained_by = ranks if case.exchanges else SINGLE_PROCESS
         model = GPT2(config)
         model.init_weights(seed=42)
         parameters, block_parameters = parameter_count(model), parameter_count(model.h)
-        parallel = trained_by.parallel(model, FP32.device, shard=case.shard, bf16_gradients=case.bf16_gradients)
+        parallel = trained_by.parallelize(model, FP32.device, shard=case.shard, bf16_gradients=case.bf16_gradients)
         optimizer = build_optimizer(model, learning_rate=2e-5, weight_decay=0.0)
         torch.manual_seed(42 + rank)
         examples = own_reviews(case, rank, together, steps, config.vocab_size)

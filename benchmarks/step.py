@@ -43,7 +43,7 @@ from ft.data.examples import Example
 from ft.data.splits import Split
 from ft.data.tables import read_split
 from ft.device import Precision, disable_malloc_trim
-from ft.distributed.ranks import ALONE, Ranks
+from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.model import matmul
 from ft.model.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
 from ft.train.loop import Components, StepRecorder, train
@@ -103,16 +103,21 @@ class Clock(StepRecorder):
 
 
 class ClockedScaler(torch.amp.GradScaler):
-    """The loss scaler of a precision. The loop calls it at the end of the forward and of the backward pass."""
+    """The loss scaler of a precision. The loop calls it after the forward pass, the backward pass and clipping."""
 
     def __init__(self, clock: Clock, precision: Precision = FP32) -> None:
         super().__init__(precision.device.type, enabled=precision.name == "fp16")
         self._clock = clock
 
     def scale(self, outputs: Tensor) -> Tensor:
-        """Of the loss, before its backward pass, or of the constant 1, when the gradients are complete."""
-        self._clock.mark("forward" if outputs.requires_grad else "backward")
+        """Called with the loss, before its backward pass."""
+        self._clock.mark("forward")
         return super().scale(outputs)
+
+    def unscale_(self, optimizer: AdamW) -> None:
+        """Called when the gradients are complete."""
+        self._clock.mark("backward")
+        super().unscale_(optimizer)  # type: ignore[arg-type]
 
     def step(self, optimizer: AdamW) -> None:
         """The update, which begins when the gradients' norm is known."""
@@ -144,7 +149,7 @@ def timed_steps(
     optimizer: AdamW,
     examples: Sequence[Example],
     batch_size: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     *,
     precision: Precision = FP32,
     pad_to: int | None = None,

@@ -1,8 +1,8 @@
-"""Every setting of a run, once: its default, its help text, its limits, and what it does.
+"""Every setting of a run: its default, its help text, its minimum, and what it does.
 
 The command line is generated from this class: `batch_size` is the flag `--batch-size`. The text under a field explains
-its formula, and what is seen when the value is too large or too small. The defaults are the recipe of the tutorial that
-this program rebuilds.
+its formula, and the effect of a value that is too large or too small. The defaults are the recipe of the tutorial that
+this program reproduces.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ft.checks import find_problems
 from ft.errors import UsageError
 from ft.io import paths
 from ft.io.atomic import atomic_write_text
@@ -25,13 +26,13 @@ LOGGING = "Logging and checkpoints, in optimizer steps"
 
 
 def setting(default: Any, group: str, help_text: str, *, minimum: float | None = None) -> Any:  # noqa: ANN401
-    """A field of `Config`: its default, its heading in the help, its help text, and the least value it may have."""
+    """A field of `Config`: its default, its heading in the help, its help text, and its minimum."""
     return field(default=default, metadata={"group": group, "help": help_text, "minimum": minimum})
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of one run. Frozen: nothing that runs changes its own settings."""
+    """The settings of one run. Frozen, so that no part of a run changes them."""
 
     model: str = setting(
         "openai-community/gpt2",
@@ -52,7 +53,7 @@ class Config:
     )
     dataset_revision: str | None = setting(None, FILES, "branch, tag or commit of the data set on the Hub")
     save_dataset: str | None = setting(
-        None, FILES, "also keep a copy of the data in this directory, which --dataset reads back"
+        None, FILES, "also write a copy of the data to this directory, which --dataset can read"
     )
     text_column: str = setting("text", FILES, "column of the text that the model reads")
     label_column: str = setting("label", FILES, "column of the label: numbers from 0, or words")
@@ -109,7 +110,7 @@ class Config:
     batch_size: int = setting(8, LENGTH, "examples per forward and backward pass, in each process", minimum=1)
     """The gradient of a step is the mean over these examples. Small: many steps per epoch, each in a noisy direction.
     Large: few steps in a good direction, each example computed faster until the device is full, and more memory. Too
-    large at the same learning rate: too few steps are left. Too small: the noise is as large as the signal.
+    large at the same learning rate: too few steps. Too small: the noise is as large as the signal.
     """
     gradient_accumulation_steps: int = setting(
         1, LENGTH, "batches whose gradients are added up for one optimizer step", minimum=1
@@ -158,7 +159,8 @@ class Config:
         0.0, OPTIMIZER, "decoupled weight decay of all but biases and LayerNorm weights", minimum=0.0
     )
     """w <- w - lr weight_decay w in each step, apart from the gradient. Too large: weights shrink faster than they
-    learn, and pretraining fades. 0, as here, trusts a short run to stay close to where it began.
+    learn, and pretraining fades. 0, the default: a short run stays close to the
+    pretrained weights anyway.
     """
     max_grad_norm: float = setting(
         1.0,
@@ -186,10 +188,10 @@ class Config:
         PARAMETERS,
         "only those whose names match: wte.weight, h.11.*, *.bias, or last:N, the last N blocks and the final norm",
     )
-    """The others are frozen: no gradient and no moments (ft/model/freeze.py). Too few: the model cannot learn what the
-    labels ask for. All, as here: the most time and memory, and the most that a long run can overwrite.
+    """The others are frozen: no gradient and no moments (ft/model/freeze.py). Too few: the model cannot learn the task.
+    All, the default: the most time and memory, and a long run can overwrite the most of the pretrained model.
     """
-    freeze: tuple[str, ...] = setting((), PARAMETERS, "not those whose names match; taken away from --train-only")
+    freeze: tuple[str, ...] = setting((), PARAMETERS, "not those whose names match; applied after --train-only")
 
     device: str | None = setting(None, MACHINE, "cpu, cuda, cuda:1, mps; left out: the best present")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
@@ -235,11 +237,11 @@ class Config:
     logging_steps: int = setting(
         100, LOGGING, "write loss, learning rate, gradient norm and speed to metrics.jsonl", minimum=1
     )
-    eval_steps: int = setting(100, LOGGING, "evaluate the whole validation split", minimum=1)
+    eval_steps: int = setting(100, LOGGING, "evaluate on the validation split", minimum=1)
     forgetting: str | None = setting(
         None,
         LOGGING,
-        "also measure perplexity on general text, before, meanwhile and after: a UTF-8 file, a data set, or builtin",
+        "also measure perplexity on general text, before, during and after: a UTF-8 file, a data set, or builtin",
     )
     save_steps: int = setting(100, LOGGING, "save a checkpoint, from which --resume continues", minimum=1)
     """On a GPU many steps are taken while a checkpoint is written. A save that comes due meanwhile is deferred until
@@ -268,21 +270,19 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        """Expand `~` in paths, and refuse settings that cannot work.
+        """Expand `~` in paths, and check all settings.
 
         Raises:
-            UsageError: with one sentence for each that is wrong.
+            UsageError: has one sentence for each problem.
         """
         for name in paths.SETTINGS:
             object.__setattr__(self, name, paths.expand_home(getattr(self, name)))
-        from ft.settings import find_problems  # here, as that module imports this one
-
         if problems := find_problems(self):
             raise UsageError(*problems)
 
     @property
     def rows_per_batch(self) -> int:
-        """Examples of a batch of all processes together."""
+        """Examples of a batch on all ranks together."""
         return self.batch_size * self.processes
 
     @property
@@ -291,17 +291,12 @@ class Config:
         return self.rows_per_batch * self.gradient_accumulation_steps
 
     def save(self, path: Path) -> None:
-        """Write all settings as JSON, in the order of this class, by an atomic rename."""
+        """Write all settings as JSON, by an atomic rename."""
         atomic_write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
-# The value of `resume` that stands for the newest checkpoint in the output directory.
+# The value of `resume` for the newest checkpoint in the output directory.
 NEWEST = "newest"
 
-# What a run records and no flag sets.
+# Settings that a run records and that have no flag.
 NO_FLAGS = ("processes",)
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field: `batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""What the machine offers: the device, the number format of matrix products, and an allocator that keeps its memory."""
+"""The device, the dtype of matrix products, the memory allocator, and the number of threads."""
 
 import ctypes
 import os
@@ -15,44 +15,43 @@ from ft.errors import UsageError, shown
 
 
 def use_device(name: str | None, local_rank: int | None = None) -> torch.device:
-    """Returns the device of `choose_device`, and makes a CUDA device the current one of this process.
+    """Return the device of `choose_device`, and make a CUDA device the current one of this process.
 
-    Pinned memory, random states and streams belong to the current device wherever none is named: without this, a
-    process on `cuda:1` also creates a context on `cuda:0`, which takes hundreds of megabytes there.
+    Pinned memory, random states and streams belong to the current device by default: without this, a process on
+    `cuda:1` also creates a context on `cuda:0`, which takes hundreds of megabytes.
 
     Args:
         name: the value of `--device`.
-        local_rank: the number of this process on its machine; None for a process by itself.
+        local_rank: the rank of this process on its machine; None for a single process.
 
     Raises:
-        UsageError: as `choose_device`.
+        UsageError: see `choose_device`, or PyTorch was not built for the GPU.
     """
     device = choose_device(name, local_rank)
     if device.type == "cuda":
-        _refuse_without_kernels(device)
+        _check_compute_capability(device)
         torch.cuda.set_device(device)
-        # From PyTorch 2.11 on cuDNN's attention is preferred on an H100 and later. It builds a plan for each shape, for
-        # which a run whose batches are as long as their longest example waits again and again. Left are flash and
-        # memory-efficient attention. For the whole process, as activation checkpointing calls attention again in the
-        # backward pass, outside of any context of the forward pass.
+        # PyTorch 2.11 and later prefer cuDNN attention on an H100. It builds a plan for each shape, which is slow with
+        # batches of many different lengths; flash and memory-efficient attention remain. Process-wide, not in a
+        # context: activation checkpointing calls attention again in the backward pass.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
-SMALL = 2**20  # parameters below which a model is trained by one thread
+SMALL_MODEL = 2**20  # parameters below which one thread is faster
 
 
 def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
     """The device that `--device` names; without a name CUDA, else Apple's MPS, else the CPU.
 
-    Of several processes on a machine each takes the CUDA device of its number among them, `local_rank`; None is for a
-    process by itself. `cuda` without a number is the current CUDA device.
+    In several processes each uses the CUDA device of its `local_rank`. In a single process `cuda` without an index is
+    the current CUDA device.
 
     Returns:
-        The device, a CUDA device always with its index: `torch.cuda.set_device` requires one, and tensors report one.
+        The device; a CUDA device has an index, which `torch.cuda.set_device` requires.
 
     Raises:
-        UsageError: there is no such device here, or several processes cannot share it.
+        UsageError: the device is not present, or several processes cannot share it.
     """
     if name is None:
         has_mps = torch.backends.mps.is_available() and local_rank is None
@@ -67,7 +66,7 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
                 f"devices: --nproc-per-node must be at most {present}"
             )
         name = f"cuda:{local_rank}" if name == "cuda" else name
-    # By pattern, as torch.device() takes names of other accelerators too and lets an index beyond 127 wrap around.
+    # Not by torch.device(): it accepts other accelerators, and an index above 127 wraps around.
     kind = re.fullmatch(r"cpu|mps|cuda(:(?P<index>0|[1-9][0-9]{0,8}))?", name)
     if kind is None:
         raise UsageError(f"--device is {shown(name)}, it must be cpu, cuda, cuda:N or mps")
@@ -84,18 +83,18 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
     return torch.device(name)
 
 
-def _refuse_without_kernels(device: torch.device) -> None:
-    """Refuse a GPU for which PyTorch was not built: its first kernel would fail.
+def _check_compute_capability(device: torch.device) -> None:
+    """Check that PyTorch was built for this GPU; otherwise the first kernel fails.
 
-    Code for `sm_XY` runs on later minor versions of the same major one; `compute_XY` is compiled when it is loaded, for
-    any later GPU.
+    Code for `sm_XY` runs on GPUs of the same major version and a later minor one; code for `compute_XY` is compiled
+    when it is loaded, for any later GPU.
 
     Raises:
         UsageError: the GPU's compute capability is not among those that PyTorch was built for.
     """
     built_for = torch.cuda.get_arch_list()
     known = [found for arch in built_for if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch))]
-    if not known:  # ROCm names its GPUs otherwise
+    if not known:  # ROCm has other names
         return
     major, minor = torch.cuda.get_device_capability(device)
     for kind, *numbers in (arch.groups() for arch in known):
@@ -105,18 +104,18 @@ def _refuse_without_kernels(device: torch.device) -> None:
     raise UsageError(
         f"--device is {str(device)!r}, a GPU of compute capability {major}.{minor}, and PyTorch {torch.__version__} "
         f"was built for {' '.join(built_for)}: install a build for this GPU "
-        "(https://pytorch.org/get-started/locally/), or take --device cpu"
+        "(https://pytorch.org/get-started/locally/), or use --device cpu"
     )
 
 
 def read_synchronizes(device: torch.device) -> bool:
-    """Whether reading a number from the device waits until all work that is queued on it is done."""
+    """Whether reading a value from the device waits for all kernels that are queued on it."""
     return device.type != "cpu"
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The number format in which matrix products are computed; weights and the optimiser always stay in fp32."""
+    """The dtype of matrix products; weights and optimizer state are fp32 in any case."""
 
     name: str
     reason: str
@@ -124,15 +123,15 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch type of this format."""
+        """The `torch.dtype`."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
 
     def autocast(self) -> AbstractContextManager[None]:
-        """A context in which matrix products take this format and sums that need range stay in fp32."""
+        """`torch.autocast` for this dtype; disabled for fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling for fp16, whose smallest gradients would round to 0; for other formats it does nothing.
+        """Loss scaling for fp16, in which small gradients would round to 0; disabled for other dtypes.
 
         Micikevicius et al., "Mixed Precision Training" (2018), section 3.2.
         """
@@ -140,11 +139,11 @@ class Precision:
 
 
 def choose_precision(setting: str, device: torch.device) -> Precision:
-    """The format that `--precision` names, or for `auto` the fastest that the device computes in hardware."""
+    """The precision of `--precision`; for `auto` the fastest that the device computes in hardware."""
     if setting != "auto":
-        return Precision(setting, "as --precision says", device)
+        return Precision(setting, "set by --precision", device)
     if device.type == "cuda":
-        with torch.cuda.device(device):  # the question is put to the current GPU, which need not be the one meant
+        with torch.cuda.device(device):  # the query is about the current device
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if has_bf16:
             return Precision("bf16", "this GPU computes bf16 in hardware", device)
@@ -159,21 +158,21 @@ def choose_precision(setting: str, device: torch.device) -> Precision:
 def _has_bf16_matrix_instructions() -> bool:
     """Whether this processor has AMX, with 16 times the operations per cycle in bf16 that AVX-512 has in fp32.
 
-    AVX512_BF16 has twice as many, which the casts of activations reduce. Whether anything remains is not measured, so
-    that `auto` keeps fp32 there; `--precision bf16` tries it.
+    AVX512_BF16 has twice as many, and casting activations costs part of that. The rest is not measured, so `auto` keeps
+    fp32 there; `--precision bf16` tries it.
     """
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
 
 
 def disable_malloc_trim() -> bool:
-    """Tell glibc to keep freed memory for the next step instead of handing it back to the kernel.
+    """Have glibc keep freed memory for the next step instead of returning it to the kernel.
 
-    A step frees as much memory for gradients as the model has weights and takes it again at once. By default glibc
-    returns blocks of that size to the kernel, which must clear every page anew.
+    Each step frees and allocates gradients as large as the weights. By default glibc returns blocks of that size to the
+    kernel, which must zero every page again.
 
     Returns:
-        Whether the C library took the setting; others than glibc have no such call, and nothing is lost.
+        Whether the C library accepted the setting; only glibc has it.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -186,18 +185,18 @@ def disable_malloc_trim() -> bool:
 
 @contextmanager
 def threads_for(num_parameters: int) -> Iterator[None]:
-    """One thread for a model that is small, as long as this context lasts, where OMP_NUM_THREADS does not say how many.
+    """A context that uses one thread for a small model, unless OMP_NUM_THREADS is set.
 
-    OpenMP's threads meet at the end of every operation and spin until all have come. Where another program has a core,
-    each waits for the one that is not running: with two threads on two busy cores the demo takes eight times as long as
-    with one. In the operations of a large model the wait is short beside the work. Sums of several threads may round
-    otherwise, so that losses can differ in their last bits from those of another number of threads.
+    OpenMP threads synchronize by spinning at the end of every operation. If another program uses a core, they wait for
+    the thread that is not running: with two threads on two busy cores the demo takes eight times as long as with one.
+    For a large model the wait is short compared with the operation. Sums of several threads may round differently, so
+    losses can differ in their last bits from those with another number of threads.
 
     Args:
         num_parameters: of the model.
     """
     before = torch.get_num_threads()
-    if num_parameters < SMALL and "OMP_NUM_THREADS" not in os.environ:
+    if num_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     try:
         yield

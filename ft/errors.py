@@ -1,55 +1,52 @@
-"""The ways a run ends before its end: two that the user can mend, and one that was asked for.
-
-And how text that this program did not write is put into its messages: escaped, and shortened.
-"""
+"""The exceptions of this program, and how their messages quote values: escaped and shortened."""
 
 import re
 import reprlib
 
-LONGEST_MESSAGE = 1500  # characters of one sentence to the user
-MOST_PROBLEMS = 20  # of a command line that are reported; more come of a file in the wrong place
+MAX_MESSAGE_LENGTH = 1500  # characters of one problem
+MAX_PROBLEMS = 20  # reported at once; a wrong file as --config may have many more
 
 _VALUES = reprlib.Repr()
-_VALUES.maxstring = _VALUES.maxother = 200  # a path mostly fits
+_VALUES.maxstring = _VALUES.maxother = 200  # enough for most paths
 _VALUES.maxlong = 40
 _VALUES.maxlevel = 2
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Text from a file, a flag or a model, safe to print: what moves a cursor or hides its neighbors is escaped.
+    r"""Escape what is not printable in text from a file, a flag or a model, such as control characters.
 
     Args:
         text: the text.
-        keep: characters that are left as they are, such as a line break where there may be several lines.
+        keep: characters that are not escaped, such as a line break.
 
     Returns:
-        The text with Python's escapes (`\x1b`, `\u202e`, `\n`) for all characters that are not printable.
+        The text with Python's escapes (`\x1b`, `\u202e`, `\n`) for characters that are not printable.
     """
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
-    """A value from a file, a flag or a name as a message quotes it: its `repr`, of a long one beginning and end."""
+    """A value as a message quotes it: its `repr`, shortened in the middle if it is long."""
     return _VALUES.repr(value)
 
 
 def one_line(text: str, width: int = 60) -> str:
-    """A text or a label for a table or a list: on one line, of a long one the beginning, printable."""
+    """A text for a table or a list: printable, on one line, shortened at the end if it is long."""
     words = " ".join(text.split())
     return printable(words if len(words) <= width else words[: width - 4] + " ...")
 
 
 def sentence(message: str) -> str:
-    """A message on one line, printable; of a long one beginning and end, which say what is wrong and what helps."""
-    half = LONGEST_MESSAGE // 2
-    if len(message) > LONGEST_MESSAGE:
+    """A message on one line, printable, shortened in the middle: its start has the cause, its end the remedy."""
+    half = MAX_MESSAGE_LENGTH // 2
+    if len(message) > MAX_MESSAGE_LENGTH:
         message = f"{message[:half]} ... {message[-half:]}"
-    message = printable(message)  # which makes it longer, up to ten times
-    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+    message = printable(message)  # up to ten times as long
+    return message if len(message) <= MAX_MESSAGE_LENGTH else f"{message[:half]} ... {message[-half:]}"
 
 
-# Parts of a RuntimeError that PyTorch raises for a device, and what they say about the machine. cuBLAS allocates a
-# workspace when its handle is created: where that fails, the GPU's memory is full.
+# Parts of the messages of a RuntimeError that PyTorch raises for a device. cuBLAS allocates a workspace when its handle
+# is created: if that fails, the memory of the GPU is full.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|allocate memory|STATUS_ALLOC_FAILED"
     r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `?cublasCreate"
@@ -57,20 +54,20 @@ _OUT_OF_MEMORY = re.compile(
 _REMEDIES = {
     "no kernel image is available": (
         "this build of PyTorch has no kernels for the GPU: install one that has "
-        "(https://pytorch.org/get-started/locally/), or take --device cpu"
+        "(https://pytorch.org/get-started/locally/), or use --device cpu"
     ),
     "busy or unavailable": (
-        "the GPU is in use by another process, or reserved for one (nvidia-smi shows which): wait for it, or take "
+        "the GPU is in use by another process, or reserved for one (nvidia-smi shows which): wait for it, or use "
         "another --device"
     ),
 }
 
 
 class FtError(Exception):
-    """A failure with a message meant for the user: what happened, the value, the limit and the remedy.
+    """A failure with a message for the user: what happened, the value, the limit and the remedy.
 
-    The command line prints the message without a traceback and exits with 1. Every other exception is a defect of
-    this program and keeps its traceback. Whatever is quoted in the message, it is one line of printable characters.
+    The command line prints the message without a traceback and exits with status 1. Any other exception is a bug of
+    this program and keeps its traceback. The message is one line of printable characters, whatever it quotes.
     """
 
     def __init__(self, message: str) -> None:
@@ -78,20 +75,20 @@ class FtError(Exception):
 
 
 class UsageError(FtError):
-    """The command line or a configuration is wrong; exits with 2, before any work was done.
+    """The command line or a configuration is wrong; exits with status 2, before any work is done.
 
-    `problems` holds one sentence each, so that all of them are reported at once.
+    `problems` has one sentence for each problem, so that all are reported at once.
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(map(sentence, problems[:MOST_PROBLEMS]))
-        if len(problems) > MOST_PROBLEMS:
-            self.problems += (f"and {len(problems) - MOST_PROBLEMS:,} more problems",)
+        self.problems = tuple(map(sentence, problems[:MAX_PROBLEMS]))
+        if len(problems) > MAX_PROBLEMS:
+            self.problems += (f"and {len(problems) - MAX_PROBLEMS:,} more problems",)
         Exception.__init__(self, "\n".join(self.problems))
 
 
-class Stopped(Exception):  # noqa: N818, as nothing is wrong
-    """A signal has ended the run, after it was saved; `status` is the exit status."""
+class Stopped(Exception):  # noqa: N818, not an error
+    """A signal stopped the run after it was saved; `status` is the exit status."""
 
     def __init__(self, message: str, status: int) -> None:
         self.status = status
@@ -99,12 +96,12 @@ class Stopped(Exception):  # noqa: N818, as nothing is wrong
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the CPU or of an accelerator, is full."""
+    """Whether an error is an out-of-memory error of the CPU or of an accelerator."""
     return isinstance(error, MemoryError) or bool(
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")
     )
 
 
 def remedy_of(error: BaseException) -> str | None:
-    """What helps against an error of the device, in a sentence; None for an error that is a defect of the program."""
+    """The remedy for an error of the device, in one sentence; None for an error that is a bug of this program."""
     return next((remedy for part, remedy in _REMEDIES.items() if part in str(error)), None)

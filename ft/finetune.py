@@ -1,6 +1,6 @@
-"""One run from its settings to a fine-tuned model: the recipe. Start reading here.
+"""Fine-tune GPT-2: one run from its settings to the final model. Start reading here.
 
-The tutorial that this program rebuilds has eight parts. Where each is:
+The parts of the tutorial that this program reproduces, and where each is:
 
     data               ft/data/load.py: files to rows              model               ft/model/gpt2.py
     tokenizer          ft/checkpoint/tokenizer_files.py            hyper-parameters    ft/config.py
@@ -9,7 +9,7 @@ The tutorial that this program rebuilds has eight parts. Where each is:
 """
 
 from ft.checkpoint import resume
-from ft.checkpoint.error_hints import training_memory_advice
+from ft.checkpoint.error_hints import explain_out_of_memory_in_training
 from ft.checkpoint.run_dir import RunDirectory, open_run_directory
 from ft.config import Config
 from ft.distributed.launch import process_group
@@ -24,30 +24,33 @@ from ft.train.state import State
 
 
 def fine_tune(config: Config) -> None:
-    """Fine-tune as `config` says and leave the result in its output directory; under torchrun in several processes.
+    """Fine-tune a model and save it to `final/` in the run directory; under torchrun in several processes.
+
+    Args:
+        config: the settings of the run.
 
     Raises:
-        FtError: something that the user can correct; the message says what.
-        Stopped: a signal has come; the run is saved.
+        FtError: something that the user can correct; the message has the reason.
+        Stopped: a signal was received; the run is saved.
     """
-    # 1. Choose the device and the number format of matrix products.
+    # 1. Choose the device and the dtype of matrix products.
     precision = prepare_device(config)
     with (
         process_group(precision.device, config.process_timeout) as ranks,
         ranks.rank_zero_prints(),
-        training_memory_advice(config),
+        explain_out_of_memory_in_training(config),
         # 2. Lock the run directory, and find the checkpoint to resume from, if any.
         open_run_directory(config, ranks) as run,
     ):
         config = run.config
-        # 3. Read the data set and the tokenizer, and make examples of the rows.
+        # 3. Read the data set and the tokenizer, and encode the rows as examples.
         inputs = read_inputs(run, ranks)
         examples = inputs.data.examples["train"]
         last_step = total_steps(len(examples), config)
-        # 4. Build the model, with pretrained weights or those of the checkpoint.
+        # 4. Build the model, with pretrained weights or those of the checkpoint. It is still on the CPU.
         model = build_model(run, inputs)
         num_parameters, num_trained = count_parameters(model), num_trainable_parameters(model)
-        # 5. Move it to the device; build the optimizer; restore both, and the random states, from the checkpoint.
+        # 5. Move the model to the device, build the optimizer, and restore the training state if the run is resumed.
         components = build_components(model, config, precision, ranks)
         state = restore_state(run, inputs, model, components)
         if run.resume_from is not None and _is_complete(run, inputs, state):
@@ -57,9 +60,9 @@ def fine_tune(config: Config) -> None:
         print(
             opening(config, model, precision, inputs.data, inputs.general_text, last_step), disk_space, *notes, sep="\n"
         )
-        # 6. Open the metrics file and install signal handlers; the session evaluates, saves and stops.
+        # 6. Open the metrics file and install signal handlers. The session evaluates, saves and stops.
         with open_session(run, inputs, model, components, state) as session:
-            # 7. Train.
+            # 7. Train. If this raises, the checkpoint that is being written is still completed.
             try:
                 if session.prepare(state):
                     train(components, examples, session.collate_function(), config, state, session)
@@ -70,18 +73,18 @@ def fine_tune(config: Config) -> None:
 
 
 def _is_complete(run: RunDirectory, inputs: Inputs, state: State) -> bool:
-    """Whether the resumed run has nothing left to do; prints from where it continues, or that it is finished.
+    """Whether the resumed run is finished; prints this, or the step from which it continues.
 
     Raises:
-        UsageError: the settings would make the run shorter than it was planned.
+        UsageError: the settings would make the run shorter.
     """
     assert run.resume_from is not None
     config, num_examples = run.config, len(inputs.data.examples["train"])
     longer = resume.check_extended_schedule(run.resume_from, config, num_examples)
     last_step = total_steps(num_examples, config)
-    is_over = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
-    if is_over and not state.evaluation_due and resume.is_finished(run.path, run.resume_from):
-        reason, final = resume.reason_of_end(state, last_step), run.path / "final"
+    has_ended = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
+    if has_ended and not state.evaluation_due and resume.is_finished(run.path, run.resume_from):
+        reason, final = resume.describe_end(state, last_step), run.path / "final"
         print(printable(f"This run is finished: {reason}, and the model is saved to {final}."))
         return True
     print(

@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: log, evaluate, save, stop; and what the run leaves behind."""
+"""What happens between the steps of a run: log, evaluate, save, stop; and after the last: results and final model."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from functools import partial
 
 from ft.checkpoint import store
 from ft.checkpoint.async_writer import Saver
-from ft.checkpoint.error_hints import nonfinite_advice
+from ft.checkpoint.error_hints import explain_nonfinite
 from ft.checkpoint.host_buffer import HostBuffer
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import Snapshot, gather_weights, take_snapshot
@@ -36,10 +36,10 @@ from ft.train.tensorboard import EventFiles
 def open_session(
     run: RunDirectory, inputs: Inputs, model: GPT2, components: Components, state: State
 ) -> Iterator["Session"]:
-    """A session with its metrics file and signal handlers; they are closed and put back at the end.
+    """A context with a session, its metrics file and signal handlers, which are closed and restored at the end.
 
     Raises:
-        FtError: a loss or gradient was not finite; the message says what helps.
+        FtError: a loss or gradient was not finite; the message names a remedy.
     """
     config, ranks = run.config, components.ranks
     metrics = tensorboard = None
@@ -48,7 +48,7 @@ def open_session(
         tensorboard = EventFiles(run.path / "tensorboard", first_step=state.step) if config.tensorboard else None
     with (
         threads_for(count_parameters(model)),
-        StopRequest(agree=ranks.all_reduce_max) as stopping,
+        StopRequest(all_reduce_max=ranks.all_reduce_max) as stopping,
         Report(
             metrics,
             total_steps=total_steps(len(inputs.data.examples["train"]), config),
@@ -57,13 +57,13 @@ def open_session(
             tensorboard=tensorboard,
             lock=run.lock,
         ) as report,
-        nonfinite_advice(config, run.path, inputs.data.splits["train"]),
+        explain_nonfinite(config, run.path, inputs.data.splits["train"]),
     ):
         yield Session(run, inputs, model, components, state, report, stopping)
 
 
 class Session:
-    """The hooks that the training loop calls in a run: see `ft.train.loop.Hooks`."""
+    """The hooks of the training loop in a run: see `ft.train.loop.Hooks`."""
 
     def __init__(
         self,
@@ -75,16 +75,19 @@ class Session:
         report: Report,
         stopping: StopRequest,
     ) -> None:
-        """`model` is what `components.model` wraps, `stopping` says whether a signal has come to any rank."""
-        self._seconds_before = state.seconds  # spent in earlier processes of a resumed run
+        """`model` is what `components.model` wraps; `stopping` returns whether any rank received a signal."""
+        self._seconds_before = state.seconds  # in earlier processes of a resumed run
         self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
         self._components, self._report, self._stopping = components, report, stopping
         self._source = inputs.description.source(inputs.data.label_names)
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
-        self._evaluations: dict[str, Evaluation] = {}  # the newest of each split
+        self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
         device, ranks = components.precision.device, components.ranks
         self._writer = Saver(
-            self._write_checkpoint, report.line, blocking=run.config.save_blocking, agree=ranks.all_reduce_max
+            self._write_checkpoint,
+            report.print_line,
+            blocking=run.config.save_blocking,
+            all_reduce_max=ranks.all_reduce_max,
         )
         uses_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not run.config.save_blocking
         self._host = HostBuffer(device) if uses_pinned_memory else None
@@ -93,37 +96,37 @@ class Session:
 
     def step_done(self, num_examples: int, num_tokens: int) -> None:
         """Count an optimizer step for throughput and progress."""
-        self._report.step(examples=num_examples, tokens=num_tokens)
+        self._report.count_step(examples=num_examples, tokens=num_tokens)
 
     def log(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Write the mean training loss to console and metrics.jsonl."""
-        self._report.training(step, epoch, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+        self._report.log_training(step, epoch, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
 
     def evaluate(self, state: State) -> None:
-        """Evaluate on the validation split and on general text; a signal meanwhile leaves the evaluation due."""
+        """Evaluate on the validation split and on general text; after a signal the evaluation stays due."""
         result = self._evaluate_split("validation")
         if result is not None and self._measure_forgetting(state):
             epoch = state.step / self._steps_per_epoch
-            self._report.evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
-            state.note(result.loss, result.accuracy)
+            self._report.log_evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
+            state.record_evaluation(result.loss, result.accuracy)
 
     def defers_save(self, state: State) -> bool:
-        """Whether the writer is busy, on an accelerator: it takes many steps while a checkpoint is written.
+        """Whether to defer a save because the writer is busy. Only on a GPU, where many steps run during a write.
 
-        On a CPU a step takes longer than that, and a save waits: checkpoints stay at multiples of `--save-steps`.
+        On a CPU a save waits for the previous one, so that checkpoints stay at multiples of `--save-steps`.
         """
-        return read_synchronizes(self._components.precision.device) and self._writer.puts_off(state.step)
+        return read_synchronizes(self._components.precision.device) and self._writer.defers_save_after(state.step)
 
     def save(self, state: State) -> None:
-        """Copy everything that a checkpoint holds, and have a background thread write it."""
+        """Copy the content of a checkpoint, and write it in a background thread."""
         parts, copy = self._components, not self._config.save_blocking
         with self._report.pause("saving"):
-            self._writer.wait()  # before another copy of everything is made
+            self._writer.wait()  # so that memory holds one copy at most
             snapshot = take_snapshot(
                 self._model, parts.optimizer, parts.scaler, state, copy=copy, ranks=parts.ranks, host=self._host
             )
             if self._config.cuda_graphs and parts.optimizer.waits_for is not None:
-                # A recorded step cannot wait in its middle for the copies: the whole next step waits.
+                # A captured step cannot wait for the copies before its update: all of the next step waits.
                 parts.optimizer.waits_for.wait()
                 parts.optimizer.waits_for = None
             if not parts.ranks.is_rank_zero:
@@ -132,33 +135,33 @@ class Session:
                 snapshot.state.metrics_bytes = self._report.metrics_bytes
                 snapshot.state.seconds = self._seconds()
             except OSError as error:
-                self._writer.refused(state.step, error)
+                self._writer.report_failure(state.step, error)
                 return
             self._writer.save(snapshot)
 
     def should_stop(self, state: State) -> bool:
-        """Whether a signal has come, or evaluations no longer improve."""
+        """Whether to stop, on a signal or by early stopping."""
         return self._stopping() or state.is_out_of_patience(self._config.early_stopping_patience)
 
     # --- before and after the loop
 
     def prepare(self, state: State) -> bool:
-        """Make up for what is due before the first step; returns whether there are steps to train."""
+        """Run an evaluation that is due before the first step; returns whether there are steps to train."""
         if state.step == 0:
             self._measure_forgetting(state)
-        if state.evaluation_due:  # the run was stopped in the evaluation that belongs to this step
+        if state.evaluation_due:  # the run was stopped during the evaluation of this step
             self.evaluate(state)
             if not self._stopping():
                 self.save(state)
         return not self.should_stop(state)
 
     def collate_function(self) -> Callable[[Sequence[Example]], Batch]:
-        """Packed batches, or padded ones where shapes must not change; on a CPU the parts of a step are timed."""
+        """The collate function: packed batches, or padded ones for static shapes. On a CPU it also times the steps."""
         config = self._config
         function: Callable[[Sequence[Example]], Batch] = collate
         if config.static_shapes or config.cuda_graphs or config.compile != "none":
             function = partial(collate_padded, batch_size=config.batch_size, max_length=config.max_length)
-        if self._components.precision.device.type == "cpu" and not config.shard:  # FSDP2 has other gradient hooks
+        if self._components.precision.device.type == "cpu" and not config.shard:  # not with the hooks of FSDP2
             return self._report.times.observe(self._model, function)
         return function
 
@@ -167,16 +170,16 @@ class Session:
         self._writer.wait()
 
     def finish(self, state: State) -> None:
-        """Judge the model on the test split, and write what the run leaves behind: see `_write_results`.
+        """Evaluate on the test split, and write the results and the final model.
 
         Raises:
-            Stopped: a signal has come; the run is saved.
+            Stopped: a signal was received; the run is saved.
             FtError: the last checkpoint could not be written.
         """
         splits = self._inputs.data.examples
-        judged = "test" if "test" in splits else "validation"
-        if judged not in self._evaluations and not self._stopping():
-            self._evaluate_split(judged)
+        scored = "test" if "test" in splits else "validation"
+        if scored not in self._evaluations and not self._stopping():
+            self._evaluate_split(scored)
         ranks, path = self._components.ranks, self._run.path
         if self._stopping():
             if self._writer.failure is not None:
@@ -187,11 +190,11 @@ class Session:
         test = self._evaluations.get("test")
         if test is not None:
             epoch = state.step / self._steps_per_epoch
-            self._report.evaluation(state.step, epoch, loss=test.loss, accuracy=test.accuracy, split="test")
-        self._write_results(state, judged, seconds)
+            self._report.log_evaluation(state.step, epoch, loss=test.loss, accuracy=test.accuracy, split="test")
+        self._write_results(state, scored, seconds)
 
-    def _write_results(self, state: State, judged: str, seconds: float) -> None:
-        """Write scores.json, the model card and `final/` in rank 0, and print the summary."""
+    def _write_results(self, state: State, scored: str, seconds: float) -> None:
+        """Write scores.json, the model card and `final/` on rank 0, and print a summary."""
         config, data, run = self._config, self._inputs.data, self._run
         weights = gather_weights(self._model, self._components.ranks)
         with eager_mode(config.compile):
@@ -203,9 +206,9 @@ class Session:
         if not self._components.ranks.is_rank_zero:
             return
         run.restore()
-        probabilities, test = self._evaluations[judged].probabilities, self._evaluations.get("test")
+        probabilities, test = self._evaluations[scored].probabilities, self._evaluations.get("test")
         if probabilities is not None:
-            write_scores(run.path / "scores.json", state.step, probabilities, data.splits[judged], data.label_names)
+            write_scores(run.path / "scores.json", state.step, probabilities, data.splits[scored], data.label_names)
         precision = self._components.precision
         card = model_card(
             config,
@@ -214,9 +217,9 @@ class Session:
             num_parameters=count_parameters(self._model),
             device=f"{precision.device} in {precision.name}",
         )
-        with atomic_directory(run.path / "final") as folder:
-            store.save_model(folder, self._inputs.model_config, weights, self._source)
-            folder.write("README.md", [card.encode()])
+        with atomic_directory(run.path / "final") as staged:
+            store.save_model(staged, self._inputs.model_config, weights, self._source)
+            staged.write("README.md", [card.encode()])
         if (failure := self._writer.failure) is not None:
             raise FtError(
                 f"the model is saved to {run.path / 'final'}, but the last checkpoint could not be written "
@@ -228,7 +231,7 @@ class Session:
             print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
 
     def _seconds(self) -> float:
-        """Seconds of the whole run: of the parts before this process, and since it began."""
+        """Seconds of the run, including earlier processes."""
         return self._seconds_before + time.perf_counter() - self._run.started
 
     def _evaluate_split(self, split: str) -> Evaluation | None:
@@ -238,7 +241,7 @@ class Session:
         return result
 
     def _measure_forgetting(self, state: State) -> bool:
-        """Note the loss on general text, if `--forgetting` asks for it; False if a signal has come meanwhile."""
+        """Record the loss on general text with `--forgetting`; returns False if a signal interrupted it."""
         text = self._inputs.general_text
         if text is None:
             return True
@@ -246,7 +249,7 @@ class Session:
         if result is None:
             return False
         epoch = state.step / self._steps_per_epoch
-        self._report.general_text(state.step, epoch, loss=result.loss, perplexity=perplexity(result.loss))
+        self._report.log_general_text(state.step, epoch, loss=result.loss, perplexity=perplexity(result.loss))
         state.general_loss = result.loss
         if state.step == 0:
             state.general_loss_before = result.loss
@@ -255,7 +258,7 @@ class Session:
     def _evaluate(
         self, examples: Sequence[Example], label_ids: Sequence[int], batch_size: int | None = None
     ) -> Evaluation | None:
-        """Loss and accuracy; None if a signal has come meanwhile."""
+        """Evaluate in eager mode; returns None if a signal interrupted it."""
         with eager_mode(self._config.compile), self._report.pause("evaluating"):
             return evaluate(
                 self._model,

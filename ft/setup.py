@@ -1,11 +1,11 @@
-"""What a run is made of, each part built by one function: device, inputs, model, components, state."""
+"""Set up a run, one function each: device, inputs, model, components, state."""
 
 from dataclasses import dataclass
 
 import torch
 
 from ft.checkpoint import resume
-from ft.checkpoint.model_folder import ModelDescription, read_description
+from ft.checkpoint.model_description import ModelDescription, read_description
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import WEIGHTS, load_training_state
 from ft.config import Config
@@ -32,10 +32,10 @@ class Inputs:
     Attributes:
         files: where the model's files are.
         description: the model's configuration and tokenizer, as published.
-        model_config: the same configuration with what the settings change, such as dropout.
+        model_config: the configuration with the changes of the settings, such as dropout.
         data: the splits as rows and as examples.
-        general_text: what forgetting is measured on; None without `--forgetting`.
-        sha256: the digest of all examples, by which a resumed run recognizes its data.
+        general_text: the text to measure forgetting on; None without `--forgetting`.
+        sha256: of all examples; a resumed run compares it with that of its checkpoint.
     """
 
     files: ModelFiles
@@ -47,16 +47,16 @@ class Inputs:
 
 
 def prepare_device(config: Config) -> Precision:
-    """Choose device and precision, and set what holds for the whole process.
+    """Choose device and precision, and apply process-wide settings of PyTorch and of the allocator.
 
     Raises:
-        UsageError: the device is not present, or cannot do what the settings ask for.
+        UsageError: the device is not present, or does not support the settings.
     """
     device = use_device(config.device, local_rank() if world_size() > 1 else None)
     if config.cuda_graphs:
         require_cuda(device)
     if config.tensorboard:
-        summary_writer()  # raises now if the package is not installed, instead of after the data are read
+        summary_writer()  # raises now if the package is not installed, not after reading the data
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if not config.release_memory:
         disable_malloc_trim()
@@ -64,15 +64,15 @@ def prepare_device(config: Config) -> Precision:
 
 
 def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
-    """Find or download the model's files and the data set, tokenize, and check that all ranks read the same.
+    """Find or download the model and the data set, tokenize, and check that all ranks have the same data.
 
     Raises:
-        FtError: a file is missing, unreadable or not what it should be.
+        FtError: a file is missing, unreadable or not valid.
         UsageError: the ranks read different data, or a resumed run would become shorter.
     """
     config = run.config
     needs_weights = config.init == "pretrained" and run.resume_from is None
-    with ranks.local_rank_zero_first():  # one process of each machine downloads, the others read its cache
+    with ranks.local_rank_zero_first():  # it downloads, the other ranks read its cache
         files = model_files(config.model, config.model_revision, with_weights=needs_weights)
         description = read_description(files)
         model_config = model_config_of(description.config, config)
@@ -86,7 +86,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
 
 
 def build_model(run: RunDirectory, inputs: Inputs) -> GPT2:
-    """The model on the CPU, with its weights: those of the checkpoint, pretrained ones, or random ones.
+    """Build the model on the CPU, with the weights of the checkpoint, pretrained weights, or random ones.
 
     Raises:
         FtError: the weights do not fit the configuration.
@@ -106,23 +106,23 @@ def build_model(run: RunDirectory, inputs: Inputs) -> GPT2:
 
 
 def build_components(model: GPT2, config: Config, precision: Precision, ranks: Ranks) -> Components:
-    """Move the model to its device, and build what a training step needs besides it.
+    """Move the model to its device, and build the optimizer and the loss scaler.
 
     Raises:
-        UsageError: --compile cannot work here.
+        UsageError: --compile does not work on this machine.
     """
     compile_blocks(model.h, config.compile, precision.device)
-    parallel = ranks.parallel(model, precision.device, shard=config.shard, bf16_gradients=config.bf16_gradients)
-    # Compiled blocks cast inside their kernels, and sharded weights are not here as a whole: both stay on autocast.
+    parallel = ranks.parallelize(model, precision.device, shard=config.shard, bf16_gradients=config.bf16_gradients)
+    # Compiled blocks cast inside their kernels, and sharded weights are gathered per block: both use autocast.
     if precision.name != "fp32" and config.compile == "none" and not config.shard:
         model.keep_half_weights(precision.dtype)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
-    torch.manual_seed(config.seed + ranks.rank)  # dropout masks differ between ranks
+    torch.manual_seed(config.seed + ranks.rank)  # different dropout masks on each rank
     return Components(parallel, optimizer, precision.grad_scaler(), precision, ranks)
 
 
 def restore_state(run: RunDirectory, inputs: Inputs, model: GPT2, components: Components) -> State:
-    """The state at the start of a run, or that of the checkpoint with optimizer, loss scale and random states.
+    """The state of a new run, or of the checkpoint; then optimizer, loss scale and random states are restored too.
 
     Raises:
         FtError: the checkpoint does not fit the model, or the data are not those of the run.

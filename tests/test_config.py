@@ -9,15 +9,15 @@ from importlib import import_module
 
 import pytest
 
-from ft.config import Config, flag
+from ft.checks import field_types, flag
+from ft.config import Config
 from ft.errors import FtError, UsageError
 from ft.settings import (
     FREE_ON_RESUME,
     LONGER_ON_RESUME,
-    NOT_OF_THE_RUN,
-    changed_on_resume,
+    NOT_RECORDED,
     field_help,
-    field_types,
+    find_changed_settings,
     parse_value,
     read_config_file,
 )
@@ -28,12 +28,13 @@ EVERY_FIELD = pytest.mark.parametrize("name", FIELDS)
 
 def other_value(name):
     """A value of the field that is valid and is not its default."""
-    kind, choices = field_types()[name]
+    kind, choices = field_types(Config)[name]
     default = FIELDS[name].default
     if choices:
         return next(choice for choice in choices if choice != default)
     number = (default or 0) + 3 if kind is int else None
-    return {bool: True, int: number, float: 0.625, str: f"{name} of mine" if name.endswith("_column") else "somewhere", tuple: ("h.1.*", "ln_f.bias")}[kind]
+    text = f"{name} of mine" if name.endswith("_column") else "somewhere"
+    return {bool: True, int: number, float: 0.625, str: text, tuple: ("h.1.*", "ln_f.bias")}[kind]
 
 
 def changed(*names):
@@ -77,7 +78,7 @@ def test_every_hyper_parameter_is_explained_below_its_help(name):
 
 @EVERY_FIELD
 def test_every_fields_type_is_that_of_its_annotation_and_default(name):
-    kind, choices = field_types()[name]
+    kind, choices = field_types(Config)[name]
     default, hint = FIELDS[name].default, typing.get_type_hints(Config)[name]
     assert kind in (str, int, float, bool, tuple)
     assert default is None or type(default) is kind
@@ -88,9 +89,9 @@ def test_every_fields_type_is_that_of_its_annotation_and_default(name):
 
 
 def test_helps_and_types_are_of_the_fields_and_of_nothing_else():
-    assert list(field_help()) == list(field_types()) == list(FIELDS)
+    assert list(field_help()) == list(field_types(Config)) == list(FIELDS)
     assert set(FREE_ON_RESUME) <= set(FIELDS)
-    assert set(NOT_OF_THE_RUN) <= set(FREE_ON_RESUME)
+    assert set(NOT_RECORDED) <= set(FREE_ON_RESUME)
 
 
 def test_the_defaults_are_the_recipe():
@@ -159,7 +160,7 @@ def test_text_becomes_the_type_of_the_field(name, text, value):
         ("learning_rate", "2e-", "--learning-rate is '2e-', it must be a number"),
     ],
 )
-def test_text_that_is_no_number_is_refused(name, text, message):
+def test_text_that_is_not_a_number_is_refused(name, text, message):
     with pytest.raises(UsageError) as raised:
         parse_value(name, text)
     assert raised.value.problems == (message,)
@@ -211,11 +212,11 @@ WRONG = [
     ({"batch_size": None}, "--batch-size is None, it must be a whole number"),
     ({"epochs": "1"}, "--epochs is '1', it must be a number"),
     ({"epochs": True}, "--epochs is True, it must be a number"),
-    ({"model": 3}, "--model is 3, it must be a text"),
-    ({"precision": ["fp32"]}, "--precision is ['fp32'], it must be a text"),
-    ({"train_only": "wte.weight"}, "--train-only is 'wte.weight', it must be a list of texts"),
-    ({"train_only": None}, "--train-only is None, it must be a list of texts"),
-    ({"train_only": ("wte.weight", 3)}, "--train-only is 3, it must be a text"),
+    ({"model": 3}, "--model is 3, it must be a string"),
+    ({"precision": ["fp32"]}, "--precision is ['fp32'], it must be a string"),
+    ({"train_only": "wte.weight"}, "--train-only is 'wte.weight', it must be a list of strings"),
+    ({"train_only": None}, "--train-only is None, it must be a list of strings"),
+    ({"train_only": ("wte.weight", 3)}, "--train-only is 3, it must be a string"),
     ({"freeze": ("wte.weight", "")}, "--freeze is empty"),
     ({"freeze": ("a\0b",)}, "--freeze is 'a\\x00b', it must not hold a NUL character"),
     ({"demo": 1}, "--demo is 1, it must be true or false"),
@@ -236,7 +237,7 @@ def test_what_cannot_work_is_refused_with_flag_value_and_limit(settings, message
     assert str(raised.value) == message
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_fields():
+def test_all_problems_are_reported_at_once_in_the_order_of_the_fields():
     with pytest.raises(UsageError) as raised:
         Config(save_steps=0, precision="fp8", batch_size=0, epochs=float("nan"), resume="x", overwrite=True)
     assert raised.value.problems == (
@@ -275,7 +276,7 @@ def test_every_setting_is_read_back_as_it_was_saved(tmp_path, name):
     assert config != Config()
     config.save(tmp_path / "config.json")
     settings = read_config_file(tmp_path / "config.json")
-    if name in NOT_OF_THE_RUN:
+    if name in NOT_RECORDED:
         assert name not in settings
     else:
         assert Config(**settings) == config
@@ -286,7 +287,7 @@ def test_the_file_is_json_in_the_order_of_the_fields(tmp_path):
     text = (tmp_path / "config.json").read_text(encoding="utf-8")
     settings = dataclasses.asdict(Config(output_dir="läufe/1"))
     assert json.loads(text) == {
-        name: list(value) if field_types()[name][0] is tuple else value for name, value in settings.items()
+        name: list(value) if field_types(Config)[name][0] is tuple else value for name, value in settings.items()
     }
     assert list(json.loads(text)) == list(FIELDS)
     assert text.endswith("}\n")
@@ -327,34 +328,34 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, content, messag
 
 
 @EVERY_FIELD
-def test_what_makes_it_another_run_is_told_and_nothing_else(name):
+def test_only_settings_of_the_run_are_reported_as_changed(name):
     old, new = dataclasses.asdict(Config()), changed(name)
     message = f"{flag(name)} was {old[name]!r} and would be {getattr(new, name)!r}"
     if name == "processes":
         message = "--batch-size was 8 and would be 8 x 4 processes"
-    assert changed_on_resume(old, new) == ([] if name in (*FREE_ON_RESUME, *LONGER_ON_RESUME) else [message])
+    assert find_changed_settings(old, new) == ([] if name in (*FREE_ON_RESUME, *LONGER_ON_RESUME) else [message])
 
 
-def test_every_change_is_told_and_a_setting_that_was_not_recorded_is_none():
+def test_every_change_of_a_recorded_setting_is_reported():
     old = dataclasses.asdict(Config())
-    assert changed_on_resume(old, Config()) == []
-    assert changed_on_resume({}, changed("seed")) == []
-    told = changed_on_resume(old, changed("seed", "learning_rate", "epochs", "model", "device"))
-    assert [sentence.split()[0] for sentence in told] == ["--model", "--seed", "--learning-rate"]
-    assert len({sentence.index(" was ") for sentence in told}) == 1, "a table"
-    assert len({sentence.index(" and would be ") for sentence in told}) == 1
+    assert find_changed_settings(old, Config()) == []
+    assert find_changed_settings({}, changed("seed")) == []
+    changes = find_changed_settings(old, changed("seed", "learning_rate", "epochs", "model", "device"))
+    assert [sentence.split()[0] for sentence in changes] == ["--model", "--seed", "--learning-rate"]
+    assert len({sentence.index(" was ") for sentence in changes}) == 1, "a table"
+    assert len({sentence.index(" and would be ") for sentence in changes}) == 1
 
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(12, 1), (6, 2), (3, 4), (1, 12)])
 def test_the_same_reviews_may_be_shared_by_more_or_fewer(batch_size, processes):
     old = dataclasses.asdict(Config(batch_size=6, processes=2))
-    assert changed_on_resume(old, Config(batch_size=batch_size, processes=processes)) == []
+    assert find_changed_settings(old, Config(batch_size=batch_size, processes=processes)) == []
 
 
-def test_a_run_that_noted_no_processes_had_one():
+def test_a_run_without_recorded_processes_had_one():
     old = {name: value for name, value in dataclasses.asdict(Config(batch_size=8)).items() if name != "processes"}
-    assert changed_on_resume(old, Config(batch_size=4, processes=2)) == []
-    assert changed_on_resume(old, Config(batch_size=8, processes=2)) == [
+    assert find_changed_settings(old, Config(batch_size=4, processes=2)) == []
+    assert find_changed_settings(old, Config(batch_size=8, processes=2)) == [
         "--batch-size was 8 and would be 8 x 2 processes"
     ]
 

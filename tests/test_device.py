@@ -11,7 +11,15 @@ import torch
 
 from ft import device
 from ft.cli.main import main
-from ft.device import SMALL, Precision, choose_device, choose_precision, disable_malloc_trim, threads_for, use_device
+from ft.device import (
+    SMALL_MODEL,
+    Precision,
+    choose_device,
+    choose_precision,
+    disable_malloc_trim,
+    threads_for,
+    use_device,
+)
 from ft.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +158,7 @@ def test_auto_asks_the_gpu_that_is_meant_not_the_current_one(pretend, monkeypatc
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
 def test_a_format_given_is_taken_as_it_is(pretend, setting, device):
     pretend(cuda=1, mps=True, bf16=False, cpuinfo=AVX512)
-    assert choose_precision(setting, device) == Precision(setting, "as --precision says", device)
+    assert choose_precision(setting, device) == Precision(setting, "set by --precision", device)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
@@ -201,7 +209,7 @@ def test_freed_memory_is_kept_and_memory_still_works():
 
 
 class FakeLibrary:
-    """A C library whose `mallopt` answers what it is told to."""
+    """A C library whose `mallopt` returns given values."""
 
     def __init__(self, answers):
         self.calls = []
@@ -293,13 +301,13 @@ def test_a_small_model_is_trained_by_one_thread_and_others_by_all(monkeypatch):
     try:
         torch.set_num_threads(3)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        with threads_for(SMALL - 1):
+        with threads_for(SMALL_MODEL - 1):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
-        with threads_for(SMALL):
+        with threads_for(SMALL_MODEL):
             assert torch.get_num_threads() == 3
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
-        with threads_for(SMALL - 1):
+        with threads_for(SMALL_MODEL - 1):
             assert torch.get_num_threads() == 3
         monkeypatch.delenv("OMP_NUM_THREADS")
         with pytest.raises(ZeroDivisionError), threads_for(1):

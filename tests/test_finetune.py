@@ -47,8 +47,8 @@ def test_the_program_from_start_to_end(small, tmp_path):
         [sys.executable, "run.py", *command(small)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "quiet and plain where nobody watches a bar"
-    assert "135,232 parameters, on cpu in fp32 (as --precision says)" in done.stdout
+    assert done.stderr == "", "no bar without a terminal"
+    assert "135,232 parameters, on cpu in fp32 (set by --precision)" in done.stdout
     assert "40 examples to train on, 20 examples to validate, 10 examples to test; labels neg, pos" in done.stdout
     assert "Plan: 5 steps of 8 examples" in done.stdout
     assert "Finished 5 steps in" in done.stdout
@@ -82,7 +82,7 @@ def test_a_second_run_does_not_overwrite_the_first(small, capsys):
     capsys.readouterr()
     assert main(command({**small, "--seed": "7"})) == 2
     error = capsys.readouterr().err
-    assert "holds files already: --resume continues" in error
+    assert "is not empty: --resume continues" in error
     assert "Traceback" not in error
     assert metrics(small["--output-dir"]) == before
     assert main([*command({**small, "--seed": "7"}), "--overwrite"]) == 0
@@ -147,7 +147,7 @@ def rewrite(small, split, columns, names=("neg", "pos")):
         (lambda s: None, ["--save-dataset", str(ROOT)], "is not empty"),
     ],
 )
-def test_failures_say_what_is_wrong_and_leave_no_trace(small, prepare, flags, message, capsys):
+def test_failures_have_a_message_and_leave_no_files(small, prepare, flags, message, capsys):
     prepare(small)
     assert main([*command(small), *flags]) == 1
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What can go wrong in the middle of a run, turned into errors that say what helps."""
+"""Failures in the middle of a run, turned into errors with a remedy."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,11 +13,11 @@ from ft.train.schedule import rows_of_step
 
 
 @contextmanager
-def nonfinite_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
-    """Turn a loss or gradient that is not finite into an error that says what helps.
+def explain_nonfinite(config: Config, run: Path, split: Split) -> Iterator[None]:
+    """A context that turns `NonFiniteError` into an error that names the rows, the last checkpoint and a remedy.
 
     Raises:
-        FtError: there was one inside.
+        FtError: a loss or gradient was not finite.
     """
     try:
         yield
@@ -35,15 +35,15 @@ def nonfinite_advice(config: Config, run: Path, split: Split) -> Iterator[None]:
 
 
 @contextmanager
-def memory_advice(given: str, remedy: str) -> Iterator[None]:
-    """Turn memory that runs out into an error that says what helps.
+def explain_out_of_memory(given: str, remedy: str) -> Iterator[None]:
+    """A context that turns an out-of-memory error into one with a remedy.
 
     Args:
-        given: what was asked for, and took too much.
-        remedy: with what less is needed.
+        given: the settings that took too much memory.
+        remedy: settings that need less.
 
     Raises:
-        FtError: it ran out inside.
+        FtError: memory ran out.
     """
     try:
         yield
@@ -54,12 +54,12 @@ def memory_advice(given: str, remedy: str) -> Iterator[None]:
         raise FtError(f"out of memory with {given}: less is needed with {remedy}. {detail}".rstrip()) from error
 
 
-def training_memory_advice(config: Config) -> AbstractContextManager[None]:
-    """`memory_advice` for what trains with these settings."""
-    return memory_advice(
+def explain_out_of_memory_in_training(config: Config) -> AbstractContextManager[None]:
+    """`explain_out_of_memory` for training with these settings."""
+    return explain_out_of_memory(
         f"--batch-size {config.batch_size}, --max-length {config.max_length} and --activation-checkpointing "
         f"{config.activation_checkpointing}",
-        "--activation-checkpointing full, with a smaller --batch-size (and as much more of "
+        "--activation-checkpointing full, with a smaller --batch-size (and more "
         "--gradient-accumulation-steps), or with --precision bf16; in an evaluation with a smaller --eval-batch-size "
         f"(now {config.eval_batch_size})",
     )

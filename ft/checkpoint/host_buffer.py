@@ -1,4 +1,4 @@
-"""Copies of a GPU's tensors in the host's memory, made while the training goes on."""
+"""Copies of GPU tensors in pinned host memory, made while training continues."""
 
 from contextlib import nullcontext
 
@@ -9,10 +9,10 @@ ALIGNMENT = 64  # bytes, a multiple of every element's size
 
 
 class HostBuffer:
-    """One page-locked buffer for the tensors of a snapshot, allocated once and used again for the next one.
+    """A pinned buffer for the tensors of a snapshot, allocated once and reused for the next one.
 
-    Copies into page-locked memory run at the full speed of the bus, and beside the GPU's computing: they are queued on
-    a stream of their own, and nobody waits for them but the thread that writes them to the disk, and the next update.
+    Copies to pinned memory run at the full speed of the bus and overlap with kernels: they are queued on their own
+    stream. Only the thread that writes the checkpoint and the next optimizer step wait for them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,19 +21,20 @@ class HostBuffer:
         self._used = 0
 
     def begin(self, size: int) -> None:
-        """Begin a snapshot of at most `size` bytes (see `bytes_for`). The tensors of the one before become invalid."""
+        """Start a snapshot of at most `size` bytes (see `bytes_for`). Tensors of the previous one become invalid."""
         if len(self._buffer) < size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one is freed before the new one is allocated
-            self._buffer = _page_locked(size)
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old buffer before allocating the new one
+            self._buffer = _allocate_pinned(size)
         self._used = 0
-        self._stream.wait_stream(torch.cuda.current_stream())  # until the update before is made
+        self._stream.wait_stream(torch.cuda.current_stream())  # after the last optimizer step
 
     def copy(self, tensor: Tensor, *, is_temporary: bool) -> Tensor:
-        """Queue the copy of a tensor; returns the tensor in the buffer that will hold it.
+        """Queue the copy of a tensor; returns its tensor in the buffer.
 
         Args:
             tensor: on the GPU.
-            is_temporary: it will be freed at once: the copy is queued where its memory is given to others.
+            is_temporary: the tensor is freed after this call. Its copy is queued on the current stream, on which the
+                allocator reuses its memory.
         """
         size = tensor.numel() * tensor.element_size()
         target = self._buffer[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
@@ -43,20 +44,20 @@ class HostBuffer:
         return target
 
     def end(self) -> torch.cuda.Event:
-        """End a snapshot; returns the event after which all copies are made."""
-        self._stream.wait_stream(torch.cuda.current_stream())  # which may have made some
+        """End a snapshot; returns the event after which all copies are complete."""
+        self._stream.wait_stream(torch.cuda.current_stream())  # copies of temporary tensors are there
         return self._stream.record_event()
 
 
 def bytes_for(tensor: Tensor) -> int:
-    """The bytes that a tensor takes in the buffer, of a sharded one those of the whole."""
+    """The bytes that a tensor takes in the buffer; for a sharded one those of the full tensor."""
     return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
 
 
-def _page_locked(size: int) -> Tensor:
-    """Memory that the system keeps in place, of which PyTorch takes the next power of two; ordinary memory if none.
+def _allocate_pinned(size: int) -> Tensor:
+    """Pinned memory, which PyTorch rounds up to a power of two; pageable memory if that fails.
 
-    Copies into ordinary memory are as right, and slower.
+    Copies to pageable memory are as correct, and slower.
     """
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and what may differ from the run that wrote it."""
+"""Which checkpoint a run resumes from, and which settings may differ from the run that wrote it."""
 
 import hashlib
 from dataclasses import replace
@@ -6,43 +6,44 @@ from pathlib import Path
 
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint import store
-from ft.config import NEWEST, Config, flag
+from ft.checks import flag
+from ft.config import NEWEST, Config
 from ft.errors import FtError, UsageError, printable, sentence, shown
 from ft.io.json_file import read_json
 from ft.io.manifest import MANIFEST
-from ft.settings import changed_on_resume, read_config_file
+from ft.settings import find_changed_settings, read_config_file
 from ft.train.schedule import total_steps
 from ft.train.state import State
 
 
-def shared_by(config: Config, processes: int) -> Config:
-    """The same run in so many processes: one that is resumed keeps the reviews of its batches, whoever shares them.
+def divide_batch_over_ranks(config: Config, processes: int) -> Config:
+    """The settings for this world size. A resumed run keeps its global batch size: `batch_size` is adapted.
 
     Raises:
-        UsageError: they cannot be shared equally.
+        UsageError: the global batch size is not divisible by the world size.
     """
     recorded = Path(config.output_dir) / "config.json"
     if config.resume is None or not recorded.exists():
         return replace(config, processes=processes)
     before = Config(**read_config_file(recorded))
-    asked_for = config.batch_size != before.batch_size  # and was not taken from the file
-    if asked_for or before.processes == processes:
+    is_given = config.batch_size != before.batch_size  # by a flag, not by the file
+    if is_given or before.processes == processes:
         return replace(config, processes=processes)
     batch_size, rest = divmod(before.rows_per_batch, processes)
     if rest:
         divisors = [str(n) for n in range(1, before.rows_per_batch + 1) if before.rows_per_batch % n == 0]
         raise UsageError(
-            f"the run has batches of {before.rows_per_batch} reviews, which {processes} processes cannot share "
-            f"equally: continue it with {', '.join(divisors)}"
+            f"the run has batches of {before.rows_per_batch} examples, which {processes} processes cannot share "
+            f"equally: resume it with {', '.join(divisors)}"
         )
     return replace(config, batch_size=batch_size, processes=processes)
 
 
 def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
-    """The newest whole checkpoint to continue from, if that is wanted and there is one.
+    """The checkpoint of --resume: the one given, or the newest that is complete. None if there is none.
 
     Raises:
-        UsageError: --resume names no checkpoint.
+        UsageError: --resume is not a run directory or checkpoint.
         FtError: the checkpoint named is damaged, or all are.
     """
     if config.resume is None:
@@ -50,60 +51,60 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
     given = run if config.resume == NEWEST else Path(config.resume)
     if not given.is_dir():
         raise UsageError(
-            f"--resume is {shown(config.resume)}, there is no such folder; it must be a run or a checkpoint"
+            f"--resume is {shown(config.resume)}, there is no such directory; it must be a run or a checkpoint"
         )
     if store.is_checkpoint(given):
         if damage := store.verify_checkpoint(given):
-            raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest whole one")
+            raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest complete one")
         return given
     found = store.checkpoints(given)
-    for folder in reversed(found):
-        damage = store.verify_checkpoint(folder)
+    for checkpoint in reversed(found):
+        damage = store.verify_checkpoint(checkpoint)
         if damage is None:
-            return folder
-        print(sentence(f"WARNING: {folder} is damaged and left out: {damage}."))
+            return checkpoint
+        print(sentence(f"WARNING: {checkpoint} is damaged and ignored: {damage}."))
     if found:
-        raise FtError(f"no checkpoint in {given} is whole, so that nothing can be continued; --overwrite starts anew")
+        raise FtError(f"all checkpoints in {given} are damaged, so the run cannot be resumed; --overwrite starts anew")
     print(f"No checkpoint in {printable(str(given))} yet: starting from the beginning.")
     return None
 
 
 def check_config_unchanged(resume_from: Path, config: Config) -> None:
-    """Stop a resume whose settings would make it another run.
+    """Check that the settings are those of the run that is resumed, but for those that may change.
 
     Raises:
-        UsageError: one line per setting.
-        FtError: nobody knows what the settings were.
+        UsageError: one line for each setting that changed.
+        FtError: the run has no config.json.
     """
     recorded = resume_from.parent / "config.json"
     if not recorded.exists():
         raise FtError(
-            f"{resume_from} has no {recorded} beside it, so that its settings are not known: put that file back, or "
-            "start another run"
+            f"{resume_from} has no {recorded} beside it, so its settings are not known: restore that file, or start "
+            "another run"
         )
-    changed = changed_on_resume(read_config_file(recorded), config)
+    changed = find_changed_settings(read_config_file(recorded), config)
     if changed:
-        raise UsageError(*changed, "--resume continues the same run: leave these flags out, or start another run")
+        raise UsageError(*changed, "--resume continues the same run: omit these flags, or start another run")
 
 
 def check_data_unchanged(resume_from: Path, state: State, digest: str) -> None:
-    """Stop a resume whose files hold other rows than those that the run has read so far, though by the same names.
+    """Check that the examples are those that the run has read so far.
 
     Raises:
         FtError: the SHA-256 of the examples is not that of the checkpoint.
     """
-    if state.data not in ("", digest):  # "" in checkpoints from before this was noted
+    if state.data not in ("", digest):  # "" in checkpoints of earlier versions
         raise FtError(
-            f"the data are not those of {resume_from}, though the flags are the same: their SHA-256 was "
-            f"{state.data[:12]}... and is {digest[:12]}...: put the files back as they were, or start another run"
+            f"the data are not those of {resume_from}, although the flags are the same: their SHA-256 was "
+            f"{state.data[:12]}... and is {digest[:12]}...: restore the files, or start another run"
         )
 
 
 def check_extended_schedule(resume_from: Path, config: Config, num_examples: int) -> str | None:
-    """What a longer --epochs or --max-steps does to the schedule of a resumed run; None if it is as long as before.
+    """Describe the effect of a longer --epochs or --max-steps on the schedule; None if the length did not change.
 
     Raises:
-        UsageError: the run would be shorter than before.
+        UsageError: the run would become shorter.
     """
     before = Config(**read_config_file(resume_from.parent / "config.json"))
     old, new = (total_steps(num_examples, each) for each in (before, config))
@@ -122,8 +123,8 @@ def check_extended_schedule(resume_from: Path, config: Config, num_examples: int
     )
 
 
-def reason_of_end(state: State, last_step: int) -> str:
-    """Why a run that has ended did so, in half a sentence."""
+def describe_end(state: State, last_step: int) -> str:
+    """The reason why a finished run has ended, as a clause."""
     if state.step >= last_step:
         return f"all {last_step:,} steps are done"
     return (
@@ -133,7 +134,7 @@ def reason_of_end(state: State, last_step: int) -> str:
 
 
 def is_finished(run: Path, resume_from: Path) -> bool:
-    """Whether the finished model is that of this checkpoint: a longer run may have left that of a shorter one."""
+    """Whether `final/` has the weights of this checkpoint; it may be that of a shorter run."""
     try:
         listed = read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS]["sha256"]
         with (run / "final" / snapshots.WEIGHTS).open("rb") as file:

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, what is to be continued, and whether there is room."""
+"""The run directory: its lock, the checkpoint to resume from, and disk space."""
 
 import shutil
 import time
@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ft.checkpoint import resume, store
-from ft.config import NEWEST, Config, flag
+from ft.checks import flag
+from ft.config import NEWEST, Config
 from ft.data.load import with_demo_inputs
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError, UsageError, shown
 from ft.io.atomic import remove_stale_staging
 from ft.io.lock import LOCK, FolderLock, locked
 from ft.io.plain_files import remove
-from ft.settings import read_config_file, run_of
+from ft.settings import read_config_file, run_directory_of
 from ft.train.state import State
 
 BYTES_PER_WEIGHT, BYTES_PER_TRAINED = 4, 8  # in a checkpoint: the weight, and AdamW's two moments if it is trained
@@ -25,8 +26,8 @@ def _has_files(run: Path) -> bool:
     return any(entry.name != LOCK for entry in run.iterdir())
 
 
-def _is_of_a_demo(run: Path) -> bool:
-    """Whether a folder holds a run of --demo, which may be replaced without being asked for."""
+def _is_demo_run(run: Path) -> bool:
+    """Whether the directory is of a --demo run, which is replaced without --overwrite."""
     if not (run / "config.json").exists():
         return {entry.name for entry in run.iterdir()} <= {LOCK, "inputs"}
     return read_config_file(run / "config.json").get("demo") is True
@@ -38,9 +39,9 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        config: the settings of the run: those of the command line, shared by the processes, with the demo's inputs.
-        resume_from: the checkpoint to resume from; None for a run that starts anew.
-        lock: in rank 0; None in the others, which write nothing.
+        config: the settings of the run, with the batch size of each rank and the inputs of --demo.
+        resume_from: the checkpoint to resume from; None for a new run.
+        lock: on rank 0; None on the others, which write nothing.
         started: `time.perf_counter()` when this process began.
     """
 
@@ -51,10 +52,10 @@ class RunDirectory:
     started: float
 
     def begin(self, state: State, num_parameters: int, num_trained: int, ranks: Ranks) -> str:
-        """Prepare the directory for training from `state` on; returns a sentence on disk space, empty but in rank 0.
+        """Prepare the directory for training from `state` on; returns a sentence on disk space, empty but on rank 0.
 
         Raises:
-            FtError: there is no room for a checkpoint and the finished model.
+            FtError: the disk has no space for a checkpoint and the final model.
         """
         with ranks.rank_zero_first() as first:
             if not first:
@@ -67,40 +68,40 @@ class RunDirectory:
             if self.config.resume is None:
                 clear(self.path)
             self.config.save(self.path / "config.json")
-            ranks.note_beginning()
+            ranks.mark_started()
             return space
 
     def restore(self) -> None:
-        """Write the lock and the settings again if the directory was moved or deleted during the run."""
+        """Restore the lock and config.json if the directory was moved or deleted during the run."""
         if self.lock is not None:
             self.lock.restore()
             self.restore_config()
 
     def restore_config(self) -> None:
-        """Write the settings again if their file is gone: no checkpoint is resumed without them."""
+        """Restore config.json if it is missing: no checkpoint is resumed without it."""
         if not (self.path / "config.json").exists():
             self.config.save(self.path / "config.json")
 
 
 @contextmanager
 def open_run_directory(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
-    """Lock the output directory in rank 0, and find the checkpoint to resume from, the same on all ranks.
+    """Lock the output directory on rank 0, and find the checkpoint to resume from, the same on all ranks.
 
     Raises:
-        FtError: another process is at work there, or a checkpoint that is named is damaged.
-        UsageError: the directory holds files, or the settings are not those of the run that is resumed.
+        FtError: another process uses the directory, or the given checkpoint is damaged.
+        UsageError: the directory is not empty, or the settings are not those of the run that is resumed.
     """
     started = time.perf_counter()
     ranks.require_same({flag(name): repr(value) for name, value in asdict(config).items() if name != "device"})
-    if ranks.has_begun and config.resume is None:  # torchrun has restarted a run that had begun
+    if ranks.is_restarted and config.resume is None:  # torchrun has restarted the processes
         config = replace(config, resume=NEWEST, overwrite=False)
-    config = resume.shared_by(config, ranks.size)
+    config = resume.divide_batch_over_ranks(config, ranks.size)
     run = Path(config.output_dir)
     with ExitStack() as stack:
         lock = resume_from = None
         with ranks.rank_zero_first() as first:
             if first:
-                lock = stack.enter_context(own_folder(config))
+                lock = stack.enter_context(lock_run_directory(config))
         with ranks.rank_zero_first() as first:
             if first:
                 resume_from = resume.checkpoint_to_resume(run, config)
@@ -114,34 +115,34 @@ def open_run_directory(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
 
 
 @contextmanager
-def own_folder(config: Config) -> Iterator[FolderLock]:
-    """The run's folder, for this process alone, without what a process that died there has left half done.
+def lock_run_directory(config: Config) -> Iterator[FolderLock]:
+    """A context that holds the lock of the run directory; staging directories of a dead process are removed.
 
     Raises:
-        FtError: another process is at work there.
-        UsageError: it holds files and neither --resume nor --overwrite is given, or --resume names no folder.
+        FtError: another process uses the directory.
+        UsageError: it is not empty and neither --resume nor --overwrite is given, or --resume is not a directory.
     """
     run = Path(config.output_dir)
     if config.resume not in (None, NEWEST):
-        resumed = run_of(Path(str(config.resume)))
+        resumed = run_directory_of(Path(str(config.resume)))
         if not resumed.is_dir():
             raise UsageError(
-                f"--resume is {shown(config.resume)}, there is no such folder; it must be a run or a checkpoint"
+                f"--resume is {shown(config.resume)}, there is no such directory; it must be a run or a checkpoint"
             )
         if resumed.resolve() != run.resolve():
             raise UsageError(
-                f"--resume is {shown(config.resume)} and --output-dir {shown(str(run))}: a run is continued in its own "
-                "folder, leave --output-dir out"
+                f"--resume is {shown(config.resume)} and --output-dir {shown(str(run))}: a run is resumed in its own "
+                "directory, omit --output-dir"
             )
     with locked(run) as lock:
         if (
             config.resume is None
             and not config.overwrite
-            and not (config.demo and _is_of_a_demo(run))
+            and not (config.demo and _is_demo_run(run))
             and _has_files(run)
         ):
             raise UsageError(
-                f"--output-dir is {shown(str(run))}, which holds files already: --resume continues the run in it, "
+                f"--output-dir is {shown(str(run))}, which is not empty: --resume continues the run in it, "
                 "--overwrite replaces that run, another --output-dir keeps it"
             )
         remove_stale_staging(run)
@@ -149,21 +150,23 @@ def own_folder(config: Config) -> Iterator[FolderLock]:
 
 
 def check_disk_space(run: Path, parameters: int, trained: int, config: Config) -> str:
-    """How much disk the checkpoints will take and how much is free, in a sentence.
+    """Check the disk space for checkpoints; returns a sentence with what they take and what is free.
 
     Raises:
-        FtError: there is no room for a single one and the finished model.
+        FtError: the free space is less than one checkpoint and the final model take.
     """
     final = BYTES_PER_WEIGHT * parameters
     each = final + BYTES_PER_TRAINED * trained
-    most = each * (config.keep_checkpoints + config.keep_best + 1) + final  # one is written before the oldest goes
-    # What an earlier part of the run has written lies there already.
+    most = (
+        each * (config.keep_checkpoints + config.keep_best + 1) + final
+    )  # one more while the oldest is not yet deleted
+    # A resumed run already has checkpoints.
     present = sum(map(_bytes_in, store.checkpoints(run)))
     free = shutil.disk_usage(run).free
     if free < each + final - present:
         raise FtError(
-            f"{run} has {_size(free)} free, a checkpoint and the finished model need {_size(each + final)}: make "
-            "room, or take an --output-dir on another disk"
+            f"{run} has {_size(free)} free, a checkpoint and the final model need {_size(each + final)}: free "
+            "disk space, or use an --output-dir on another disk"
         )
     short = free < most - present
     return (
@@ -172,10 +175,10 @@ def check_disk_space(run: Path, parameters: int, trained: int, config: Config) -
     )
 
 
-def _bytes_in(folder: Path) -> int:
-    """The size of a folder's files; of a link its own, as it may lead nowhere. 0 if the folder may not be read."""
+def _bytes_in(directory: Path) -> int:
+    """The total size of the files in a directory, without following links; 0 if it cannot be read."""
     try:
-        return sum(path.lstat().st_size for path in folder.iterdir())
+        return sum(path.lstat().st_size for path in directory.iterdir())
     except OSError:
         return 0
 
@@ -185,7 +188,7 @@ def _size(number: float) -> str:
 
 
 def clear(run: Path) -> None:
-    """Delete what an earlier run wrote, but for the demo's inputs, and nothing else that may lie in its folder."""
+    """Delete what an earlier run wrote, except the inputs of --demo; other files in the directory are kept."""
     written = ("metrics.jsonl", "scores.json", "tensorboard", "final")
     for path in (
         *(run / name for name in written),
@@ -193,4 +196,4 @@ def clear(run: Path) -> None:
         *run.glob(f"{store.SUPERSEDED}*"),
     ):
         remove(path)
-    (run / "config.json").unlink(missing_ok=True)  # last, as checkpoints without it would be of an unknown run
+    (run / "config.json").unlink(missing_ok=True)  # last: checkpoints cannot be resumed without it

@@ -1,4 +1,4 @@
-"""The tensors and states of a run at one moment: taken, and put back on resume."""
+"""Everything a checkpoint contains, copied at one step, and restored on resume."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ft.checkpoint.host_buffer import HostBuffer, bytes_for
-from ft.distributed.ranks import ALONE, Ranks
-from ft.distributed.sharding import full_tensor, is_sharded, local_shard, reshard, rows_here
+from ft.distributed.ranks import SINGLE_PROCESS, Ranks
+from ft.distributed.sharding import full_tensor, is_sharded, local_shard, reshard, shard_of
 from ft.errors import FtError
 from ft.io.json_file import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
@@ -23,10 +23,16 @@ WEIGHTS, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds, as it was at one moment.
+    """The content of a checkpoint.
 
     Attributes:
-        copied: where copies were queued on a GPU, the event after which the tensors hold what they should.
+        config: of the model.
+        weights: by parameter name.
+        optimizer: moments and step counts, by name.
+        random_states: of the generators of all ranks.
+        state: the progress of the run.
+        grad_scaler: the state of the loss scaler; empty unless the run is in fp16.
+        copied: a CUDA event after which queued copies are complete; None if no copies were queued.
     """
 
     config: GPT2Config
@@ -38,11 +44,11 @@ class Snapshot:
     copied: torch.cuda.Event | None = None
 
 
-def gather_weights(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-    """The parameters by name, not copied if they are whole; in the first of several processes, to which all must come.
+def gather_weights(model: nn.Module, ranks: Ranks = SINGLE_PROCESS) -> dict[str, Tensor]:
+    """The full parameters by name, on rank 0; parameters that are not sharded are not copied. All ranks must call this.
 
-    Sharded ones are put together one at a time: the first process needs room for all of them on the CPU, every process
-    for the largest one on its device.
+    Sharded parameters are gathered one at a time: rank 0 needs memory for all of them on the CPU, every rank for the
+    largest one on its device.
     """
     reshard(model)
     return gather_tensors(dict(model.named_parameters()), ranks)
@@ -55,13 +61,19 @@ def take_snapshot(
     state: State,
     *,
     copy: bool,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     host: HostBuffer | None = None,
 ) -> Snapshot:
-    """All that a checkpoint holds; with `copy` in memory of its own, so that training can go on meanwhile.
+    """The content of a checkpoint, on rank 0: see `gather_weights`. All ranks must call this.
 
-    Of several processes all must come here, and the first gets the tensors: see `gather_weights`. With `host`, copies
-    of a GPU's tensors go there, and the optimizer's next step waits for them on the GPU; `copy` must be true.
+    Args:
+        model: whose parameters are saved.
+        optimizer: its next step waits for the copies to `host`, on the GPU.
+        scaler: of the loss.
+        state: the progress of the run.
+        copy: copy the tensors, so that training can continue while they are written.
+        ranks: of the run.
+        host: pinned memory for the copies of GPU tensors; requires `copy`.
     """
     reshard(model)
     weights, moments = dict(model.named_parameters()), _moments(model, optimizer)
@@ -85,9 +97,9 @@ def take_snapshot(
 def gather_tensors(
     tensors: Mapping[str, Tensor], ranks: Ranks, copied: Collection[str] = (), host: HostBuffer | None = None
 ) -> dict[str, Tensor]:
-    """The whole tensors, in the first process, and there on the CPU those that were sharded or are to be `copied`."""
+    """The full tensors on rank 0; those that were sharded or are to be `copied` are on the CPU."""
 
-    def fetched(name: str, tensor: Tensor) -> Tensor | None:
+    def gather(name: str, tensor: Tensor) -> Tensor | None:
         full = full_tensor(tensor.detach())
         if not ranks.is_rank_zero:
             return None
@@ -97,62 +109,64 @@ def gather_tensors(
             return full.cpu()
         return full.to("cpu", copy=True) if name in copied else full
 
-    kept = ((name, fetched(name, tensor)) for name, tensor in tensors.items())  # one by one, freed before the next
-    return {name: tensor for name, tensor in kept if tensor is not None}
+    gathered = (
+        (name, gather(name, tensor)) for name, tensor in tensors.items()
+    )  # one at a time, freed before the next
+    return {name: tensor for name, tensor in gathered if tensor is not None}
 
 
 def load_training_state(
-    folder: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, ranks: Ranks = ALONE
+    checkpoint: Path, model: GPT2, optimizer: AdamW, scaler: torch.amp.GradScaler, ranks: Ranks = SINGLE_PROCESS
 ) -> State:
-    """Put optimiser, loss scale and random states back to where they were when the checkpoint was taken.
+    """Restore optimizer, loss scale and random states from a checkpoint; returns the state of the run.
 
-    The weights are `load_weights`'s matter, before the model is sharded. A process that the run did not have then keeps
-    the random state that it has.
+    The weights are loaded by `load_weights`, before the model is sharded. A rank that the checkpoint does not have
+    keeps its random state.
 
     Raises:
         FtError: a file is missing, unreadable or does not fit the model.
     """
-    _restore_optimizer(model, optimizer, dict(read_tensors([folder / OPTIMIZER])), ranks)
-    state, loss_scale = read_state(folder)
-    problem = FtError(f"{folder / STATE} or {RANDOM} does not fit this program")
+    _restore_optimizer(model, optimizer, dict(read_tensors([checkpoint / OPTIMIZER])), ranks)
+    state, loss_scale = read_state(checkpoint)
+    mismatch = FtError(f"{checkpoint / STATE} or {RANDOM} does not fit this program")
     try:
-        if loss_scale and scaler.is_enabled():  # it is empty where the run was not in fp16
+        if loss_scale and scaler.is_enabled():  # it is empty unless the run was in fp16
             if not _fits(loss_scale, scaler.state_dict()):
-                raise problem
+                raise mismatch
             scaler.load_state_dict(loss_scale)
-        _restore_random_states(dict(read_tensors([folder / RANDOM])), model.wte.weight.device, ranks)
+        _restore_random_states(dict(read_tensors([checkpoint / RANDOM])), model.wte.weight.device, ranks)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise problem from error
+        raise mismatch from error
     return state
 
 
-def read_state(folder: Path) -> tuple[State, dict[str, Any]]:
-    """The state in a checkpoint, and its loss scale, which is empty where the run was not in fp16.
+def read_state(checkpoint: Path) -> tuple[State, dict[str, Any]]:
+    """The state in a checkpoint, and its loss scale, which is empty unless the run was in fp16.
 
     Raises:
-        FtError: it cannot be read, or a value of it cannot be that of a run at this step.
+        FtError: the file cannot be read, or a value is not possible for a run at this step.
     """
-    saved = read_json(folder / STATE)
+    saved = read_json(checkpoint / STATE)
     loss_scale = saved.pop("grad_scaler", None)
     if not isinstance(loss_scale, dict):
-        raise FtError(f"{folder / STATE} has no grad_scaler")
+        raise FtError(f"{checkpoint / STATE} has no grad_scaler")
     try:
         state = State.from_dict(saved)
     except FtError as error:
-        raise FtError(f"{folder / STATE}: {error}") from error
-    if folder.name != f"checkpoint-{state.step}":
-        raise FtError(f"{folder / STATE} is of step {state.step}, which is not that of its folder")
+        raise FtError(f"{checkpoint / STATE}: {error}") from error
+    if checkpoint.name != f"checkpoint-{state.step}":
+        raise FtError(f"{checkpoint / STATE} is of step {state.step}, which is not that of its directory")
     return state, loss_scale
 
 
 def _fits(loss_scale: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether a saved loss scale has the numbers that a scaler's own has, of the same kinds and within their bounds."""
+    """Whether a saved loss scale has the same fields as the scaler, of the same types and within limits."""
     kinds, own_kinds = ({name: type(number) for name, number in each.items()} for each in (loss_scale, own))
     return kinds == own_kinds and all(0 <= x < (2**31 if type(x) is int else 3e38) for x in loss_scale.values())
 
 
 def _moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """AdamW's moments and step counts of all trained parameters, by name, not copied."""
+    """The moments and step counts of all trained parameters, by name, not copied."""
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
@@ -172,22 +186,22 @@ def _restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Te
             raise FtError(f"the checkpoint's {OPTIMIZER} has no {name}")
         if saved.shape != value.shape:
             raise FtError(
-                f"{name} in the checkpoint's {OPTIMIZER} has shape {tuple(saved.shape)}, the model says "
+                f"{name} in the checkpoint's {OPTIMIZER} has shape {tuple(saved.shape)}, the model has "
                 f"{tuple(value.shape)}"
             )
-        local_shard(value).copy_(rows_here(saved, value, ranks))
+        local_shard(value).copy_(shard_of(saved, value, ranks))
 
 
 def _random_states(device: torch.device, ranks: Ranks) -> dict[str, Tensor]:
-    """The states of the generators that a run on `device` draws from. Python's own and NumPy's are none of them.
+    """The states of the generators of all ranks: of the CPU and of `device`. Python's and NumPy's are not used.
 
-    A run on a CPU asks no other device: the question alone would create a context on a GPU.
+    A run on a CPU does not query other devices: this would create a context on a GPU.
     """
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return {
-        f"{name}{_ending(rank)}": each
+        f"{name}{_suffix(rank)}": each
         for name, state in states.items()
         for rank, each in enumerate(ranks.gather(state))
     }
@@ -197,7 +211,7 @@ def _restore_random_states(states: dict[str, Tensor], device: torch.device, rank
     if "cpu" not in states:
         raise KeyError("cpu")
     for kind in {"cpu", device.type}:
-        saved = states.get(f"{kind}{_ending(ranks.rank)}")
+        saved = states.get(f"{kind}{_suffix(ranks.rank)}")
         if saved is None:
             continue
         if kind == "cpu":
@@ -206,5 +220,5 @@ def _restore_random_states(states: dict[str, Tensor], device: torch.device, rank
             torch.get_device_module(device).set_rng_state(saved.clone(), device)
 
 
-def _ending(rank: int) -> str:
+def _suffix(rank: int) -> str:
     return f".{rank}" if rank else ""

@@ -1,12 +1,12 @@
-"""What a run leaves on disk: checkpoints to continue from, and the finished model in the Hub's layout.
+"""Write checkpoints and the final model, in the layout of the Hub.
 
-Every folder written here is a complete model folder; a checkpoint adds what training needs besides the weights:
+Every directory written here loads as a model; a checkpoint also has what training needs to resume:
 
-    config.json  model.safetensors  tokenizer.json  generation_config.json  and what is said of the tokenizer
-    optimizer.safetensors    AdamW's moments and step counts, by the names of the parameters that are trained
-    rng.safetensors          the random states that dropout draws from; those of process n under names that end in .n
-    state.json               step, sums, best figures, loss scale: see `State`
-    manifest.json            the size and SHA-256 of each of these
+    config.json  model.safetensors  tokenizer.json  generation_config.json  and the other files of the tokenizer
+    optimizer.safetensors    AdamW's moments and step counts, by the names of the trained parameters
+    rng.safetensors          random states of the generators; those of rank n have names that end in .n
+    state.json               step, sums of losses, best evaluation, loss scale: see `State`
+    manifest.json            size and SHA-256 of each of these files
 
 Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
 """
@@ -31,21 +31,21 @@ from ft.train.state import State
 
 SUPERSEDED = ".superseded-"
 
-# What is carried over from the source's config.json: what describes GPT-2's weights and tokens, and nothing else, such
-# as code to run or how the source was quantized.
+# The fields of the source's config.json that are copied: those that describe GPT-2's weights and tokens, and no others,
+# such as remote code or quantization.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-CARRIED = (*GPT2Config.FIXED, "n_ctx", *TOKEN_IDS)
+COPIED_FIELDS = (*GPT2Config.FIXED, "n_ctx", *TOKEN_IDS)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What is copied into every saved model folder unchanged, or nearly so.
+    """What is copied from the source to every saved model.
 
     Attributes:
         config: the published config.json.
-        tokenizer: the content of tokenizer.json, as its file may be gone when the run is saved.
-        label_names: the words of the labels, kept in config.json as `id2label`.
-        about_tokenizer: the content of tokenizer_config.json and of what else is said of the tokenizer, by file name.
+        tokenizer: the content of tokenizer.json, whose file may be gone when the model is saved.
+        label_names: the names of the labels, saved in config.json as `id2label`.
+        about_tokenizer: the content of tokenizer_config.json and similar files, by file name.
     """
 
     config: dict[str, Any]
@@ -54,34 +54,40 @@ class ModelSource:
     about_tokenizer: Mapping[str, bytes]
 
 
-def save_model(folder: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
-    """Write what `transformers` loads as it is: AutoModelForCausalLM and AutoTokenizer."""
+def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
+    """Write a model that `transformers` loads by AutoModelForCausalLM and AutoTokenizer."""
     labels = {
         "id2label": {str(label): name for label, name in enumerate(source.label_names)},
         "label2id": {name: label for label, name in enumerate(source.label_names)},
     }
-    published = {key: source.config[key] for key in CARRIED if key in source.config} | asdict(config)
-    # The weights are written as fp32, whatever type the source's had; `transformers` loads them as the file says.
+    published = {key: source.config[key] for key in COPIED_FIELDS if key in source.config} | asdict(config)
+    # The weights are fp32, whatever dtype the source had; `transformers` loads them in the dtype of the file.
     published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    if source.label_names:  # and none where completions were learnt
+    if source.label_names:  # none for completions
         published |= labels
-    folder.write_json("config.json", published)
-    folder.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})
+    staged.write_json("config.json", published)
+    staged.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})
     for name, content in source.about_tokenizer.items():
-        folder.write(name, [content])
-    folder.write("tokenizer.json", [source.tokenizer])
-    folder.write(WEIGHTS, safetensors_chunks(weights, metadata={"format": "pt"}))
+        staged.write(name, [content])
+    staged.write("tokenizer.json", [source.tokenizer])
+    staged.write(WEIGHTS, safetensors_chunks(weights, metadata={"format": "pt"}))
 
 
 def write_checkpoint(
     run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool, do: Executor = run_now
 ) -> None:
-    """Write `checkpoint-<step>` below `run`, and once it has proved whole, delete those that are no longer kept.
+    """Write `checkpoint-<step>` in the run directory, and then delete the checkpoints that are no longer kept.
 
-    Kept are the newest `keep`, and with `keep_best` that of the best evaluation. `do` does the pieces of the work.
+    Args:
+        run: the run directory.
+        snapshot: the content of the checkpoint.
+        source: what is copied from the model's source.
+        keep: the number of newest checkpoints to keep.
+        keep_best: also keep the checkpoint of the best evaluation.
+        do: runs the work.
 
     Raises:
-        OSError: the disk is full, or refuses; the checkpoints that were there are there.
+        OSError: the disk is full, or writing fails; the earlier checkpoints are not affected.
     """
     state = snapshot.state
     if snapshot.copied is not None:
@@ -98,23 +104,20 @@ def write_checkpoint(
 
 
 def delete_old(run: Path, state: State, *, keep: int, keep_best: bool) -> None:
-    """Delete the checkpoints that are no longer kept when that of `state` is the newest: see `write_checkpoint`."""
+    """Delete the checkpoints that are not kept once that of `state` is the newest: see `write_checkpoint`."""
     old = [path for path in checkpoints(run) if step_of(path) <= state.step][:-keep]
     old = [path for path in old if not (keep_best and step_of(path) == state.best_step)]
     for path in old:
-        # Under another name first: what is half deleted must not pass for a checkpoint. What cannot be deleted now may
-        # be after the next save, and is no reason to call this one a failure.
+        # Rename first: a partly deleted directory must not look like a checkpoint. One that cannot be deleted now is
+        # tried again after the next save, and does not make this save a failure.
         with suppress(OSError):
             path.rename(path.with_name(UNFINISHED + path.name))
-    for doomed in run.glob(f"{UNFINISHED}checkpoint-*"):
-        remove(doomed)
+    for unfinished in run.glob(f"{UNFINISHED}checkpoint-*"):
+        remove(unfinished)
 
 
 def supersede_later(run: Path, step: int) -> None:
-    """Take the name from the checkpoints of later steps, as the run goes on from `step` and will not come from them.
-
-    They are deleted when it has saved for the first time.
-    """
+    """Rename the checkpoints of later steps when a run resumes from `step`; its first save deletes them."""
     for path in checkpoints(run):
         if step_of(path) > step:
             remove(run / (SUPERSEDED + path.name))
@@ -122,31 +125,31 @@ def supersede_later(run: Path, step: int) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first by step."""
+    """The checkpoints of a run, sorted by step."""
     return sorted((path for path in run.glob("checkpoint-*") if is_checkpoint(path)), key=step_of)
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder has the name of a finished checkpoint."""
-    return re.fullmatch(r"checkpoint-[0-9]{1,18}", folder.name) is not None and folder.is_dir()
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory has the name of a complete checkpoint."""
+    return re.fullmatch(r"checkpoint-[0-9]{1,18}", directory.name) is not None and directory.is_dir()
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """The checkpoint that is saved after a step."""
+    """The directory of the checkpoint of a step."""
     return run / f"checkpoint-{step}"
 
 
-def step_of(folder: Path) -> int:
-    """The step after which a checkpoint was saved."""
-    return int(folder.name.removeprefix("checkpoint-"))
+def step_of(directory: Path) -> int:
+    """The step of a checkpoint."""
+    return int(directory.name.removeprefix("checkpoint-"))
 
 
-def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if they are whole and the state makes sense."""
-    damage = verify_manifest(folder, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+def verify_checkpoint(directory: Path) -> str | None:
+    """Describe what is damaged in a checkpoint; None if its files match the manifest and its state is valid."""
+    damage = verify_manifest(directory, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
     if damage is None:
         try:
-            read_state(folder)
+            read_state(directory)
         except FtError as error:
             damage = str(error)
     return damage

@@ -1,8 +1,8 @@
-"""A model's tokenizer from its files, and what a saved model says of it: `AutoTokenizer` makes the same tokens.
+"""Read a tokenizer from its files, and describe it in saved models so that `AutoTokenizer` gives the same tokens.
 
-`tokenizer.json` holds the whole pipeline. Models from before 2021 have `vocab.json` and `merges.txt` instead, from
-which GPT-2's pipeline is built. `tokenizer_config.json` and the files beside it say which tokens are special and how a
-chat is written down; they are carried over into every saved model.
+`tokenizer.json` contains the full pipeline. Models from before 2021 have `vocab.json` and `merges.txt` instead, from
+which GPT-2's pipeline is built. `tokenizer_config.json` and the files beside it name the special tokens and the chat
+template; they are copied to every saved model.
 """
 
 import json
@@ -26,8 +26,8 @@ TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# What `transformers` notes of where a tokenizer was loaded from, and `auto_map`, which names code to run.
-NOT_CARRIED = ("auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local", "local_files_only")
+# Where `transformers` loaded a tokenizer from, and `auto_map`, which names remote code.
+NOT_COPIED = ("auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local", "local_files_only")
 # `transformers` loads the second from tokenizer.json as it is, and the first from its vocabulary alone.
 GPT2_CLASS, GENERAL_CLASS = "GPT2Tokenizer", "PreTrainedTokenizerFast"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,13 +35,13 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """A tokenizer as its files describe it.
+    """A tokenizer with its files.
 
     Attributes:
         tokenizer: the pipeline.
-        serialized: the same as the content of a tokenizer.json.
-        about: the content of the files to save beside it, by name.
-        notes: what the user should know of how the files were read, a sentence each.
+        serialized: the pipeline as the content of a tokenizer.json.
+        about: the content of the other files to save, by name.
+        notes: what the user should know about how the files were read, one sentence each.
     """
 
     tokenizer: Tokenizer
@@ -51,14 +51,14 @@ class TokenizerSource:
 
 
 def open_tokenizer(files: Mapping[str, Path], n_positions: int) -> TokenizerSource:
-    """Read a tokenizer and what is said of it.
+    """Read a tokenizer and its configuration.
 
     Args:
         files: `ModelFiles.tokenizer`.
-        n_positions: of the model, which is said in a `tokenizer_config.json` that is made here.
+        n_positions: of the model, for the `model_max_length` of a missing `tokenizer_config.json`.
 
     Raises:
-        FtError: a file cannot be read, or contradicts another.
+        FtError: a file cannot be read, or two files contradict each other.
     """
     paths = {name: path for name, path in files.items() if name in ABOUT_TOKENIZER}
     described = {name: read_json(path) for name, path in paths.items() if path.suffix == ".json"}
@@ -78,8 +78,8 @@ def open_tokenizer(files: Mapping[str, Path], n_positions: int) -> TokenizerSour
     notes = []
     if TOKENIZER_CONFIG in files and saved.get("tokenizer_class") != config.get("tokenizer_class", GPT2_CLASS):
         notes.append(
-            f"{files[TOKENIZER_CONFIG]} names {config.get('tokenizer_class', GPT2_CLASS)}, which does not make what "
-            f"{TOKENIZER} describes: {TOKENIZER} decides, here and in saved models"
+            f"{files[TOKENIZER_CONFIG]} names {config.get('tokenizer_class', GPT2_CLASS)}, which does not give the "
+            f"pipeline of {TOKENIZER}: {TOKENIZER} takes precedence, here and in saved models"
         )
     about = {name: path.read_bytes() for name, path in paths.items()}
     about[TOKENIZER_CONFIG] = (json.dumps(saved, indent=2, ensure_ascii=False) + "\n").encode()
@@ -87,8 +87,8 @@ def open_tokenizer(files: Mapping[str, Path], n_positions: int) -> TokenizerSour
 
 
 def _saved_config(config: Mapping[str, Any], tokenizer: Tokenizer, special: Mapping[str, Any]) -> dict[str, Any]:
-    """What a saved `tokenizer_config.json` says: what `config` does, and a class that makes this very pipeline."""
-    saved = {name: value for name, value in config.items() if name not in NOT_CARRIED}
+    """The `tokenizer_config.json` of a saved model: that of the source, with a class that gives this pipeline."""
+    saved = {name: value for name, value in config.items() if name not in NOT_COPIED}
     is_remote = "auto_map" in config
     if not _is_gpt2_class(saved.get("tokenizer_class")) and not is_remote:
         return saved
@@ -99,12 +99,12 @@ def _saved_config(config: Mapping[str, Any], tokenizer: Tokenizer, special: Mapp
 
 
 def _is_gpt2_class(name: object) -> bool:
-    """Whether `transformers` makes a GPT-2 tokenizer for this `tokenizer_class`, as it does where there is none."""
+    """Whether `transformers` uses a GPT-2 tokenizer for this `tokenizer_class`, as it does for a missing one."""
     return name in (None, GPT2_CLASS, f"{GPT2_CLASS}Fast")
 
 
 def _is_gpt2_pipeline(tokenizer: Tokenizer) -> bool:
-    """Whether a pipeline is what `GPT2Tokenizer` makes of a vocabulary: byte-level BPE and nothing else."""
+    """Whether a pipeline is the one that `GPT2Tokenizer` builds: byte-level BPE and nothing else."""
     model, pre_tokenizer = tokenizer.model, tokenizer.pre_tokenizer
     return (
         tokenizer.normalizer is None
@@ -117,10 +117,10 @@ def _is_gpt2_pipeline(tokenizer: Tokenizer) -> bool:
 
 
 def _apply_prefix_space(tokenizer: Tokenizer, config: Mapping[str, Any]) -> bool:
-    """Let `add_prefix_space` in tokenizer_config.json decide, as it does in `transformers` for a GPT-2 tokenizer.
+    """Apply `add_prefix_space` of tokenizer_config.json, which `transformers` prefers for a GPT-2 tokenizer.
 
     Returns:
-        Whether it says other than tokenizer.json.
+        Whether it differs from tokenizer.json.
     """
     prefix = config.get("add_prefix_space")
     if type(prefix) is not bool or not _is_gpt2_class(config.get("tokenizer_class")):
@@ -135,7 +135,7 @@ def _from_vocabulary(files: Mapping[str, Path], described: Mapping[str, dict[str
     """GPT-2's pipeline over `vocab.json` and `merges.txt`, with the tokens that were added later.
 
     Raises:
-        FtError: a file is damaged, or an added token has another id than its place gives it.
+        FtError: a file is damaged, or the id of an added token is not the next one of the vocabulary.
     """
     config = described.get(TOKENIZER_CONFIG, {})
     try:
@@ -156,7 +156,7 @@ def _from_vocabulary(files: Mapping[str, Path], described: Mapping[str, dict[str
         if tokenizer.token_to_id(token.content) != i:
             raise FtError(
                 f"the added token {token.content!r} has the id {i} in the files beside {files[VOCABULARY]}, where it "
-                f"would have {tokenizer.token_to_id(token.content)}: save the tokenizer anew with transformers"
+                f"would have {tokenizer.token_to_id(token.content)}: save the tokenizer again with transformers"
             )
     tokenizer.add_special_tokens(special)
     return tokenizer
@@ -165,10 +165,10 @@ def _from_vocabulary(files: Mapping[str, Path], described: Mapping[str, dict[str
 def _added_tokens(
     config: Mapping[str, Any], special_tokens: Mapping[str, Any], added: Mapping[str, Any]
 ) -> tuple[dict[int, AddedToken], list[AddedToken]]:
-    """The tokens that were added to a vocabulary, by id, and those that are special, in the order of `transformers`."""
-    said = {**dict.fromkeys(SPECIAL_NAMES[:3], END_OF_TEXT), **config, **special_tokens}
-    special = [_added(said[name], True) for name in SPECIAL_NAMES if said.get(name)]
-    special += [_added(token, True) for token in said.get("additional_special_tokens") or []]
+    """The added tokens by id, and the special tokens in the order of `transformers`."""
+    values = {**dict.fromkeys(SPECIAL_NAMES[:3], END_OF_TEXT), **config, **special_tokens}
+    special = [_added(values[name], True) for name in SPECIAL_NAMES if values.get(name)]
+    special += [_added(token, True) for token in values.get("additional_special_tokens") or []]
     by_content = {token.content: token for token in special}
     numbered = {int(i): _added(token, False) for i, token in (config.get("added_tokens_decoder") or {}).items()}
     numbered |= {int(i): by_content.get(name) or _added(name, False) for name, i in added.items()}

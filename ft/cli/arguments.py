@@ -8,11 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Never
 
+from ft.checks import field_types, flag
 from ft.cli.parsers import unknown_flag
-from ft.config import NEWEST, NO_FLAGS, Config, flag
+from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
-from ft.settings import checked, field_groups, field_help, field_types, parse_value, read_config_file, run_of
+from ft.settings import build_config, field_groups, field_help, parse_value, read_config_file, run_directory_of
 
 EXAMPLES = """\
 examples:
@@ -92,7 +93,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         UsageError: with one sentence for every problem there is.
     """
     words = _with_negative_numbers_joined(arguments)
-    switches = {flag(name) for name, (kind, _) in field_types().items() if kind is bool}
+    switches = {flag(name) for name, (kind, _) in field_types(Config).items() if kind is bool}
     valued = [word for word in words if word.partition("=")[0] in switches and "=" in word]
     problems = [
         f"{word.partition('=')[0]} takes no value, leave {shown(word.partition('=')[2])} out" for word in valued
@@ -122,7 +123,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         settings = {**_starting_point(settings), **settings}
     except UsageError as error:
         problems += error.problems
-    return checked(settings, problems)
+    return build_config(settings, problems)
 
 
 def _with_negative_numbers_joined(arguments: Sequence[str]) -> list[str]:
@@ -143,7 +144,7 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(settings.get("output_dir", ""), str):
         return {}  # which `Config` refuses
     if resume is not None and resume != NEWEST:
-        run = run_of(Path(resume))
+        run = run_directory_of(Path(resume))
         base: dict[str, Any] = {"output_dir": str(run)}
     else:
         run = Path(settings.get("output_dir", Config.output_dir))
@@ -176,7 +177,7 @@ def _parser() -> _Parser:
     for field in fields(Config):
         if field.name in NO_FLAGS:
             continue
-        kind, choices = field_types()[field.name]
+        kind, choices = field_types(Config)[field.name]
         text = field_help()[field.name]
         heading = field_groups()[field.name]
         if kind is bool:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ft.checkpoint.error_hints import memory_advice
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.error_hints import explain_out_of_memory
+from ft.checkpoint.model_description import read_description
 from ft.config import Config
 from ft.data.load import read_data, with_demo_inputs
 from ft.data.splits import Split
@@ -31,7 +31,7 @@ def describe(config: Config) -> None:
     """
     with (
         tempfile.TemporaryDirectory() as folder,
-        memory_advice(f"--dataset {shown(config.dataset)}", "fewer or shorter rows in its files"),
+        explain_out_of_memory(f"--dataset {shown(config.dataset)}", "fewer or shorter rows in its files"),
     ):
         source = "the demo" if config.demo else config.dataset
         if config.demo:

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft.checks import flag
 from ft.cli.predict import ModelParser, asking_memory_advice, load_named, problems_of, settings_of_run
-from ft.config import Config, flag
+from ft.config import Config
 from ft.data.tables import listed
 from ft.errors import FtError, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
-from ft.settings import checked
+from ft.settings import build_config
 
 if TYPE_CHECKING:
     from ft.data.splits import Split
@@ -118,7 +119,7 @@ def _config_of(options: argparse.Namespace) -> Config:
         problems.append(
             f"--prompt-column is {shown(options.prompt_column)} without --completion-column: give both or neither"
         )
-    return checked(settings, problems)
+    return build_config(settings, problems)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

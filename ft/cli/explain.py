@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ft.checkpoint.error_hints import training_memory_advice
-from ft.checkpoint.model_folder import read_description
-from ft.config import Config, flag
+from ft.checkpoint.error_hints import explain_out_of_memory_in_training
+from ft.checkpoint.model_description import read_description
+from ft.checks import flag
+from ft.config import Config
 from ft.data.batches import IGNORED, Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
@@ -62,7 +63,7 @@ def explain(config: Config, row: int | None) -> None:
         UsageError: there is no such row, or no such device.
         FtError: the inputs cannot be read, or the run would end before it reads that row.
     """
-    with TemporaryDirectory() as folder, training_memory_advice(config):
+    with TemporaryDirectory() as folder, explain_out_of_memory_in_training(config):
         if config.demo:
             config = with_demo_inputs(config, Path(folder))
         _walk(replace(config, save_dataset=None, logging_steps=1), row)

@@ -63,12 +63,14 @@ def generate(arguments: Sequence[str]) -> None:
         raise UsageError(*problems)
     prompt = _piped_prompt() if options.prompt is None else options.prompt
 
-    from ft.checkpoint.error_hints import memory_advice  # here, since --help and a mistake need not wait for PyTorch
+    from ft.checkpoint.error_hints import (
+        explain_out_of_memory,  # here, since --help and a mistake need not wait for PyTorch
+    )
     from ft.inference.language_model import load_language_model
 
     on_terminal = sys.stdout.isatty()  # elsewhere the text is wanted as it is
     remedy = "a shorter prompt, a smaller --max-new-tokens, a smaller model or another --device"
-    with memory_advice(f"--max-new-tokens {options.max_new_tokens}", remedy):
+    with explain_out_of_memory(f"--max-new-tokens {options.max_new_tokens}", remedy):
         model = load_language_model(options.model, device=options.device)
         generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
         started = time.perf_counter()

@@ -19,7 +19,7 @@ from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, one_line, printable
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
-from ft.settings import OF_THE_DATA, read_config_file
+from ft.settings import DATA_SETTINGS, read_config_file
 
 if TYPE_CHECKING:
     from ft.inference.classifier import Classifier, Prediction
@@ -163,11 +163,11 @@ def load_named(options: argparse.Namespace) -> "Classifier":
 
 
 def asking_memory_advice(options: argparse.Namespace) -> AbstractContextManager[None]:
-    """`ft.advice.memory_advice` for a model that is asked with the flags of `ModelParser`."""
-    from ft.checkpoint.error_hints import memory_advice  # here for the same reason
+    """`ft.advice.explain_out_of_memory` for a model that is asked with the flags of `ModelParser`."""
+    from ft.checkpoint.error_hints import explain_out_of_memory  # here for the same reason
 
     remedy = "a smaller --batch-size or --max-length, a smaller model or another --device"
-    return memory_advice(f"--batch-size {options.batch_size}", remedy)
+    return explain_out_of_memory(f"--batch-size {options.batch_size}", remedy)
 
 
 def settings_of_run(source: Path) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def settings_of_run(source: Path) -> dict[str, Any]:
     for folder in (source, source.parent):
         with suppress(UsageError):  # it is no configuration of a run
             settings = read_config_file(folder / "config.json")
-            return {name: settings[name] for name in OF_THE_DATA if name in settings}
+            return {name: settings[name] for name in DATA_SETTINGS if name in settings}
     return {}
 
 

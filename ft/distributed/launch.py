@@ -1,6 +1,6 @@
-"""The processes that torchrun has started, connected to each other: what it tells them is read here alone.
+"""Connect the processes that torchrun has started. Only this module reads the environment variables of torchrun.
 
-It does so by environment variables, of https://docs.pytorch.org/docs/stable/elastic/run.html.
+They are documented at https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables.
 """
 
 import os
@@ -11,30 +11,30 @@ from datetime import timedelta
 
 import torch
 
-from ft.distributed.ranks import ALONE, Ranks
+from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.errors import FtError, UsageError, shown
 
-PATIENCE = 2.0  # times --process-timeout until an exchange of gradients gives up, so that the other group does so first
+DEFAULT_GROUP_TIMEOUT = 2.0  # times --process-timeout, so that the control group, which names the rank, times out first
 
 
 @contextmanager
 def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
-    """The processes that torchrun has started, connected; without torchrun just this one.
+    """A context in which the processes that torchrun has started are connected; without torchrun just this process.
 
     Args:
-        device: where this process computes.
-        timeout: seconds after which a process that does not answer is given up.
+        device: of this process.
+        timeout: seconds after which a process that does not answer counts as lost.
 
     Raises:
-        FtError: the others cannot be reached.
-        UsageError: what torchrun tells is incomplete.
+        FtError: the other processes cannot be reached.
+        UsageError: the environment variables of torchrun are incomplete.
     """
     if world_size() == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     import torch.distributed as dist
 
-    host, port, rank, size, local_rank = _places()
+    host, port, rank, size, local_rank = _read_rendezvous()
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timedelta(seconds=timeout)
@@ -42,42 +42,44 @@ def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
     try:
         try:
             store = dist.TCPStore(host, port, is_master=rank == 0 and not kept_by_torchrun, timeout=limit)  # type: ignore[attr-defined]
-            # The store outlives the processes, and so would the keys by which an earlier attempt found together.
+            # The store of torchrun outlives the processes: a restart must not read the keys of the attempt before.
             own_keys = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=own_keys, rank=rank, world_size=size, timeout=PATIENCE * limit)
+            dist.init_process_group(
+                backend, store=own_keys, rank=rank, world_size=size, timeout=DEFAULT_GROUP_TIMEOUT * limit
+            )
             control = dist.new_group(backend="gloo", timeout=limit)
         except RuntimeError as error:
             detail = str(error).partition("\n")[0]
             raise FtError(
-                f"process {rank} of {size} found not all others at {host}:{port} within --process-timeout {timeout:g} "
-                f"s: {detail}"
+                f"process {rank} of {size} did not find all others at {host}:{port} within --process-timeout "
+                f"{timeout:g} s: {detail}"
             ) from error
         begun = attempt > 0 and bool(store.check(["begun"]))
         ranks = Ranks(rank, size, local_rank, begun, control, store, attempt)
-        with ranks.missing_told():
+        with ranks.name_missing_ranks():
             yield ranks
         has_ended_well = True
     finally:
         if dist.is_initialized():
-            with suppress(RuntimeError):  # of a connection that is broken already; the error above says more
+            with suppress(RuntimeError):  # the connection is broken already; the error above has the reason
                 if has_ended_well:
                     dist.destroy_process_group()
-                else:  # what is queued may never be answered: NCCL would wait for it
+                else:  # NCCL would wait for queued operations that may never finish
                     dist.distributed_c10d._abort_process_group()
 
 
 def world_size() -> int:
-    """How many processes torchrun, if it is torchrun that started this one, has started for the run."""
-    return _number("WORLD_SIZE", if_absent=1)
+    """The number of processes of the run: 1 without torchrun."""
+    return _read_number("WORLD_SIZE", if_absent=1)
 
 
 def local_rank() -> int:
-    """The number of this process among those on its machine, from 0."""
-    return _number("LOCAL_RANK", if_absent=0)
+    """The rank of this process on its machine, from 0."""
+    return _read_number("LOCAL_RANK", if_absent=0)
 
 
-def _places() -> tuple[str, int, int, int, int]:
+def _read_rendezvous() -> tuple[str, int, int, int, int]:
     names = ("MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     absent = [name for name in ("MASTER_ADDR", *names) if not os.environ.get(name)]
     if absent:
@@ -85,14 +87,14 @@ def _places() -> tuple[str, int, int, int, int]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(absent)} are not set: start several processes "
             "by torchrun, or unset WORLD_SIZE"
         )
-    port, rank, size, local = map(_number, names)
+    port, rank, size, local = map(_read_number, names)
     return os.environ["MASTER_ADDR"], port, rank, size, local
 
 
-def _number(name: str, if_absent: int | None = None) -> int:
+def _read_number(name: str, if_absent: int | None = None) -> int:
     text = os.environ.get(name) or str(if_absent)
     if not re.fullmatch("[0-9]{1,9}", text):
         raise UsageError(
-            f"the environment says {name}={shown(text)}, it must be a number: start by torchrun, or unset it"
+            f"the environment variable {name} is {shown(text)}, it must be a number: start by torchrun, or unset it"
         )
     return int(text)

@@ -2,12 +2,12 @@
 
     torchrun --nproc-per-node 2 run.py
 
-Each has the whole model and computes the gradients of its share of every batch. Before an update they take the mean of
-their gradients, so that all make the same update, and stay alike. With --shard each keeps only a part of the weights,
-gradients and moments, and gets the rest of a block from the others when that block is computed.
+Each rank has a full replica of the model and computes the gradients of its part of every batch. The gradients are
+summed over all ranks during the backward pass, so that all ranks make the same update and stay identical. With --shard
+each rank keeps a shard of the weights, gradients and moments, and gathers the parameters of a block to compute it.
 
-What is computed in the loop is exchanged on its device, and queued there. What the processes settle among themselves
-(is it time to stop? is everybody there?) goes by a second group, on the CPU, for which no GPU has to wait.
+There are two process groups. The default group all-reduces tensors on the device; on a GPU this is queued. The control
+group uses gloo on the CPU for decisions such as when to stop, so that no GPU waits for them.
 """
 
 import json
@@ -29,27 +29,27 @@ from ft.model.gpt2 import GPT2
 
 T = TypeVar("T")
 
-ROLL_CALL = 5.0  # seconds for which those that miss somebody wait for each other
+ROLL_CALL_SECONDS = 5.0  # for which the ranks that miss another one wait for each other
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, seen from one of them. One by itself, the usual case, exchanges nothing.
+    """The rank of this process, and its collective operations. In a single process these do nothing.
 
     Attributes:
-        rank: the number of this process, from 0. The first one speaks and writes for all.
-        size: how many there are.
-        local_rank: the number of this process on its machine, from 0.
-        has_begun: torchrun has started them anew, and before that the run had begun.
-        control: the group in which things are settled.
-        store: a few keys that all can read and set, kept by torchrun, or by the first process.
-        attempt: how often torchrun has started them anew.
+        rank: the rank of this process, from 0. Rank 0 prints, writes metrics and saves.
+        size: the world size.
+        local_rank: the rank of this process on its machine, from 0.
+        is_restarted: torchrun has restarted the processes after the run had started.
+        control: the process group on the CPU, for decisions.
+        store: the key-value store of torchrun, or of rank 0.
+        attempt: the number of restarts by torchrun.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    has_begun: bool = False
+    is_restarted: bool = False
     control: Any = None
     store: Any = None
     attempt: int = 0
@@ -59,48 +59,51 @@ class Ranks:
         """Whether this is the process that logs, writes metrics and saves."""
         return self.rank == 0
 
-    # What is computed.
+    # --- tensors of the training step, on its device
 
-    def own(self, items: Sequence[T]) -> list[T]:
-        """Every `size`-th of some items, from the place of this process on: shares differ by one item at most."""
+    def local_items(self, items: Sequence[T]) -> list[T]:
+        """The items of this rank: every `size`-th, from its rank on. Ranks differ by at most one item."""
         return list(items[self.rank :: self.size])
 
-    def share(self, examples: Sequence[Example]) -> list[Example]:
-        """This process's own examples of a batch.
+    def local_examples(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples of this rank in a batch.
 
-        Where there are fewer examples than processes, some get one without targets, which adds nothing to loss or
-        gradient: they must do the same exchanges as the others.
+        If there are fewer examples than ranks, the others get one without targets, which adds nothing to the loss or
+        the gradients: every rank must take part in the same collective operations.
         """
-        return self.own(examples) or [Example(examples[0].input_ids, [IGNORED] * len(examples[0].target_ids))]
+        return self.local_items(examples) or [Example(examples[0].input_ids, [IGNORED] * len(examples[0].target_ids))]
 
-    def exchange(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """A context for a forward and backward pass, after which gradients are exchanged if it is a window's `last`."""
+    def gradient_sync(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """A context for a forward and backward pass that all-reduces gradients only for the `last` batch of a step."""
         if self.size == 1:
             return nullcontext()
-        if hasattr(model, "set_requires_gradient_sync"):  # it is sharded
+        if hasattr(model, "set_requires_gradient_sync"):  # sharded by FSDP2
             model.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
         return nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the processes of a tensor on the loop's device; queued, not waited for, on a GPU."""
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in place. On a GPU it is queued; the host does not wait for it."""
         if self.size > 1:
-            torch.distributed.all_reduce(tensor)
-            tensor /= self.size
+            group = self.control if tensor.device.type == "cpu" else None
+            torch.distributed.all_reduce(tensor, group=group)
         return tensor
 
-    def parallel(self, model: GPT2, device: torch.device, *, shard: bool, bf16_gradients: bool) -> nn.Module:
-        """The model to train with: `model` on its device, whose gradients the processes exchange in the backward pass.
+    def parallelize(self, model: GPT2, device: torch.device, *, shard: bool, bf16_gradients: bool) -> nn.Module:
+        """Move a model to its device, and wrap or shard it so that the backward pass sums gradients over all ranks.
 
-        DistributedDataParallel sends the gradients of a layer while those of the layers before it are computed (Li et
-        al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020). Sharding is that of Zhao
-        et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023), in its second form.
+        DistributedDataParallel sends the gradients of a layer while it computes those of the layers before it (Li et
+        al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020). FSDP2 shards parameters
+        (Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023).
 
         Args:
-            model: with weights, on the CPU; with `shard` its parameters are replaced by ones that hold a part each.
-            device: where it is to lie; a sharded one never lies there as a whole.
-            shard: keep only a part of each parameter here.
-            bf16_gradients: send gradients as bf16, half the bytes with 8 bits of mantissa.
+            model: with weights, on the CPU. With `shard` its parameters become DTensors.
+            device: of the training. The full parameters of a sharded model are never on it at one time.
+            shard: keep only a shard of each parameter on this rank.
+            bf16_gradients: send gradients as bf16: half the bytes, 8 bits of mantissa.
+
+        Returns:
+            The module to call in training: `model`, or a wrapper around it.
         """
         if self.size > 1 and shard:
             from torch.distributed.device_mesh import init_device_mesh
@@ -108,31 +111,27 @@ class Ranks:
 
             mesh = init_device_mesh(device.type, (self.size,))
             policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if bf16_gradients else None)
-            for block in model.h:  # which moves it to the device, and leaves a part of it there
+            for block in model.h:  # moves the block to the device, and keeps a shard of it there
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
+            for module in (*model.h, model):  # by default FSDP2 averages gradients
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
             return model
         model.to(device)
         if self.size == 1:
             return model
         parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if bf16_gradients:
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-            # As a function without its name, by which PyTorch keeps it from processes on CPUs, where it works as well.
-            parallel.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        # By default DistributedDataParallel averages gradients. A lambda, as the hook must be annotated with classes of
+        # `torch.distributed` or not at all, and some builds of PyTorch lack them.
+        dtype = torch.bfloat16 if bf16_gradients else None
+        parallel.register_comm_hook(dtype, lambda dtype, bucket: _sum_gradients(dtype, bucket))
         return parallel
 
-    # What is settled, by small tensors on the CPU. All processes must come to each of these calls.
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes of a tensor on the CPU."""
-        if self.size > 1:
-            torch.distributed.all_reduce(tensor, group=self.control)
-        return tensor
+    # --- decisions, by small tensors on the CPU. All ranks must make each of these calls.
 
     def all_reduce_max(self, number: int) -> int:
-        """The highest of the processes' numbers."""
+        """The largest of the numbers of all ranks."""
         if self.size == 1:
             return number
         agreed = torch.tensor(number, dtype=torch.int64)
@@ -140,7 +139,7 @@ class Ranks:
         return int(agreed)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor on the CPU of each process, of the same shape in all, by rank."""
+        """The tensors of all ranks, by rank; on the CPU, with the same shape on all ranks."""
         if self.size == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -148,7 +147,7 @@ class Ranks:
         return gathered
 
     def _gather_text(self, text: str) -> list[str]:
-        """A text of each process, none of them empty, by rank."""
+        """The strings of all ranks, by rank; none may be empty."""
         encoded = text.encode()
         longest = self.all_reduce_max(len(encoded))
         padded = torch.frombuffer(bytearray(encoded.ljust(longest, b"\0")), dtype=torch.uint8)
@@ -156,20 +155,20 @@ class Ranks:
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[bool]:
-        """Run the body everywhere, in the first process (to which this says True) before the others.
+        """A context that rank 0 enters first, and the other ranks after it has left. Yields whether this is rank 0.
 
         Raises:
-            FtError: here, if it has failed there.
+            FtError: on the other ranks, if rank 0 has failed.
         """
         with self._before_others(self.is_rank_zero):
             yield self.is_rank_zero
 
     @contextmanager
     def local_rank_zero_first(self) -> Iterator[None]:
-        """Run the body in one process of each machine before the others, which find there what that one has fetched.
+        """A context that one rank of each machine enters first: the others then read what it has downloaded.
 
         Raises:
-            FtError: here, if it has failed there.
+            FtError: on the other ranks, if that rank has failed.
         """
         with self._before_others(self.local_rank == 0):
             yield
@@ -177,7 +176,7 @@ class Ranks:
     @contextmanager
     def _before_others(self, goes_first: bool) -> Iterator[None]:
         if not goes_first:
-            self._refuse_failure()
+            self._raise_if_first_failed()
         try:
             yield
         except BaseException:
@@ -185,20 +184,20 @@ class Ranks:
                 self.all_reduce_max(1)
             raise
         if goes_first:
-            self._refuse_failure()
+            self._raise_if_first_failed()
 
-    def _refuse_failure(self) -> None:
+    def _raise_if_first_failed(self) -> None:
         if self.all_reduce_max(0):
-            raise FtError("another process of this run has failed, for the reason that it tells")
+            raise FtError("another process of this run has failed; its own message has the reason")
 
     def require_same(self, what: dict[str, str]) -> None:
-        """Refuse to begin where the processes do not mean the same run.
+        """Check that all ranks have the same settings or data.
 
         Args:
-            what: texts that must be the same everywhere, by what they are called in a message.
+            what: strings that must be the same on all ranks, by the name that a message gives them.
 
         Raises:
-            UsageError: a sentence for each that is not.
+            UsageError: one sentence for each that differs.
         """
         if self.size == 1:
             return
@@ -212,25 +211,25 @@ class Ranks:
         if problems:
             raise UsageError(*problems)
 
-    # Who speaks, and what is said if somebody is missing.
+    # --- output, restarts, and ranks that do not answer
 
     @contextmanager
     def rank_zero_prints(self) -> Iterator[None]:
-        """A context in which only the first process prints."""
-        with open(os.devnull, "w") as nowhere, nullcontext() if self.is_rank_zero else redirect_stdout(nowhere):
+        """A context in which only rank 0 prints."""
+        with open(os.devnull, "w") as null, nullcontext() if self.is_rank_zero else redirect_stdout(null):
             yield
 
-    def note_beginning(self) -> None:
-        """From here on, being started anew means to go on."""
+    def mark_started(self) -> None:
+        """Have processes that torchrun restarts from now on resume the run."""
         if self.store is not None:
             self.store.set("begun", "")
 
     @contextmanager
-    def missing_told(self) -> Iterator[None]:
-        """Turn the many errors of a connection into one that names who has not answered.
+    def name_missing_ranks(self) -> Iterator[None]:
+        """A context that turns the errors of a broken connection into one that names the rank that did not answer.
 
         Raises:
-            FtError: an exchange inside came to nothing.
+            FtError: a collective operation inside failed.
         """
         try:
             yield
@@ -239,28 +238,28 @@ class Ranks:
             if self.size == 1 or not lost:
                 raise
             detail = str(error).partition("\n")[0][:200]
-            raise FtError(f"{self._who_is_missing()} The newest checkpoint is whole. ({detail})") from error
+            raise FtError(f"{self._describe_missing_ranks()} The newest checkpoint is complete. ({detail})") from error
 
-    def _who_is_missing(self) -> str:
-        """Call the roll: each process that misses others says so, and those that do not are the ones missed."""
+    def _describe_missing_ranks(self) -> str:
+        """Which ranks do not answer: those that do set a key in the store, the missing ones do not."""
         try:
             self.store.set(self._key("waits", self.rank), "")
-            missing = self._without("waits", range(self.size), at_most=1)
+            missing = self._ranks_without_key("waits", range(self.size), at_most=1)
             self.store.set(self._key("knows", self.rank), "")
-            if self.is_rank_zero:  # which keeps the store, if torchrun does not: the others read in it
-                self._without("knows", set(range(self.size)) - set(missing), at_most=0)
-        except RuntimeError:  # the store is gone with the process that kept it
-            return "process 0, or the machine that it ran on, does not answer any more."
+            if self.is_rank_zero:  # which may hold the store that the others read
+                self._ranks_without_key("knows", set(range(self.size)) - set(missing), at_most=0)
+        except RuntimeError:  # the store has ended with its process
+            return "process 0, or its machine, no longer answers."
         if not missing:
-            return "the connection between the processes broke, though all of them still run."
-        # Of a process that has died all know only when those that it left waiting have ended too.
+            return "the connection between the processes broke, but all of them still run."
+        # After one process has died, others that waited for it may have ended too.
         several = f"at least one of the processes {', '.join(map(str, missing))}"
         named = f"process {missing[0]}" if len(missing) == 1 else several
         return f"{named} of {self.size} (counted from 0) ended, or did not answer within --process-timeout."
 
-    def _without(self, what: str, ranks: Iterable[int], *, at_most: int) -> list[int]:
-        """Those that have not set a key, as soon as they are so few, or when the time for it is over."""
-        deadline = time.monotonic() + ROLL_CALL
+    def _ranks_without_key(self, what: str, ranks: Iterable[int], *, at_most: int) -> list[int]:
+        """The ranks that have not set a key: returns once at most `at_most` are left, or after `ROLL_CALL_SECONDS`."""
+        deadline = time.monotonic() + ROLL_CALL_SECONDS
         while True:
             missing = [rank for rank in ranks if not self.store.check([self._key(what, rank)])]
             if len(missing) <= at_most or time.monotonic() > deadline:
@@ -271,4 +270,12 @@ class Ranks:
         return f"attempt {self.attempt}: process {rank} {what}"
 
 
-ALONE = Ranks()
+def _sum_gradients(dtype: torch.dtype | None, bucket: Any) -> Any:  # noqa: ANN401
+    """All-reduce a bucket of gradients, sent as `dtype`, or as they are: a DDP communication hook."""
+    gradients = bucket.buffer()
+    sent = gradients if dtype is None else gradients.to(dtype)
+    reduction = torch.distributed.all_reduce(sent, async_op=True)
+    return reduction.get_future().then(lambda reduced: gradients.copy_(reduced.value()[0]))
+
+
+SINGLE_PROCESS = Ranks()

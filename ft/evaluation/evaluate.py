@@ -10,7 +10,7 @@ from torch import Tensor
 from ft.data.batches import batches_by_length, collate
 from ft.data.examples import Example
 from ft.device import Precision
-from ft.distributed.ranks import ALONE, Ranks
+from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.model.gpt2 import GPT2
 
 
@@ -38,7 +38,7 @@ def evaluate(
     batch_size: int,
     precision: Precision,
     stopping: Callable[[], bool] = lambda: False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Evaluation | None:
     """Compute the loss and accuracy of `model` on all examples.
 
@@ -66,8 +66,8 @@ def evaluate(
         if stopping():
             model.train(was_training)
             return None
-        batch = collate(ranks.share([examples[row] for row in rows])).to(device)
-        own_rows += ranks.own(rows)
+        batch = collate(ranks.local_examples([examples[row] for row in rows])).to(device)
+        own_rows += ranks.local_items(rows)
         with precision.autocast():
             logits = model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
         loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))

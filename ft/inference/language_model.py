@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.checkpoint.store import checkpoints, is_checkpoint, verify_checkpoint
 from ft.data.tables import listed
 from ft.device import use_device

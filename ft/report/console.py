@@ -72,7 +72,7 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
     reviews = state.step * config.rows_per_step
     run = Path(printable(str(run)))
     return (
-        ("" if state.step >= last_step else f"\nStopped early: {resume.reason_of_end(state, last_step)}.")
+        ("" if state.step >= last_step else f"\nStopped early: {resume.describe_end(state, last_step)}.")
         + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
         f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
         f"Mean training loss {state.mean_train_loss:.4f}.\n"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from ft.config import LENGTH, NO_FLAGS, OPTIMIZER, Config, flag
+from ft.checks import flag
+from ft.config import LENGTH, NO_FLAGS, OPTIMIZER, Config
 from ft.data.load import Data
 from ft.evaluation.evaluate import Evaluation
 from ft.evaluation.perplexity import perplexity

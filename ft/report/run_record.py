@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ft.config import Config, flag
+from ft.checks import field_types, flag
+from ft.config import Config
 from ft.errors import UsageError, shown
 from ft.io.plain_files import read_regular
-from ft.settings import NOT_OF_THE_RUN, field_types
+from ft.settings import NOT_RECORDED
 
 Events = list[dict[str, Any]]
 PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step
@@ -125,7 +126,7 @@ def _are_scores(value: Any) -> bool:  # noqa: ANN401
 def settings_given(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that are not the defaults, of a --demo those that are not the demo's."""
     usual = json.loads(json.dumps(asdict(Config())))  # as a file tells it, with lists for tuples
-    left_out = set(NOT_OF_THE_RUN)
+    left_out = set(NOT_RECORDED)
     if config.get("demo") is True:
         from ft.data.demo import SETTINGS  # here, as it brings PyTorch along
 
@@ -134,7 +135,7 @@ def settings_given(config: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.items()
-        if name in field_types() and name not in left_out and value != usual[name]
+        if name in field_types(Config) and name not in left_out and value != usual[name]
     }
 
 

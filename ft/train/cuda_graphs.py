@@ -1,14 +1,14 @@
-"""The whole training step as one CUDA graph: recorded once, then started by one call instead of hundreds.
+"""The training step as one CUDA graph: captured once, then replayed by one launch instead of hundreds.
 
-A GPU finishes the kernels of a small step faster than Python can launch them. A graph holds all of them with their
-arguments, among these the addresses of tensors: a replay reads its inputs where the recording read them. So the inputs
-of a step lie in tensors of fixed shape, and what changes between steps is written there first.
+A GPU finishes the kernels of a small step faster than Python launches them. A graph contains the kernels with their
+arguments, including the addresses of tensors: a replay reads its inputs from the memory that the capture read. So the
+inputs are static tensors of fixed shape, and each step first copies its values into them.
 
-Recorded as in https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture: some steps before it on a
-side stream, for libraries that allocate at first use, and gradients set to None, so that the backward pass writes them
-(rather than adding to them) in memory of the graph. Here these steps are steps of the training: nothing has to be put
-back after them. Random numbers come from the device's default generator, which every recording registers by itself and
-every replay advances, as the same step without a graph does.
+The capture follows https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture: some warm-up steps on a
+side stream, for libraries that allocate at first use, and gradients set to None, so that the backward pass creates them
+in the memory pool of the graph. The warm-up steps are steps of the training, so nothing has to be restored after them.
+Random numbers come from the default generator of the device: each capture registers it, and each replay advances it
+as the eager step does.
 """
 
 import dataclasses
@@ -20,31 +20,32 @@ from torch import Tensor
 from ft.data.batches import Batch
 from ft.errors import UsageError
 
-EAGER_STEPS = 3  # before the recording
+EAGER_STEPS = 3  # warm-up steps before the capture
 
 Step = Callable[[Sequence[Batch], float | Tensor, float | Tensor], Tensor]
 
 
 def require_cuda(device: torch.device) -> None:
-    """Refuse to record the work of a device that cannot be recorded.
+    """Check that the device supports CUDA graphs.
 
     Raises:
-        UsageError: the device is none of CUDA's.
+        UsageError: the device is not a CUDA device.
     """
     if device.type != "cuda":
         raise UsageError(f"--cuda-graphs records the work of an NVIDIA GPU, and the device is {device}: leave it out")
 
 
 class GraphedStep:
-    """Runs a training step: eagerly at first, then by recording it, then by replaying that."""
+    """A training step that runs eagerly at first, then captures itself as a CUDA graph, then replays the graph."""
 
     def __init__(self, step: Step, batches: Sequence[Batch], empty: Batch) -> None:
-        """Take tensors for the inputs; nothing is run yet.
+        """Allocate the static inputs.
 
         Args:
-            step: `train_step` with all else bound.
-            batches: as many as a step has, on the device; overwritten in each step. All have the same shapes.
-            empty: a batch without targets, in place of those that a shorter step lacks.
+            step: `train_step` with all other arguments bound.
+            batches: the static inputs: as many batches as a step has, on the device, all of the same shapes. Each step
+                overwrites them.
+            empty: a batch without targets, for the missing batches of a shorter step.
         """
         self._step, self._batches = step, batches
         self._inputs = [_tensors(batch) for batch in batches]
@@ -61,12 +62,12 @@ class GraphedStep:
         """Run the step on these inputs.
 
         Args:
-            batches: of the shapes of those given at first; as many, or fewer.
-            num_targets: supervised tokens in all of them.
+            batches: of the same shapes as the static inputs; as many, or fewer.
+            num_targets: supervised tokens of all batches on all ranks.
             learning_rate: of this step.
 
         Returns:
-            The norm of the gradients; the next step overwrites it.
+            The global norm of the gradients, a scalar on the device; the next step overwrites it.
         """
         for number, inputs in enumerate(self._inputs):
             torch._foreach_copy_(inputs, _tensors(batches[number]) if number < len(batches) else self._empty)
@@ -77,7 +78,7 @@ class GraphedStep:
             return self._run_on_side_stream()
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads, such as the one that writes checkpoints, may go on using the device meanwhile.
+            # "thread_local": the thread that writes checkpoints may use the device during the capture.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._grad_norm = self._run()
         self._graph.replay()
@@ -96,7 +97,7 @@ class GraphedStep:
 
 
 def _tensors(batch: object) -> list[Tensor]:
-    """All tensors of a batch, those of its parts included."""
+    """All tensors of a batch, including those of nested dataclasses."""
     if isinstance(batch, Tensor):
         return [batch]
     if not dataclasses.is_dataclass(batch):

@@ -1,4 +1,4 @@
-"""What a person and a program see of a run: the progress bar, log lines, and metrics.jsonl."""
+"""The progress bar, the log lines, and metrics.jsonl."""
 
 import errno
 import io
@@ -35,13 +35,18 @@ class Report:
         tensorboard: EventFiles | None = None,
         lock: FolderLock | None = None,
     ) -> None:
-        """Open the metrics file at the length that the state says; later lines are of a run that broke off.
+        """Open the metrics file and truncate it to `metrics_bytes`: a run that was interrupted wrote what follows.
 
-        Without a path nothing is written and no bar is shown: so it is in all processes of a run but one. With the
-        `lock` of its folder, what is moved or deleted there during the run is put back.
+        Args:
+            metrics_path: None on all ranks but rank 0, which then write nothing and show no bar.
+            total_steps: optimizer steps of the run.
+            first_step: steps that are already done.
+            metrics_bytes: `State.metrics_bytes`.
+            tensorboard: also gets each event.
+            lock: of the run directory; with it, files that are moved or deleted during the run are restored.
 
         Raises:
-            FtError: the file is a link, what it leads to would be cut, or a FIFO.
+            FtError: the file is a symbolic link or a FIFO.
         """
         self._path, self._lock = metrics_path, lock
         self._file = _opened(metrics_path)
@@ -49,11 +54,11 @@ class Report:
         self._tensorboard = tensorboard
         if metrics_path is not None:
             if metrics_path.stat().st_size < metrics_bytes:
-                print(f"WARNING: {printable(str(metrics_path))} has lost its end: lines of earlier steps are missing.")
+                print(f"WARNING: {printable(str(metrics_path))} is too short: lines of earlier steps are missing.")
             else:
                 self._file.truncate(metrics_bytes)
-            self._file.seek(0, 2)  # truncating leaves the position, which `metrics_bytes` tells, behind the new end
-        # On a terminal a bar, elsewhere (a file, a pipe) only the log lines, whole ones.
+            self._file.seek(0, 2)  # truncating does not move the position
+        # A bar only on a terminal; a file or a pipe gets the log lines.
         shows_bar = metrics_path is not None and sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shows_bar)
         self.times = StepTimes()
@@ -81,31 +86,31 @@ class Report:
 
     @property
     def metrics_bytes(self) -> int:
-        """The length of metrics.jsonl, all of which is on the disk.
+        """The size of metrics.jsonl after fsync.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the disk is full, or writing fails.
         """
         self._restore()
         self._write_pending()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def line(self, text: str) -> None:
-        """Print a line for people, above the bar. Nobody may be reading any more: that is no reason to end a run."""
+    def print_line(self, text: str) -> None:
+        """Print a line above the bar. A closed pipe does not end the run."""
         with suppress(OSError):
             self._bar.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
-    def step(self, examples: int, tokens: int) -> None:
-        """Count an optimizer step that saw this many examples and input tokens."""
+    def count_step(self, examples: int, tokens: int) -> None:
+        """Count an optimizer step that read this many examples and input tokens."""
         self._examples += examples
         self._tokens += tokens
         self._bar.update()
 
     @contextmanager
     def pause(self, activity: str) -> Iterator[None]:
-        """Leave the time spent inside (evaluating, saving) out of the training speed."""
+        """A context whose time (evaluating, saving) does not count as training time."""
         self.times.end_of_step()
         started = time.perf_counter()
         self._bar.set_description(activity)
@@ -114,44 +119,46 @@ class Report:
         self._paused += time.perf_counter() - started
         self.times.mark(activity)
 
-    def training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Log the mean loss since the last such line, and the speed over the same steps."""
+    def log_training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Log the mean loss since the last call, and the speed over the same steps."""
         self.times.end_of_step()
         now = time.perf_counter()
         seconds = now - self._started - self._paused
         speed = {"samples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
         self._started, self._paused, self._examples, self._tokens = now, 0.0, 0, 0
-        # Gradients that overflowed in fp16 have no norm; their step was skipped. Where all steps since the last line
-        # were skipped, there is no mean loss either. JSON has no infinities, and `write` puts null for them.
+        # The norm is NaN or inf if gradients overflowed in fp16, whose step was skipped; the loss is NaN if all steps
+        # since the last line were skipped. JSON has neither, so `write` writes null.
         overflowed = not math.isfinite(grad_norm)
         figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         self.write(step, epoch, {**figures, **{name: round(value, 2) for name, value in speed.items()}})
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed['samples_per_second']:.1f} examples/s"
         )
-        self.line(
+        self.print_line(
             f"step {step:>6}  epoch {epoch:5.2f}  loss {loss:8.4f}  lr {learning_rate:.2e}  grad norm "
             f"{'overflow' if overflowed else format(grad_norm, '8.3f')}  {speed['samples_per_second']:6.1f} examples/s"
         )
 
-    def evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:
-        """Log loss and accuracy of a whole split."""
+    def log_evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:
+        """Log loss and accuracy of a split."""
         self.write(step, epoch, {f"{split}_loss": loss, f"{split}_accuracy": accuracy})
         name = "validation" if split == "eval" else split
-        self.line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
+        self.print_line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
 
-    def general_text(self, step: int, epoch: float, *, loss: float, perplexity: float) -> None:
-        """Log what a text that has nothing to do with the training data is to the model."""
+    def log_general_text(self, step: int, epoch: float, *, loss: float, perplexity: float) -> None:
+        """Log loss and perplexity on general text, which measure forgetting."""
         self.write(step, epoch, {"general_loss": loss, "general_perplexity": perplexity})
-        self.line(f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}")
+        self.print_line(
+            f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}"
+        )
 
     def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
-        """Append one event to metrics.jsonl, with where the time since the last one went.
+        """Append one event to metrics.jsonl, with the seconds by part since the last one.
 
-        What a full disk does not take is tried again with the next event.
+        If the disk is full, the next event tries again.
 
         Raises:
-            FtError: the folder was moved or deleted, and another run has begun in its place.
+            FtError: the run directory was moved or deleted, and another run has started in its place.
         """
         if seconds_by_part := self.times.take():
             figures = {**figures, "seconds_by_part": seconds_by_part}
@@ -165,13 +172,13 @@ class Report:
                 self._tensorboard.write(step, finite)
 
     def _restore(self) -> None:
-        """Put the file and the lock back if they or their folder were moved or deleted, and say so.
+        """Restore the file and the lock if they or their directory were moved or deleted, and print a warning.
 
-        The file that is open still has all lines of the run, whatever became of its name.
+        The open file still has all lines of the run.
 
         Raises:
-            FtError: another run has begun in the folder.
-            OSError: the disk is full, or refuses; the next call tries again.
+            FtError: another run has started in the directory.
+            OSError: the disk is full, or writing fails; the next call tries again.
         """
         if self._path is None:
             return
@@ -190,9 +197,9 @@ class Report:
         if lost:
             if self._tensorboard is not None:
                 self._tensorboard.restore()
-            self.line(
+            self.print_line(
                 f"WARNING: {self._path.parent} or a file in it was moved or deleted during the run. The lock and "
-                f"{self._path.name}, with all its lines, are restored there, and the run goes on in it."
+                f"{self._path.name}, with all its lines, are restored there, and the run continues."
             )
 
     def _write_pending(self) -> None:

@@ -1,4 +1,4 @@
-"""Losses and gradients that are infinite or no numbers at all: kept out of the weights, counted, and told."""
+"""NaN or inf in losses and gradients: the update is skipped, counted, and reported."""
 
 import torch
 from torch import Tensor
@@ -10,26 +10,30 @@ from ft.train.state import State
 
 
 class NonFiniteGuard:
-    """Lets no step change the weights whose loss or gradient is not finite.
+    """Skips updates whose loss or gradient is not finite.
 
-    The optimiser itself skips the update, by a flag that lies on the device: nothing waits for the device here. What
-    has happened is read by `check`, at once on a CPU, elsewhere whenever the loop reads something anyway.
+    The optimizer skips the update by a flag on the device, so that the host does not wait for the device. `check` reads
+    the result: after each step on a CPU, on other devices when the loop reads values anyway.
 
-    All that `watch` keeps, the number of the step included, are tensors that it changes in place, as in a CUDA graph
-    numbers of Python's and new tensors would stay what they were when it was recorded.
+    All state of `watch`, including the step number, is in tensors that it updates in place: a CUDA graph would replay
+    Python numbers and new tensors with the values of the capture.
     """
 
     def __init__(self, device: torch.device, state: State, limit: int) -> None:
-        """`state` is where steps are counted; no more than `limit` of the whole run may be skipped."""
+        """Skipped steps are counted in `state`; at most `limit` steps of the run may be skipped."""
         self._state, self._limit = state, limit
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
-        self._step = torch.full((), state.step, dtype=torch.int64, device=device)  # that `watch` sees next
+        self._step = torch.full((), state.step, dtype=torch.int64, device=device)  # of the next call of `watch`
 
     def watch(self, optimizer: AdamW, loss: Tensor, grad_norm: Tensor, *, scales_loss: bool) -> Tensor:
-        """Look at the next step before its update. Returns the loss, 0 in place of one that is not finite.
+        """Set the skip flag of the optimizer if the loss or the gradient norm of this step is not finite.
 
-        Where fp16 scales the loss, gradients that overflow are a matter of the scale, which is lowered until they fit.
+        With a loss scale (fp16) only the loss counts: `GradScaler` skips steps whose gradients overflow, and lowers the
+        scale until they do not.
+
+        Returns:
+            The loss, or 0 if the step is skipped.
         """
         finite = torch.isfinite(loss) if scales_loss else torch.isfinite(loss) & torch.isfinite(grad_norm)
         optimizer.skip = (~finite).float()
@@ -39,16 +43,16 @@ class NonFiniteGuard:
         return torch.where(finite, loss, 0.0)
 
     def check_at_once(self) -> None:
-        """`check`, on a device on which that waits for nothing.
+        """Call `check` if reading from the device does not synchronize.
 
         Raises:
-            NonFiniteError: as `check` does.
+            NonFiniteError: see `check`.
         """
         if not read_synchronizes(self._count.device):
             self.check()
 
     def check(self) -> None:
-        """Count the steps that were skipped since the last call.
+        """Read how many steps were skipped since the last call.
 
         Raises:
             NonFiniteError: they are more than the limit allows.
@@ -65,7 +69,7 @@ class NonFiniteGuard:
 
 
 class NonFiniteError(FtError):
-    """`step` (from 0) had a loss or gradient that is not finite, and no more steps may be skipped."""
+    """The loss or gradient of `step` (from 0) is not finite, and no more steps may be skipped."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -16,10 +16,10 @@ def learning_rate_at(
     warmup_steps: int = 0,
     schedule: Literal["linear", "cosine", "constant"] = "linear",
 ) -> float:
-    """The learning rate of optimiser step `step` (from 0): a rise over the warm-up, then the schedule.
+    """The learning rate of optimizer step `step` (from 0): a linear warm-up, then the schedule.
 
-    A pure function of the step, so that a resumed run needs no scheduler's state. The linear schedule ends at 0 one
-    step after the last: the last step still learns.
+    A pure function of the step, so a checkpoint needs no scheduler state. The linear schedule ends at 0 one
+    step after the last: the last step still updates the weights.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -32,19 +32,19 @@ def learning_rate_at(
 
 
 def steps_per_epoch(num_examples: int, config: Config) -> int:
-    """Optimiser steps in one pass over the data; the last window of batches may be a short one."""
+    """Optimizer steps in one pass over the data; the last one may have fewer batches."""
     return math.ceil(math.ceil(num_examples / config.rows_per_batch) / config.gradient_accumulation_steps)
 
 
 def total_steps(num_examples: int, config: Config) -> int:
-    """Optimiser steps in the whole run."""
+    """Optimizer steps of the run."""
     return config.max_steps or math.ceil(config.epochs * steps_per_epoch(num_examples, config))
 
 
 def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list[Sequence[int]]]:
-    """For each optimiser step from `first_step` on, the batches it accumulates, each as the examples' row numbers.
+    """For each optimizer step from `first_step` on, its batches, each as the row numbers of its examples.
 
-    With several processes these are the batches of all of them, which `Ranks.share` divides.
+    These are the batches of all ranks together; `Ranks.local_examples` selects those of one rank.
     """
     per_epoch, last_step = steps_per_epoch(num_examples, config), total_steps(num_examples, config)
     for epoch in range(first_step // per_epoch, math.ceil(last_step / per_epoch)):
@@ -59,16 +59,16 @@ def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list
 class SaveSchedule:
     """The steps after which a checkpoint is saved: every `save_steps`, or later while saves are deferred.
 
-    With `keep_best` that of the best evaluation is never deferred: no later checkpoint holds its weights.
+    With `keep_best` the checkpoint of the best evaluation is never deferred: no later one has its weights.
     """
 
     def __init__(self, config: Config, defers: Callable[[State], bool]) -> None:
-        """`defers` is called only after steps whose save may wait, on all ranks alike."""
+        """`defers` is called only for saves that may be deferred, on all ranks alike."""
         self._config, self._defers = config, defers
         self._is_waiting = False
 
     def are_due(self, state: State, *, must: bool) -> bool:
-        """Whether to save now; with `must` in any case, as after the last step."""
+        """Whether to save now. With `must`, as after the last step, the save is not deferred."""
         must = must or (self._config.keep_best and state.best_step == state.step)
         self._is_waiting = self._is_waiting or state.step % self._config.save_steps == 0
         is_due = must or (self._is_waiting and not self._defers(state))
@@ -77,5 +77,5 @@ class SaveSchedule:
 
 
 def rows_of_step(num_examples: int, config: Config, step: int) -> list[int]:
-    """The row numbers of the examples that optimiser step `step` (from 0) reads."""
+    """The row numbers of the examples that optimizer step `step` (from 0) reads."""
     return [row for rows in next(windows(num_examples, config, step)) for row in rows]

@@ -1,4 +1,4 @@
-"""Stopping in good order when the system or the person asks for it by a signal."""
+"""Stop and save on a signal from the user or the system."""
 
 import os
 import signal
@@ -10,23 +10,23 @@ from typing import Any, Self
 
 from ft.errors import Stopped
 
-# SIGTERM comes from `kill`, torchrun and job schedulers, SIGUSR1 from Slurm (--signal=USR1@60) before its time is up.
+# SIGTERM is sent by `kill`, torchrun and job schedulers, SIGUSR1 by Slurm (--signal=USR1@60) before the time limit.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextmanager
 def interrupts_on_signals() -> Iterator[None]:
-    """A context in which SIGTERM and SIGUSR1 do what Ctrl-C does, with the signal's number in the `KeyboardInterrupt`.
+    """A context in which SIGTERM and SIGUSR1 raise `KeyboardInterrupt` as Ctrl-C does, with the signal number in it.
 
-    They would end the process where it stands otherwise. So it is before the first step and after the last, where
-    there is nothing to be saved; in between a `StopRequest` takes over.
+    This holds before the first step and after the last, when there is nothing to save. During training a `StopRequest`
+    handles signals.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
 
     previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # Python lets no other thread ask for signals
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
         previous = {number: signal.signal(number, interrupt) for number in SIGNALS if number != signal.SIGINT}
     try:
         yield
@@ -36,23 +36,23 @@ def interrupts_on_signals() -> Iterator[None]:
 
 
 class StopRequest:
-    """Notes that one of `SIGNALS` has come, while used as a context manager; a second Ctrl-C ends the process at once.
+    """A context manager that records whether one of `SIGNALS` was received; a second Ctrl-C ends the process at once.
 
-    With several processes, `agree` makes the highest of their signal numbers known to all: each call is an exchange, to
-    which all must come, so that they stop at the same place.
+    Calling it returns whether to stop. In several processes `all_reduce_max` takes the maximum of their signal numbers,
+    so that all ranks stop after the same step: all ranks must call it.
 
-    Python runs the handler between two operations of the main thread, so that a matrix product is never cut short.
+    Python runs signal handlers between two bytecode instructions of the main thread, never inside an operator.
     """
 
-    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
-        self._agree = agree
-        self._number = 0  # of the signal that has come to this process
-        self._agreed = 0  # of one that all know of
+    def __init__(self, all_reduce_max: Callable[[int], int] = lambda number: number) -> None:
+        self._all_reduce_max = all_reduce_max
+        self._number = 0  # of the signal that this process received
+        self._agreed = 0  # of the signal that any rank received
         self._interrupted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread ask for signals
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -68,15 +68,15 @@ class StopRequest:
         self._number = number
         self._interrupted = self._interrupted or number == signal.SIGINT
         again = " (Ctrl-C again: leave at once)" if number == signal.SIGINT else ""
-        with suppress(OSError):  # whoever read the messages may be gone, killed by the same Ctrl-C
-            # Not by print(), which the handler may have interrupted.
+        with suppress(OSError):  # the reader of a pipe may have ended by the same Ctrl-C
+            # Not by print(): it is not reentrant, and the handler may have interrupted it.
             os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving{again}\n".encode())
 
     def __call__(self) -> bool:
         """Whether the run should stop."""
-        self._agreed = self._agree(self._number)
+        self._agreed = self._all_reduce_max(self._number)
         return self._agreed > 0
 
     def stopped(self, message: str) -> Stopped:
-        """The error that ends the run, with the exit status that shells give to a signal: 128 and its number."""
+        """The exception that ends the run, with the exit status that shells use for a signal: 128 plus its number."""
         return Stopped(message, status=128 + self._agreed)

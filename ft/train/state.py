@@ -1,4 +1,4 @@
-"""Where a run stands, in a few numbers; with the tensors of a checkpoint it is all that the run needs to go on."""
+"""The progress of a run: with the tensors of a checkpoint it is all that is needed to resume."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,11 +7,11 @@ from typing import Any, Self
 
 from ft.errors import FtError
 
-MOST_STEPS, MOST_BYTES, MOST_SECONDS = 2**53, 2**63, 1e10
-# What each value of a state may be, after its type was seen to: a test of the value, given the whole state, and the
-# test in words. The newest losses are those of an evaluation, which may have overflowed.
+MAX_STEPS, MAX_BYTES, MAX_SECONDS = 2**53, 2**63, 1e10
+# The limits of each field of a state: a test of the value, given the state, and the limit in words. The newest losses
+# may be NaN or inf, as evaluations can overflow.
 _LIMITS: dict[str, tuple[Callable[[Any, "State"], bool], str]] = {
-    "step": (lambda x, _: 0 <= x < MOST_STEPS, f"from 0 to below {MOST_STEPS}"),
+    "step": (lambda x, _: 0 <= x < MAX_STEPS, f"from 0 to below {MAX_STEPS}"),
     **dict.fromkeys(
         ("loss_steps", "skipped_steps", "evaluations_since_best"),
         (lambda x, state: 0 <= x <= state.step + 1, "from 0 to the step"),  # one evaluation may be before all steps
@@ -23,29 +23,29 @@ _LIMITS: dict[str, tuple[Callable[[Any, "State"], bool], str]] = {
         ("last_loss", "general_loss_before", "general_loss"),
         (lambda x, _: type(x) is float or abs(x) < 1e300, "a float"),
     ),
-    "metrics_bytes": (lambda x, _: 0 <= x < MOST_BYTES, f"from 0 to below {MOST_BYTES}"),
-    "seconds": (lambda x, _: 0 <= x <= MOST_SECONDS, f"from 0 to {MOST_SECONDS:g}"),
+    "metrics_bytes": (lambda x, _: 0 <= x < MAX_BYTES, f"from 0 to below {MAX_BYTES}"),
+    "seconds": (lambda x, _: 0 <= x <= MAX_SECONDS, f"from 0 to {MAX_SECONDS:g}"),
 }
 
 
 @dataclass
 class State:
-    """Where a run stands besides its tensors. The place in the data follows from `step` alone.
+    """The progress of a run besides its tensors. The position in the data follows from `step`.
 
     Attributes:
-        step: optimiser steps done.
-        loss_sum: sum of the training losses since the last logged line.
-        loss_steps: how many losses that sum holds.
-        train_loss_sum: sum of the training losses of all steps up to the last logged line.
-        skipped_steps: steps without an update, because loss or gradient was not finite.
-        evaluation_due: the run was stopped before or in the evaluation that belongs to this step.
+        step: optimizer steps done.
+        loss_sum: sum of the training losses since they were last logged.
+        loss_steps: number of losses in that sum.
+        train_loss_sum: sum of the training losses of all steps that were logged.
+        skipped_steps: steps whose update was skipped, because the loss or gradient was not finite.
+        evaluation_due: the run was stopped before or during the evaluation of this step.
         best_step, best_accuracy, best_loss: the best evaluation so far, by accuracy, then loss.
         last_accuracy, last_loss: those of the newest evaluation.
-        evaluations_since_best: how many evaluations in a row have not been better than the best.
+        evaluations_since_best: number of evaluations since the best one.
         general_loss_before, general_loss: the loss on general text before the first step, and the newest.
-        data: the SHA-256 of the examples that are trained on and judged by.
-        metrics_bytes: the length of metrics.jsonl at this point; what a broken run wrote after it is cut off.
-        seconds: time spent in the run, all its parts together.
+        data: the SHA-256 of the examples of all splits.
+        metrics_bytes: the size of metrics.jsonl at this step; on resume the file is truncated to it.
+        seconds: time spent in the run, including earlier processes.
     """
 
     step: int = 0
@@ -68,10 +68,10 @@ class State:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The state with these values; those that are absent, in a file from before they were noted, are the default.
+        """The state with these values; missing ones, as in files of earlier versions, have their defaults.
 
         Raises:
-            FtError: a value is unknown, of another type, or cannot be that of a run; names it, its value and the limit.
+            FtError: a field is unknown, of the wrong type, or outside its limits; names the field, value and limit.
         """
         known = {field.name: field for field in fields(cls)}
         if unknown := sorted(values.keys() - known.keys()) or sorted({"step"} - values.keys()):
@@ -93,15 +93,15 @@ class State:
         """The mean training loss of all steps that updated the weights."""
         return (self.train_loss_sum + self.loss_sum) / max(1, self.step - self.skipped_steps)
 
-    def note_losses(self, loss_sum: float) -> float:
-        """The steps since the last logged line had losses of this sum. Their mean; no number if all were skipped."""
+    def record_losses(self, loss_sum: float) -> float:
+        """Record the sum of losses since they were last logged. Returns their mean, NaN if all steps were skipped."""
         mean = loss_sum / self.loss_steps if self.loss_steps else math.nan
         self.train_loss_sum += loss_sum
         self.loss_steps = 0
         return mean
 
-    def note(self, loss: float, accuracy: float) -> None:
-        """The evaluation that was due had this result."""
+    def record_evaluation(self, loss: float, accuracy: float) -> None:
+        """Record the result of an evaluation."""
         self.evaluation_due, self.last_accuracy, self.last_loss = False, accuracy, loss
         better = self.best_loss is None or (accuracy, -loss) > (self.best_accuracy, -self.best_loss)
         if better and math.isfinite(loss):
@@ -111,5 +111,5 @@ class State:
             self.evaluations_since_best += 1
 
     def is_out_of_patience(self, patience: int | None) -> bool:
-        """Whether so many evaluations in a row have not been better than the best; without a patience never."""
+        """Whether the last `patience` evaluations were not better than the best one; never if it is None."""
         return patience is not None and self.evaluations_since_best >= patience

@@ -1,4 +1,4 @@
-"""The figures of metrics.jsonl once more, as event files that TensorBoard reads; only with --tensorboard."""
+"""The figures of metrics.jsonl as event files for TensorBoard, with --tensorboard."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -11,32 +11,32 @@ if TYPE_CHECKING:
 
 
 class EventFiles:
-    """A folder of event files. They are a copy: a disk that does not take them is no reason to end a run."""
+    """A directory of event files. They repeat metrics.jsonl, so a disk that is full does not end the run."""
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
-        """Start another file; TensorBoard forgets what earlier ones say of steps after `first_step`.
+    def __init__(self, directory: Path, *, first_step: int) -> None:
+        """Start a new file; TensorBoard drops the events of earlier files after `first_step`.
 
         Raises:
-            FtError: the package is not there, or `folder` is a link, behind which nothing is written.
+            FtError: the package is not installed, or `directory` is a symbolic link, which is not followed.
         """
-        if folder.is_symlink():
-            raise FtError(f"{folder} is a link, and event files are not written behind it: delete the link")
-        self._folder = folder
-        # Nothing is before the first event, which is of step 0 where general text is measured.
-        self._writer = summary_writer()(str(folder), purge_step=first_step + 1 if first_step else 0)
+        if directory.is_symlink():
+            raise FtError(f"{directory} is a symbolic link, which event files are not written to: delete the link")
+        self._directory = directory
+        # A new run purges nothing: its first event may be of step 0, which measures general text.
+        self._writer = summary_writer()(str(directory), purge_step=first_step + 1 if first_step else 0)
 
     def restore(self) -> None:
-        """Begin another file if the folder has been moved or deleted; what the file before it held is not repeated."""
-        if not self._folder.exists():
+        """Start a new file if the directory was moved or deleted; earlier events are not written again."""
+        if not self._directory.exists():
             with suppress(OSError):
                 self._writer.close()
-            self._writer = summary_writer()(str(self._folder))
+            self._writer = summary_writer()(str(self._directory))
 
     def write(self, step: int, figures: dict[str, Any], prefix: str = "") -> None:
-        """Add the figures of one event, those of a group as group/figure; a figure that is null is left out.
+        """Write the figures of one event, nested ones as group/figure; null is left out.
 
         Raises:
-            OSError: the disk is full, or refuses.
+            OSError: the disk is full, or writing fails.
         """
         for name, value in figures.items():
             if isinstance(value, dict):
@@ -54,12 +54,12 @@ def summary_writer() -> "type[SummaryWriter]":
     """PyTorch's writer of event files.
 
     Raises:
-        FtError: the package is not there.
+        FtError: the package is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise FtError(
-            f"--tensorboard needs a package that is not there ({error}): pip install -e '.[tensorboard]'"
+            f"--tensorboard needs a package that is not installed ({error}): pip install -e '.[tensorboard]'"
         ) from error
     return SummaryWriter

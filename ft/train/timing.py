@@ -1,8 +1,8 @@
-"""Where a run's time goes, observed from outside: the training loop has no timer in it.
+"""Where the time of a run goes, measured from outside: the training loop has no timer.
 
-Everything that tells the parts of a step apart is a hook of PyTorch's on the whole model or on its parameters, or a
-wrapper around the collate function. Each reads the clock once and adds one number, some 150 times a step for GPT-2.
-Compiled blocks stay as they are, since no hook is on them.
+PyTorch's hooks on the model and on its parameters, and a wrapper around the collate function, mark the parts of a step.
+Each reads the clock once and adds one number, some 150 times a step for GPT-2. No hook is on a block, so compiled
+blocks are not affected.
 """
 
 import time
@@ -15,9 +15,9 @@ from ft.data.examples import Example
 
 
 class StepTimes:
-    """Seconds by part since they were last taken. A mark names what has passed since the mark before it.
+    """Seconds by part since the last call of `take`. A mark names the part that has just ended.
 
-    Unless `observe` tells the parts of a step apart, all of it is `training`.
+    Without `observe` there is one part, `training`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StepTimes:
         self.mark(self._end_of_step)
 
     def take(self) -> dict[str, float]:
-        """Seconds by part, those with any, in the order of a step; counting begins anew."""
+        """Return the seconds of each part that is not 0, in the order of a step, and reset them."""
         taken = {part: round(seconds, 4) for part, seconds in self._seconds.items()}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return {part: seconds for part, seconds in taken.items() if seconds}
@@ -44,11 +44,11 @@ class StepTimes:
     def observe(
         self, model: nn.Module, collate: Callable[[Sequence[Example]], Batch]
     ) -> Callable[[Sequence[Example]], Batch]:
-        """Tell the parts of each step of `model` apart; returns the collate function to use from now on.
+        """Measure the parts of each step of `model`; returns the collate function to use from now on.
 
         They are `data` (collating, and moving to the device), `forward`, `backward` (with the loss; it ends with the
-        last gradient) and `update` (clipping, AdamW, freeing the gradients). For CPUs only: on a GPU these moments are
-        those at which work is queued, not those at which it is done.
+        last gradient) and `update` (clipping, AdamW, freeing the gradients). For CPUs only: on a GPU the hooks run when
+        kernels are queued, not when they have run.
         """
         self._seconds = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
         self._end_of_step = "update"
@@ -61,7 +61,7 @@ class StepTimes:
             if module.training:
                 self.mark("forward")
 
-        def gradient_is_there(_: Tensor) -> None:
+        def after_gradient(_: Tensor) -> None:
             self.mark("backward")
 
         def timed_collate(examples: Sequence[Example]) -> Batch:
@@ -74,5 +74,5 @@ class StepTimes:
         model.register_forward_hook(after_forward)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(gradient_is_there)
+                parameter.register_post_accumulate_grad_hook(after_gradient)
         return timed_collate

@@ -38,7 +38,7 @@ class Step:
         self.state = State(step=step)
 
 
-def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_next():
+def test_training_continues_during_a_write_and_waits_before_the_next():
     written, lines, may_end = [], [], threading.Event()
 
     def write(snapshot, do):
@@ -55,29 +55,29 @@ def test_the_training_goes_on_while_one_snapshot_is_written_and_waits_for_the_ne
     assert (written, lines, saver.failure) == ([1, 2], [], None)
 
 
-def test_a_save_is_put_off_while_one_is_being_written_and_said_once():
+def test_a_save_is_deferred_during_a_write_and_reported_once():
     lines, may_end = [], threading.Event()
     saver = Saver(lambda snapshot, do: may_end.wait(30), lines.append, blocking=False)
-    assert not saver.puts_off(90)
+    assert not saver.defers_save_after(90)
     saver.save(Step(100))
-    assert [saver.puts_off(step) for step in (200, 201, 202)] == [True] * 3
-    assert saver._hurry.is_set()
+    assert [saver.defers_save_after(step) for step in (200, 201, 202)] == [True] * 3
+    assert saver._urgent.is_set()
     may_end.set()
     while saver.is_writing:
         time.sleep(0.001)
-    assert not saver.puts_off(203)
+    assert not saver.defers_save_after(203)
     may_end.clear()
     saver.save(Step(203))
-    assert saver.puts_off(300)
+    assert saver.defers_save_after(300)
     may_end.set()
     saver.wait()
     assert lines == [
-        "step    200  its checkpoint is put off: that of step 100 is being written",
-        "step    300  its checkpoint is put off: that of step 203 is being written",
+        "step    200  its checkpoint is deferred: that of step 100 is being written",
+        "step    300  its checkpoint is deferred: that of step 203 is being written",
     ]
 
 
-def test_all_processes_put_a_save_off_alike():
+def test_all_ranks_defer_a_save_alike():
     """Rank 0 writes; the others do what it says."""
     agreed = []
 
@@ -85,7 +85,7 @@ def test_all_processes_put_a_save_off_alike():
         agreed.append(number)
         return 1
 
-    assert Saver(print, lambda line: None, blocking=False, agree=agree).puts_off(5)
+    assert Saver(print, lambda line: None, blocking=False, all_reduce_max=agree).defers_save_after(5)
     assert agreed == [0]
 
 
@@ -108,10 +108,10 @@ def as_on_a_gpu(monkeypatch):
             saver = next(thread for thread in threading.enumerate() if thread.name == "checkpoint")
             saver.join(30)
 
-    write, log = store.write_checkpoint, session.Report.training
+    write, log = store.write_checkpoint, session.Report.log_training
     monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
     monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
-    monkeypatch.setattr(session.Report, "training", training)
+    monkeypatch.setattr(session.Report, "log_training", training)
     return ends_at
 
 
@@ -125,14 +125,12 @@ def test_a_save_that_comes_due_while_one_is_written_is_made_later(inputs, tmp_pa
     assert main([*inputs, *EVERY_STEP, "--keep-checkpoints", "9", "--output-dir", str(run)]) == 0
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in (5, 12, 15, 20)]
     output = capsys.readouterr().out
-    assert output.count("put off") == 1
-    assert "step     10  its checkpoint is put off: that of step 5 is being written\n" in output
+    assert output.count("deferred") == 1
+    assert "step     10  its checkpoint is deferred: that of step 5 is being written\n" in output
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_run_goes_on_from_a_checkpoint_that_was_put_off_to_the_same_bit(
-    inputs, tmp_path, as_on_a_gpu, capsys, precision
-):
+def test_a_run_resumes_from_a_deferred_checkpoint_to_the_same_bits(inputs, tmp_path, as_on_a_gpu, capsys, precision):
     flags = [*inputs, *EVERY_STEP, "--keep-checkpoints", "9", "--precision", precision]
     baseline, run = tmp_path / "baseline", tmp_path / "run"
     assert main([*flags, "--save-blocking", "--output-dir", str(baseline)]) == 0
@@ -147,7 +145,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_was_put_off_to_the_same_bit(
     assert_same_metrics(run, baseline)
 
 
-def test_the_best_checkpoint_is_never_put_off(inputs, tmp_path, as_on_a_gpu, monkeypatch):
+def test_the_best_checkpoint_is_never_deferred(inputs, tmp_path, as_on_a_gpu, monkeypatch):
     """Its weights are those that were evaluated; the save of step 5, still being written, is waited for."""
     from ft import session
     from ft.evaluation.evaluate import Evaluation
@@ -180,7 +178,7 @@ def test_a_blocking_save_has_ended_when_it_returns():
     assert written
 
 
-def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
+def test_a_failed_write_is_reported_and_the_next_save_tries_again():
     errors, lines = [FULL, None], []
 
     def write(snapshot, do):
@@ -192,8 +190,8 @@ def test_what_the_disk_refuses_is_said_and_the_next_save_tries_again():
     saver.wait()
     assert saver.failure is FULL
     assert lines == [
-        "WARNING: checkpoint 1 could not be written: No space left on device. The run goes on and tries again at the "
-        "next one; those written before are untouched."
+        "WARNING: checkpoint 1 could not be written: No space left on device. The run continues and tries again at the "
+        "next one; earlier checkpoints are not affected."
     ]
     saver.save(Step(2))
     saver.wait()
@@ -234,7 +232,7 @@ def test_a_snapshot_does_not_follow_the_training(demo_inputs, tmp_path):
 
 
 @pytest.mark.parametrize("blocking", [[], ["--save-blocking"]])
-def test_a_save_that_fails_costs_no_step(inputs, tmp_path, monkeypatch, capsys, blocking):
+def test_a_failed_save_does_not_stop_training(inputs, tmp_path, monkeypatch, capsys, blocking):
     calm, run = tmp_path / "calm", tmp_path / "run"
     assert main([*inputs, *SETTINGS, "--output-dir", str(calm)]) == 0
     seen = []
@@ -277,7 +275,7 @@ def test_a_last_save_that_fails_is_a_failure_and_the_one_before_stays(inputs, tm
     assert all(verify_checkpoint(path) is None for path in checkpoints(tmp_path / "run"))
 
 
-def test_a_folder_that_vanishes_costs_no_step(inputs, tmp_path, monkeypatch, capsys):
+def test_a_deleted_directory_does_not_stop_training(inputs, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
 
     def vanish(*arguments, **keywords):
@@ -304,7 +302,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_a_limit_on_the_size_of_files_is_told_and_does_not_end_the_run(inputs, tmp_path):
+def test_a_file_size_limit_is_reported_and_does_not_end_the_run(inputs, tmp_path):
     run = tmp_path / "run"
     weights = (Path(inputs[1]) / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", LIMITED, str(weights + 5000), *inputs, *SETTINGS, "--output-dir", str(run)]
@@ -318,7 +316,7 @@ def test_a_limit_on_the_size_of_files_is_told_and_does_not_end_the_run(inputs, t
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, tmp_path, monkeypatch, capsys):
+def test_disk_space_is_reported_and_a_disk_without_it_is_an_error(inputs, tmp_path, monkeypatch, capsys):
     from ft.checkpoint import run_dir
 
     arguments = [*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]
@@ -336,7 +334,7 @@ def test_the_room_that_is_needed_is_told_and_a_disk_without_it_refused(inputs, t
     monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "has 0.0 MB free, a checkpoint and the finished model need" in error
+    assert "has 0.0 MB free, a checkpoint and the final model need" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -396,7 +394,7 @@ def test_a_blocking_save_and_one_without_patience_left_do_not_wait_for_idle_proc
     from ft.checkpoint import async_writer as module
 
     for blocking, patience in ((True, 60.0), (False, 0.0)):
-        monkeypatch.setattr(module, "PATIENCE", patience)
+        monkeypatch.setattr(module, "IDLE_SECONDS", patience)
         pieces = Pieces(2)
         pieces.may_go_on.set()
         saver = Saver(pieces, print, blocking=blocking)
@@ -501,7 +499,7 @@ def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_pat
     assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(inputs, tmp_path, monkeypatch, capsys):
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(inputs, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
 
     def rename(self, target):

@@ -168,7 +168,7 @@ def test_a_larger_snapshot_gets_a_larger_buffer(streams):
     assert streams.pinned == [100, 200]
 
 
-def test_where_no_memory_can_be_locked_ordinary_memory_does(streams, tmp_path):
+def test_pageable_memory_is_used_if_pinning_fails(streams, tmp_path):
     streams.locks_memory = False
     check_two_snapshots("cpu", tmp_path)
     assert streams.pinned == []

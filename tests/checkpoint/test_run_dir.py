@@ -11,9 +11,10 @@ import pytest
 from ft import session
 from ft.checkpoint.resume import check_data_unchanged
 from ft.checkpoint.store import checkpoints
+from ft.checks import field_types, flag
 from ft.cli.main import main
-from ft.config import NO_FLAGS, flag
-from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME, field_types
+from ft.config import NO_FLAGS, Config
+from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
 from ft.train.metrics import Report
 from ft.train.state import State
 from tests.test_config import FIELDS, other_value
@@ -45,8 +46,8 @@ def interrupt(monkeypatch, at):
         if self.steps == at:
             raise KeyboardInterrupt
 
-    count = Report.step
-    monkeypatch.setattr(Report, "step", step)
+    count = Report.count_step
+    monkeypatch.setattr(Report, "count_step", step)
 
 
 def test_a_longer_run_that_is_broken_off_at_its_end_is_not_finished(inputs, run, monkeypatch, capsys):
@@ -68,7 +69,7 @@ def test_a_longer_run_that_is_broken_off_at_its_end_is_not_finished(inputs, run,
     assert "This run is finished" in capsys.readouterr().out
 
 
-def test_after_going_back_the_later_checkpoints_count_no_more(inputs, run, monkeypatch, capsys):
+def test_resuming_from_an_older_checkpoint_supersedes_later_ones(inputs, run, monkeypatch, capsys):
     longer = [*inputs, *SETTINGS, "--epochs", "2"]
     with monkeypatch.context() as patch:
         interrupt(patch, at=2)
@@ -82,13 +83,13 @@ def test_after_going_back_the_later_checkpoints_count_no_more(inputs, run, monke
     assert not list(run.glob(".superseded-*"))
 
 
-def test_a_run_is_continued_in_its_own_folder_only(inputs, run, tmp_path, capsys):
+def test_a_run_is_resumed_in_its_own_directory_only(inputs, run, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     before = sorted(other.rglob("*"))
     for source in (run, run / "checkpoint-5"):
         assert main([*inputs, *SETTINGS, "--resume", str(source), "--output-dir", str(other)]) == 2
-        assert "a run is continued in its own folder, leave --output-dir out" in capsys.readouterr().err
+        assert "a run is resumed in its own directory, omit --output-dir" in capsys.readouterr().err
     assert sorted(other.rglob("*")) == before
 
 
@@ -123,12 +124,12 @@ def test_a_resume_on_other_rows_under_the_same_name_is_refused(inputs, tmp_path,
     pq.write_table(rows.take([*range(1, len(rows)), 0]), data / "train.parquet")
     capsys.readouterr()
     assert main(["--resume", str(run)]) == 1
-    assert re.search("error: the data are not those of .*checkpoint-5, though the flags are", capsys.readouterr().err)
+    assert re.search("error: the data are not those of .*checkpoint-5, although the flags are", capsys.readouterr().err)
     pq.write_table(rows, data / "train.parquet")
     assert main(["--resume", str(run)]) == 0
 
 
-def test_a_checkpoint_that_notes_no_data_is_continued():
+def test_a_checkpoint_without_a_digest_of_the_data_is_resumed():
     check_data_unchanged(Path("checkpoint-1"), State(), "0" * 64)
 
 
@@ -140,7 +141,6 @@ def test_the_demo_does_not_replace_a_real_run(run, capsys):
 
 
 def test_a_configuration_is_old_or_new_and_never_half(run, monkeypatch):
-    from ft.config import Config
 
     before = (run / "config.json").read_bytes()
 
@@ -154,7 +154,7 @@ def test_a_configuration_is_old_or_new_and_never_half(run, monkeypatch):
     assert (run / "config.json").read_bytes() == before
 
 
-def test_two_runs_in_one_folder_are_one_too_many(inputs, run, capsys):
+def test_a_second_run_in_a_directory_is_refused(inputs, run, capsys):
     from ft.io.lock import locked
 
     with locked(run):
@@ -167,21 +167,21 @@ def test_fp16_without_clipping(inputs, tmp_path):
     assert main([*inputs, *flags]) == 0
 
 
-def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run, capsys, monkeypatch):
+def test_every_flag_that_changes_the_weights_is_refused_on_resume(inputs, run, capsys, monkeypatch):
     monkeypatch.setattr("ft.setup.require_cuda", lambda device: None)  # which refuses --cuda-graphs before
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     recorded = json.loads((run / "config.json").read_text())
     # Every setting but those that are free; the demo brings a model and data of its own along.
     names = [name for name in FIELDS if name not in (*FREE_ON_RESUME, *LONGER_ON_RESUME, *NO_FLAGS, "demo")]
     for name in names:
-        value = next((choice for choice in field_types()[name][1] if choice != recorded[name]), other_value(name))
+        value = next((choice for choice in field_types(Config)[name][1] if choice != recorded[name]), other_value(name))
         words = {bool: [], tuple: list(value) if isinstance(value, tuple) else []}.get(type(value), [str(value)])
         capsys.readouterr()
         assert main(["--resume", str(run), flag(name), *words]) == 2, name
         error = capsys.readouterr().err
         assert error.startswith(f"error: {flag(name)} was "), error
         assert f" and would be {value!r}" in error
-        assert "--resume continues the same run: leave these flags out, or start another run" in error
+        assert "--resume continues the same run: omit these flags, or start another run" in error
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.checkpoint.snapshot import gather_weights, load_training_state, take_snapshot
 from ft.checkpoint.store import checkpoints, step_of, verify_checkpoint, write_checkpoint
 from ft.checkpoint.store import save_model as write_model
@@ -42,7 +42,7 @@ def model(source):
 
 @pytest.fixture
 def trained(model):
-    """A model that has made one optimiser step, with its optimiser and scaler."""
+    """A model that has made one optimizer step, with its optimizer and scaler."""
     optimizer = build_optimizer(model, 1e-3, 0.0)
     model(torch.tensor([1, 2, 3]), Packing.of([3])).square().mean().backward()
     optimizer.step()
@@ -137,7 +137,7 @@ def test_everything_comes_back(trained, source, tmp_path):
             assert torch.equal(fresh.state[ours][key], value), key
 
 
-def test_a_checkpoint_can_be_deleted_while_the_run_goes_on(trained, source, tmp_path):
+def test_a_checkpoint_can_be_deleted_during_the_run(trained, source, tmp_path):
     """What was read from it is memory of its own, not pages of the file."""
     model, optimizer, scaler = trained
     save_checkpoint(tmp_path, model, source, optimizer, scaler, State(step=1), keep=1)
@@ -202,7 +202,7 @@ def test_whatever_operation_of_a_save_fails_the_newest_good_checkpoint_loads(
     record_property("file operations made to fail", fails_at - 1)
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path):
+def test_a_directory_is_replaced_atomically(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "old").touch()
     with atomic_directory(tmp_path / "final") as folder:
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": 2}, "is of step 2, which is not that of its folder"),
+        ({"step": 2}, "is of step 2, which is not that of its directory"),
         ({"step": True}, "step is 'True', it must be of type int"),
         ({"step": 1.0}, "step is '1.0', it must be of type int"),
         ({"seconds": float("nan")}, "seconds is nan, it must be from 0 to 1e"),
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_named(trained, source, tmp_path, change, messag
         ({"data": None}, "data is 'None', it must be of type str"),
     ],
 )
-def test_a_state_that_no_run_can_have_is_damage(trained, source, tmp_path, changes, message):
+def test_an_impossible_state_is_damage(trained, source, tmp_path, changes, message):
     """With a manifest to match: it may have been written so."""
     model, optimizer, scaler = trained
     with pytest.MonkeyPatch.context() as patch:
@@ -317,7 +317,7 @@ SCALE = st.fixed_dictionaries({}, optional=dict.fromkeys(SCALER, VALUES))
 @settings(
     derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_no_state_makes_a_traceback(trained, source, tmp_path, changes, scale):
+def test_no_state_leads_to_a_traceback(trained, source, tmp_path, changes, scale):
     """It is understood, or refused by name; what is understood can be gone on with."""
     model, optimizer, _ = trained
     scaler = torch.amp.GradScaler("cpu", enabled=True)
@@ -331,7 +331,7 @@ def test_no_state_makes_a_traceback(trained, source, tmp_path, changes, scale):
         state = restore(folder, model, optimizer, scaler)
         scaler.scale(torch.ones(()))
         scaler.state_dict()
-        state.note(0.5, 0.5)
+        state.record_evaluation(0.5, 0.5)
     except FtError as error:
         assert "state.json" in str(error)  # noqa: PT017
     (folder / "state.json").write_text(json.dumps(good))

@@ -13,7 +13,7 @@ from tokenizers.normalizers import NFKC, Lowercase
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.checkpoint.store import save_model
 from ft.cli.main import main
 from ft.errors import FtError
@@ -147,7 +147,7 @@ def ids(tokenizer, text):
 
 
 @pytest.mark.parametrize(("write", "change", "options"), PUBLISHED.values(), ids=PUBLISHED)
-def test_tokens_are_the_same_before_here_and_afterwards(inputs, folder, tmp_path, write, change, options):
+def test_tokens_are_the_same_in_source_run_and_saved_model(inputs, folder, tmp_path, write, change, options):
     write(inputs, folder, change, **options)
     description = saved(folder, tmp_path / "saved")
     before, after = (AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "saved"))
@@ -177,12 +177,12 @@ def test_without_a_config_the_saved_one_follows_tokenizer_json(inputs, folder, t
     assert after.eos_token == END
 
 
-def test_where_a_class_contradicts_tokenizer_json_the_latter_decides_with_a_note(inputs, folder, tmp_path):
+def test_tokenizer_json_takes_precedence_over_its_class_with_a_note(inputs, folder, tmp_path):
     alone(inputs, folder, lambda tokenizer: setattr(tokenizer, "normalizer", Lowercase()))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "pad_token": END}))
     description = saved(folder, tmp_path / "saved")
     (note,) = description.tokenizer.notes
-    assert "names GPT2Tokenizer, which does not make what tokenizer.json describes" in note
+    assert "names GPT2Tokenizer, which does not give the pipeline of tokenizer.json" in note
     after = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert ids(after, "The PLOT") == ids(after, "the plot") == description.tokenizer.tokenizer.encode("The Plot").ids
     assert (after.pad_token, after.eos_token) == (END, END)
@@ -197,7 +197,7 @@ def test_the_prefix_of_a_config_decides(inputs, folder, tmp_path):
         assert ours.encode(text).ids == ids(before, text) == ids(after, text)
 
 
-def test_code_to_run_and_foreign_paths_are_not_carried_over(inputs, folder, tmp_path):
+def test_remote_code_and_local_paths_are_not_copied(inputs, folder, tmp_path):
     alone(inputs, folder, nothing)
     config = {"auto_map": {"AutoTokenizer": ["evil.py", None]}, "tokenizer_class": "Evil", "name_or_path": "/home/me/x"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -240,7 +240,7 @@ def test_checkpoints_and_resumed_runs_carry_them_too(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"added_tokens": {"[PAD]": 700}}, r"'\[PAD\]' has the id 700 .* would have \d+: save the tokenizer anew"),
+        ({"added_tokens": {"[PAD]": 700}}, r"'\[PAD\]' has the id 700 .* would have \d+: save the tokenizer again"),
         ({"added_tokens": {"[PAD]": "x"}}, "added_tokens.json"),
         ({"special_tokens_map": {"pad_token": 3}}, "3 is not an added token"),
         ({"special_tokens_map": {"pad_token": {"x": 1}}}, "is not an added token"),
@@ -265,7 +265,7 @@ OBJECTS = st.dictionaries(st.sampled_from(KEYS), SCALARS | st.dictionaries(st.sa
 
 @given(OBJECTS, OBJECTS, OBJECTS, st.booleans())
 @settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_nothing_that_is_said_of_a_tokenizer_makes_a_traceback(inputs, folder, config, special, added, in_one):
+def test_no_tokenizer_config_leads_to_a_traceback(inputs, folder, config, special, added, in_one):
     (alone if in_one else in_parts)(inputs, folder, *[nothing] * in_one)
     for name, content in (("tokenizer_config", config), ("special_tokens_map", special), ("added_tokens", added)):
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -299,7 +299,7 @@ def test_the_highest_id_counts_and_not_how_many_there_are(inputs, folder, capsys
         assert "they do not belong together" in capsys.readouterr().err
 
 
-def test_a_model_of_bpe_without_merges_is_no_gpt2_pipeline(inputs, folder, tmp_path):
+def test_bpe_without_merges_is_not_a_gpt2_pipeline(inputs, folder, tmp_path):
     """`GPT2Tokenizer` makes merges up where there are none; the saved model must not."""
     vocabulary = {**{letter: i for i, letter in enumerate("abcdehlopstu")}, "Ġ": 12, "the": 13, END: 14}
     tokenizer = Tokenizer(BPE(vocabulary, []))

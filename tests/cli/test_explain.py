@@ -64,8 +64,8 @@ def test_figures_are_those_of_transformers_and_torch(said, inputs, batch_size, a
         return torch.cat([model(torch.tensor([each[-(max_length - 1) :]])).logits[:, -1] for each in ids])
 
     optimizer = torch.optim.AdamW(
-        [{"params": [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n], "weight_decay": 0.1},
-         {"params": [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)], "weight_decay": 0.0}],
+        [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}],
         lr=1e-3 * (1 - step / -(-77 // size)),
     )  # fmt: skip
     before = logits()

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ft.finetune
+from ft.checks import field_types, flag
 from ft.cli.arguments import COMMANDS, read_arguments
 from ft.cli.main import main
-from ft.config import NEWEST, NO_FLAGS, Config, flag
+from ft.config import NEWEST, NO_FLAGS, Config
 from ft.data.demo import SETTINGS
 from ft.errors import FtError, UsageError
-from ft.settings import NOT_OF_THE_RUN, field_groups, field_help, field_types
+from ft.settings import NOT_RECORDED, field_groups, field_help
 from tests.test_config import EVERY_FIELD, FIELDS, other_value
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +54,9 @@ def test_without_flags_every_setting_has_its_default():
 @pytest.mark.parametrize("form", ["two words", "one word"])
 def test_every_field_has_a_flag(name, form):
     value = other_value(name)
-    if field_types()[name][0] is bool:
+    if field_types(Config)[name][0] is bool:
         arguments = [flag(name)]
-    elif field_types()[name][0] is tuple:
+    elif field_types(Config)[name][0] is tuple:
         value = value if form == "two words" else value[:1]
         arguments = [flag(name), *value] if form == "two words" else [f"{flag(name)}={value[0]}"]
     else:
@@ -99,7 +100,7 @@ def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
         if name in NO_FLAGS:
             assert f" {flag(name)} " not in help_text
             continue
-        kind, choices = field_types()[name]
+        kind, choices = field_types(Config)[name]
         value = " " + ("|".join(choices) or {int: "N", float: "X", str: "TEXT", tuple: "PATTERN ..."}.get(kind, ""))
         value = {"resume": " [TEXT]"}.get(name, "" if kind is bool else value)
         default = "" if kind is bool or field.default in (None, ()) else f" (default {field.default})"
@@ -140,7 +141,7 @@ def test_the_help_shows_flags_that_exist(help_text):
 
 def test_a_saved_configuration_comes_back_through_its_file():
     # These exclude --label-names or --compile.
-    left_out = (*NOT_OF_THE_RUN, "completion_column", "shard", "cuda_graphs")
+    left_out = (*NOT_RECORDED, "completion_column", "shard", "cuda_graphs")
     saved = Config(**{name: other_value(name) for name in FIELDS if name not in left_out})
     saved.save(Path("saved.json"))
     assert read_arguments(["--config", "saved.json"]) == saved
@@ -150,7 +151,7 @@ def test_a_saved_configuration_comes_back_through_its_file():
 def test_each_setting_comes_back_through_its_file(name):
     saved = Config(**{name: other_value(name)})
     saved.save(Path("saved.json"))
-    assert read_arguments(["--config", "saved.json"]) == (Config() if name in NOT_OF_THE_RUN else saved)
+    assert read_arguments(["--config", "saved.json"]) == (Config() if name in NOT_RECORDED else saved)
 
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default():
@@ -300,8 +301,8 @@ def test_a_wrong_command_line_is_refused_with_everything_that_is_wrong(command_l
         ('{"epochs": NaN}', "--epochs is nan, it must be finite"),
         ('{"epochs": ' + "9" * 400 + "}", f"--epochs is {'9' * 18}...{'9' * 19}, it must be finite"),
         ('{"max_steps": ' + "9" * 400 + "}", f"--max-steps is {'9' * 18}...{'9' * 19}, it must be below 2**63"),
-        ('{"output_dir": 3}', "--output-dir is 3, it must be a text"),
-        ('{"output_dir": null}', "--output-dir is None, it must be a text"),
+        ('{"output_dir": 3}', "--output-dir is 3, it must be a string"),
+        ('{"output_dir": null}', "--output-dir is None, it must be a string"),
         ('{"output_dir": "a\\u0000b"}', "--output-dir is 'a\\x00b', it must not hold a NUL character"),
         ('{"demo": "yes"}', "--demo is 'yes', it must be true or false"),
     ],
@@ -317,10 +318,10 @@ def test_a_wrong_configuration_file_is_refused_like_a_wrong_flag(content, proble
         assert problems_of("--resume", ".") == [problem.replace("mine", "config")]
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_OF_THE_RUN])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NOT_RECORDED])
 def test_every_setting_of_a_file_is_checked_for_its_type(name):
-    kind, _ = field_types()[name]
-    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a text"}[kind]
+    kind, _ = field_types(Config)[name]
+    wanted = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a string"}[kind]
     write_json("mine.json", **{name: [1]})
     value = 1 if kind is tuple else [1]  # of several texts, the one that is none
     assert problems_of("--config", "mine.json") == [f"{flag(name)} is {value}, it must be {wanted}"]

@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ft
+from ft.checks import flag
 from ft.cli.arguments import read_arguments
 from ft.cli.main import main
 from ft.cli.parsers import DESTRUCTIVE, HABITS, unknown_flag
-from ft.config import NO_FLAGS, Config, flag
+from ft.config import NO_FLAGS, Config
 from ft.errors import UsageError
 from ft.io.paths import SETTINGS
-from ft.settings import NOT_OF_THE_RUN
+from ft.settings import NOT_RECORDED
 from tests.test_config import FIELDS
 
 FLAGS = ["--config", *(flag(name) for name in FIELDS if name not in NO_FLAGS)]
@@ -96,7 +97,7 @@ def test_the_home_directory_is_expanded_in_every_setting_that_is_a_path(name, ho
     assert getattr(Config(**{name: "~/x"}), name) == expected
     (tmp_path / "mine.json").write_text(json.dumps({name: "~/x"}))
     (home / "there.json").write_text(json.dumps({name: "~/x"}))
-    if name not in NOT_OF_THE_RUN:  # which a file does not set
+    if name not in NOT_RECORDED:  # which a file does not set
         assert getattr(read_arguments(["--config", "mine.json"]), name) == expected
         assert getattr(read_arguments(["--config=~/there.json"]), name) == expected
     assert getattr(read_arguments([f"{flag(name)}=~/x"]), name) == expected

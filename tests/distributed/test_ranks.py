@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ft.checkpoint.resume import shared_by
+from ft.checkpoint.resume import divide_batch_over_ranks
 from ft.checkpoint.snapshot import gather_weights
 from ft.checkpoint.store import checkpoints, verify_checkpoint
 from ft.config import Config
 from ft.data.batches import IGNORED
 from ft.data.examples import Example
 from ft.device import choose_device
-from ft.distributed.ranks import ALONE, Ranks
-from ft.distributed.sharding import full_tensor, local_shard, rows_here
+from ft.distributed.ranks import SINGLE_PROCESS, Ranks
+from ft.distributed.sharding import full_tensor, local_shard, shard_of
 from ft.errors import UsageError
 from ft.train.schedule import windows
 from tests.hub_server import HubServer, Repository
@@ -193,7 +193,7 @@ def wait_until(happened, seconds=120):
         time.sleep(0.002)
 
 
-def test_a_run_of_two_processes_goes_on_in_one_or_four(several, command, tmp_path):
+def test_a_run_of_two_processes_resumes_in_one_or_four(several, command, tmp_path):
     flags = ["--dropout", "0", "--learning-rate", "1e-5", "--epochs", "8"]
     several.run(1, command("one", 8, *flags))
     for size in (1, 4):
@@ -222,11 +222,11 @@ def test_the_reviews_of_a_batch_must_be_shared_equally(several, command, tmp_pat
     several.run(2, command("run", 4, "--max-steps", "4"))
     several.start([["--output-dir", str(tmp_path / "run"), "--resume", "--max-steps", "8"]] * 3)
     assert several.statuses() == [2, 2, 2]
-    assert "batches of 8 reviews, which 3 processes cannot share equally" in several.said()
-    assert "continue it with 1, 2, 4, 8" in several.said()
+    assert "batches of 8 examples, which 3 processes cannot share equally" in several.said()
+    assert "resume it with 1, 2, 4, 8" in several.said()
 
 
-def test_a_resumed_run_takes_no_other_batch(several, command, tmp_path):
+def test_a_resumed_run_keeps_its_global_batch_size(several, command, tmp_path):
     several.run(2, command("run", 4, "--max-steps", "4"))
     several.start([["--output-dir", str(tmp_path / "run"), "--resume", "--batch-size", "5"]] * 2)
     assert 2 in several.statuses()
@@ -261,7 +261,7 @@ def test_what_fails_in_the_first_process_ends_the_others(several, command, tmp_p
     several.run(2, command("run", 4, "--max-steps", "4"))
     several.start([command("run", 4)] * 2)  # into a folder that holds files
     assert several.statuses() == [2, 1]
-    assert "holds files already" in several.said(0)
+    assert "which is not empty" in several.said(0)
     assert "another process of this run has failed" in several.said(1)
 
 
@@ -321,13 +321,13 @@ def is_worker(environ, rank, output):
 
 
 def test_torchrun_does_not_go_on_with_a_run_that_it_did_not_begin(several, command, tmp_path):
-    """A folder that holds files is refused, and being started anew for that is no wish to continue what lies there."""
+    """A directory with files is refused, also after a restart by torchrun: this does not mean --resume."""
     several.run(2, command("run", 4, "--max-steps", "4"))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     elastic = torchrun(command("run", 4, "--max-steps", "8"), "--max-restarts", "1")
     output, _ = elastic.communicate(timeout=200)
     assert elastic.returncode != 0
-    assert output.count("holds files already") == 2
+    assert output.count("which is not empty") == 2
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -370,11 +370,11 @@ def test_a_process_that_is_not_the_first_keeps_nothing_of_what_it_helps_to_put_t
 @given(st.integers(1, 9), st.integers(1, 40))
 def test_shares_are_a_partition_of_a_batch_and_differ_by_one_at_most(size, count):
     batch = [Example([number], [number]) for number in range(count)]
-    shares = [Ranks(rank, size).share(batch) for rank in range(size)]
+    shares = [Ranks(rank, size).local_examples(batch) for rank in range(size)]
     real = [[example for example in share if example.target_ids != [IGNORED]] for share in shares]
     assert sorted(example for share in real for example in share) == batch
     assert max(map(len, real)) - min(map(len, real)) <= 1
-    assert all(shares)  # nobody is left without a forward pass, in which the others would wait for him
+    assert all(shares)  # every rank has a forward pass: the others would wait for it
 
 
 def test_several_processes_read_in_the_order_of_one():
@@ -385,10 +385,10 @@ def test_several_processes_read_in_the_order_of_one():
 
 def test_one_process_exchanges_nothing():
     tensor, model = torch.ones(3), torch.nn.Linear(2, 2)
-    assert ALONE.mean(tensor) is ALONE.sum(tensor) is tensor
-    assert ALONE.parallel(model, torch.device("cpu"), shard=True, bf16_gradients=True) is model
-    assert local_shard(tensor) is full_tensor(tensor) is rows_here(tensor, tensor, ALONE) is tensor
-    assert shared_by(Config(), 1) == Config()
+    assert SINGLE_PROCESS.sum(tensor) is tensor
+    assert SINGLE_PROCESS.parallelize(model, torch.device("cpu"), shard=True, bf16_gradients=True) is model
+    assert local_shard(tensor) is full_tensor(tensor) is shard_of(tensor, tensor, SINGLE_PROCESS) is tensor
+    assert divide_batch_over_ranks(Config(), 1) == Config()
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "mps"])
@@ -407,17 +407,17 @@ def test_more_processes_than_gpus(monkeypatch, present, local_rank):
 
 
 @pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "-1"), ("RANK", "x")])
-def test_a_place_that_is_no_number(monkeypatch, capsys, command, name, value):
+def test_a_rank_that_is_not_a_number(monkeypatch, capsys, command, name, value):
     from ft.cli.main import main
 
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     for key, text in {**places, name: value}.items():
         monkeypatch.setenv(key, text)
     assert main(command("run", 4)) == 2
-    assert f"the environment says {name}={value!r}, it must be a number" in capsys.readouterr().err
+    assert f"the environment variable {name} is {value!r}, it must be a number" in capsys.readouterr().err
 
 
-def test_a_place_among_others_that_nobody_told(monkeypatch, capsys, command):
+def test_missing_variables_of_torchrun(monkeypatch, capsys, command):
     from ft.cli.main import main
 
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -291,7 +291,7 @@ def test_a_bad_file_is_told_in_one_line(spoilt, spoil, message, capfd):
         (["--device", "cuda:99"], 2, "--device is 'cuda:99'"),
         (["--label-names", ","], 1, "the name of label 0 is empty"),
         (["--label-names", "neg"], 1, "at least two labels"),
-        (["--resume", "nowhere"], 2, "--resume is 'nowhere', there is no such folder"),
+        (["--resume", "nowhere"], 2, "--resume is 'nowhere', there is no such directory"),
         (["--config", "/dev/null"], 2, "the configuration /dev/null is not JSON"),
         (["--output-dir", "/dev/null/run"], 1, "/dev/null"),
     ],
@@ -330,7 +330,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(spoilt, s
     assert message in error
     assert spoilt.main("--resume") == 0
     out = capfd.readouterr().out
-    assert f"WARNING: {spoilt.run / 'checkpoint-2'} is damaged and left out: " in out
+    assert f"WARNING: {spoilt.run / 'checkpoint-2'} is damaged and ignored: " in out
     assert "Continuing after step 1" in out
     assert (spoilt.run / "final" / "model.safetensors").read_bytes() == expected
     for folder in checkpoints(spoilt.run):
@@ -372,8 +372,8 @@ def test_a_state_that_says_nonsense_is_refused(spoilt, changes, capfd):
     capfd.readouterr()
     assert spoilt.main("--max-steps", "1", "--resume") == 1
     out, err = capfd.readouterr()
-    assert re.search(r"checkpoint-1 is damaged and left out: .*state\.json", out)
-    assert "is whole, so that nothing can be continued" in err
+    assert re.search(r"checkpoint-1 is damaged and ignored: .*state\.json", out)
+    assert "are damaged, so the run cannot be resumed" in err
 
 
 HARMLESS = [

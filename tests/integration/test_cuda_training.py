@@ -196,7 +196,7 @@ def test_the_first_step_after_a_resume_is_the_same_to_the_last_bit(train, device
 
 
 def test_saves_beside_the_training_are_whole_and_the_last_one_is_the_finished_model(train, device, monkeypatch):
-    """A save after every step: on a GPU most of them are put off."""
+    """A save after every step: on a GPU most of them are deferred."""
     monkeypatch.setattr(session, "read_synchronizes", lambda _: True)
     folder = train(device, *STEPS, "--save-steps", "1", "--keep-checkpoints", "30")
     found = checkpoints(folder)
@@ -259,7 +259,9 @@ def test_an_overflow_in_fp16_skips_the_update_to_the_last_bit(device):
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("inf"))
-    clip_in_optimizer(optimizer, 1.0, scaler.scale(torch.ones((), device=device)))
+    scaler.scale(torch.ones((), device=device))  # creates the scaler's tensors
+    scaler.unscale_(optimizer)
+    clip_in_optimizer(optimizer, 1.0)
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 512.0

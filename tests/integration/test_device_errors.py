@@ -111,7 +111,7 @@ def test_a_group_that_comes_together_by_half_is_torn_down(group, monkeypatch):
         raise RuntimeError("timed out")
 
     monkeypatch.setattr(dist, "new_group", fail)
-    with pytest.raises(FtError, match="found not all others"), process_group(torch.device("cpu"), 5.0):
+    with pytest.raises(FtError, match="did not find all others"), process_group(torch.device("cpu"), 5.0):
         pass
     assert group == ["gloo", "aborted"]
 

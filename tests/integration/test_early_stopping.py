@@ -17,7 +17,7 @@ def stops_at(accuracies, patience):
     """The number of the evaluation after which we stop; None if never."""
     state = State()
     for number, accuracy in enumerate(accuracies):
-        state.note(loss=0.5, accuracy=accuracy)
+        state.record_evaluation(loss=0.5, accuracy=accuracy)
         if state.is_out_of_patience(patience):
             return number
     return None
@@ -54,7 +54,7 @@ def test_it_stops_where_the_trainer_stops(tmp_path):
 def test_at_equal_accuracy_a_lower_loss_is_better_and_what_is_no_number_never_is():
     state = State()
     for loss, since_best in ((0.5, 0), (0.6, 1), (0.5, 2), (0.4, 0), (float("nan"), 1), (float("inf"), 2), (0.3, 0)):
-        state.note(loss, accuracy=0.75)
+        state.record_evaluation(loss, accuracy=0.75)
         assert state.evaluations_since_best == since_best
         assert not state.is_out_of_patience(None)
 

@@ -29,14 +29,14 @@ pytestmark = pytest.mark.emulated_cuda
 def steps(gpu, monkeypatch):
     """For each training step since the last one, the notes of the device."""
     steps = []
-    count_step = Report.step
+    count_step = Report.count_step
 
     def step(report, **counts):
         steps.append(list(gpu.notes))
         gpu.notes.clear()
         count_step(report, **counts)
 
-    monkeypatch.setattr(Report, "step", step)
+    monkeypatch.setattr(Report, "count_step", step)
     return steps
 
 

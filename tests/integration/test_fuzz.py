@@ -18,9 +18,10 @@ from dataclasses import fields
 
 import pytest
 
+from ft.checks import flag
 from ft.cli.arguments import read_arguments
 from ft.cli.main import main
-from ft.config import Config, flag
+from ft.config import Config
 from ft.errors import UsageError
 
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ft.cli.main import main
 from ft.data.examples import read_tokenizer
-from ft.errors import LONGEST_MESSAGE, MOST_PROBLEMS, FtError, UsageError, one_line, printable, shown
+from ft.errors import MAX_MESSAGE_LENGTH, MAX_PROBLEMS, FtError, UsageError, one_line, printable, shown
 
 FUZZ = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -125,7 +125,7 @@ class Written:
 def test_a_message_is_one_short_printable_line(text):
     for message in (str(FtError(text)), *UsageError(text, "b").problems, printable(text), one_line(text), shown(text)):
         assert message.isprintable() or message == ""
-    assert len(str(FtError(text * 50))) <= LONGEST_MESSAGE + 5
+    assert len(str(FtError(text * 50))) <= MAX_MESSAGE_LENGTH + 5
     assert len(one_line(text)) <= 600
     assert len(shown(text * 50)) <= 203
     if text.isprintable():
@@ -141,8 +141,8 @@ def test_a_long_message_keeps_what_is_wrong_and_what_helps():
 
 def test_of_very_many_problems_the_first_are_told():
     problems = UsageError(*map(str, range(5000))).problems
-    assert problems[:MOST_PROBLEMS] == tuple(map(str, range(MOST_PROBLEMS)))
-    assert problems[MOST_PROBLEMS:] == ("and 4,980 more problems",)
+    assert problems[:MAX_PROBLEMS] == tuple(map(str, range(MAX_PROBLEMS)))
+    assert problems[MAX_PROBLEMS:] == ("and 4,980 more problems",)
 
 
 @pytest.mark.parametrize("value", ["z" * 100_000, ["z" * 1000] * 1000, {"a": {"b": {"c": "z" * 10_000}}}, 10**4000])

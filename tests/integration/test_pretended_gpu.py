@@ -14,7 +14,7 @@ from ft import finetune, setup
 from ft.cli import explain
 from ft.cli.main import main
 from ft.device import choose_precision
-from ft.distributed.ranks import ALONE
+from ft.distributed.ranks import SINGLE_PROCESS
 from ft.model.gpt2 import GPT2
 
 
@@ -103,7 +103,7 @@ def test_each_process_of_torchrun_takes_a_gpu_of_its_own(driver, command, monkey
     for key, value in {"WORLD_SIZE": 2, "RANK": local_rank, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setattr(
-        finetune, "process_group", lambda device, timeout: nullcontext(ALONE)
+        finetune, "process_group", lambda device, timeout: nullcontext(SINGLE_PROCESS)
     )  # the others are not there
     assert placed([*command["run"], *device]) == f"cuda:{local_rank}"
     assert driver.current == local_rank

@@ -140,7 +140,7 @@ def test_of_a_disk_that_stays_full_the_last_good_checkpoint_is_left(inputs, calm
 def test_a_disk_that_cannot_hold_a_checkpoint_is_refused(inputs, small_disk, tmp_path):
     arguments = [*inputs, *SETTINGS, "--output-dir", str(tmp_path / "disk" / "run")]
     done = execute(small_disk(1), tmp_path / "disk", arguments)
-    assert "free, a checkpoint and the finished model need" in error_of(done)
+    assert "free, a checkpoint and the final model need" in error_of(done)
     assert not (tmp_path / "disk-after" / "run").exists()
 
 
@@ -196,6 +196,6 @@ def test_what_may_not_be_read_is_named(inputs, as_a_user, tmp_path, name):
 def test_a_checkpoint_that_may_not_be_read_is_left_out(inputs, calm, as_a_user, name):
     (calm / "checkpoint-20" / name).chmod(0)
     done = execute(as_a_user, calm, ["--resume", str(calm)])
-    assert f"WARNING: {calm / 'checkpoint-20'} is damaged and left out: {name} " in done.stdout
+    assert f"WARNING: {calm / 'checkpoint-20'} is damaged and ignored: {name} " in done.stdout
     assert "Continuing after step 15" in done.stdout
     assert done.returncode == 0, done.stderr

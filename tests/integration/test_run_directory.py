@@ -44,8 +44,8 @@ def during_step(monkeypatch, number, action):
         if len(seen) == number:
             action()
 
-    count, seen = Report.step, []
-    monkeypatch.setattr(Report, "step", step)
+    count, seen = Report.count_step, []
+    monkeypatch.setattr(Report, "count_step", step)
 
 
 def delete(run):
@@ -209,7 +209,7 @@ def test_a_link_that_leads_nowhere_in_the_newest_checkpoint_is_damage_like_any_o
     (newest / "rng.safetensors").symlink_to(copy / "nowhere")
     assert main(["--resume", str(copy), "--max-steps", "7"]) == 0
     output = capsys.readouterr().out
-    assert f"{newest} is damaged and left out: rng.safetensors is missing or no plain file" in output
+    assert f"{newest} is damaged and ignored: rng.safetensors is missing or no plain file" in output
     assert "Continuing after step 4" in output
 
 

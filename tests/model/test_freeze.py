@@ -135,7 +135,7 @@ def test_steps_equal_transformers_with_the_same_parameters_frozen(train_only, fr
     for name, parameter in reference.transformer.named_parameters():
         parameter.requires_grad_(is_trained(name))
     trained = [(name, p) for name, p in reference.transformer.named_parameters() if p.requires_grad]
-    is_matrix = {name: p.ndim == 2 and not name.startswith("w") for name, p in trained}
+    is_matrix = {name: p.ndim == 2 for name, p in trained}
     groups = [
         {"params": [p for name, p in trained if is_matrix[name]], "weight_decay": 0.1},
         {"params": [p for name, p in trained if not is_matrix[name]], "weight_decay": 0.0},

@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_in_a_replay_is_found(graphs_on_cpu, monkeypat
         train(Components(model, optimizer, scaler, choice), make_examples(), pad, config, State(), Spoil())
 
 
-def test_what_excludes_graphs_is_told_at_once(inputs, tmp_path, capsys):
+def test_settings_that_exclude_cuda_graphs_are_usage_errors(inputs, tmp_path, capsys):
     from ft.cli.main import main
 
     flags = [*inputs, "--cuda-graphs", "--output-dir", str(tmp_path / "run")]

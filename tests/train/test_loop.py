@@ -39,7 +39,7 @@ def small_data(demo_inputs, tmp_path_factory):
 
 @pytest.fixture
 def run(tiny_model, small_data, tmp_path):
-    """Run a job on the tiny model and the small data; gives the output directory back."""
+    """Run a job on the tiny model and the small data; returns the run directory."""
 
     def run(name="run", **settings):
         defaults = {
@@ -90,8 +90,10 @@ def assert_parity(ours, theirs, bound=1e-4):
         assert mine["learning_rate"] == pytest.approx(reference.learning_rate, rel=1e-9)
 
 
-@pytest.mark.parametrize(("accumulation", "epochs"), [(1, 10), (3, 25)])
-def test_each_of_100_steps_equals_the_trainers(run, tiny_model, small_data, tmp_path, accumulation, epochs):
+@pytest.mark.parametrize(("accumulation", "epochs", "weight_decay"), [(1, 10, 0.0), (3, 25, 0.0), (1, 10, 0.1)])
+def test_each_of_100_steps_equals_the_trainers(
+    run, tiny_model, small_data, tmp_path, accumulation, epochs, weight_decay
+):
     trainer, reference = build_trainer(
         tiny_model,
         small_data,
@@ -100,10 +102,11 @@ def test_each_of_100_steps_equals_the_trainers(run, tiny_model, small_data, tmp_
         gradient_checkpointing=False,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-3,
+        weight_decay=weight_decay,
         epochs=epochs,
     )
     trainer.train()
-    folder = run(dropout=0.0, epochs=epochs, gradient_accumulation_steps=accumulation)
+    folder = run(dropout=0.0, epochs=epochs, gradient_accumulation_steps=accumulation, weight_decay=weight_decay)
     ours = events(folder)
     assert len(ours) == {1: 100, 3: 100}[accumulation]
     assert_parity(ours, reference)
@@ -237,7 +240,7 @@ def test_a_resumed_run_ends_in_the_same_bits(run, stop, precision, accumulation,
     assert states[0] == states[1]
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning_and_a_finished_run_says_so(run, capsys):
+def test_resume_without_a_checkpoint_starts_anew_and_a_finished_run_is_reported(run, capsys):
     folder = run(resume="newest")
     assert "No checkpoint" in capsys.readouterr().out
     before = (folder / "metrics.jsonl").read_bytes()
@@ -301,7 +304,7 @@ def test_fp16_saves_its_loss_scale_and_survives_the_first_overflows(run):
 
 
 @pytest.mark.parametrize("at", [4, 10, 17])
-def test_a_loss_scale_that_moves_goes_on_where_it_was(run, monkeypatch, at):
+def test_a_changing_loss_scale_is_resumed(run, monkeypatch, at):
     """It falls at first, while gradients overflow, and rises again after every third step without one."""
     scaler = torch.amp.GradScaler
 
@@ -342,7 +345,7 @@ def test_the_seed_decides_order_and_dropout(run):
         MemoryError(),
     ],
 )
-def test_running_out_of_memory_says_what_takes_less(run, error, monkeypatch):
+def test_out_of_memory_names_settings_that_need_less(run, error, monkeypatch):
     def fail(*_):
         raise error
 
@@ -378,7 +381,7 @@ def test_the_configuration_of_a_run_reproduces_it(run, tmp_path):
     assert same(folder / "checkpoint-20", tmp_path / "again" / "checkpoint-20")
 
 
-def test_a_longer_run_goes_on_where_the_shorter_ended_and_says_what_the_rate_does(run, capsys):
+def test_a_longer_run_resumes_and_reports_the_new_schedule(run, capsys):
     run(epochs=1)
     capsys.readouterr()
     folder = run(epochs=2, resume="newest")

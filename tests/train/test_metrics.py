@@ -20,7 +20,7 @@ FIGURES = {"loss": 0.75, "learning_rate": 2e-5, "grad_norm": 3.5}
 
 
 class Clock:
-    """A clock that only moves when it is told to."""
+    """A clock that moves only when the test advances it."""
 
     def __init__(self):
         self.now = 1000.0
@@ -55,10 +55,10 @@ def events(path):
 def test_each_event_is_one_line_of_json_with_the_documented_keys(path, clock):
     with open_report(path) as report:
         clock.now += 2
-        report.step(examples=8, tokens=188)
-        report.training(100, 0.0937207, **FIGURES)
-        report.evaluation(100, 0.0937207, loss=0.5, accuracy=0.8125)
-        report.evaluation(1067, 1.0, loss=0.4, accuracy=0.875, split="test")
+        report.count_step(examples=8, tokens=188)
+        report.log_training(100, 0.0937207, **FIGURES)
+        report.log_evaluation(100, 0.0937207, loss=0.5, accuracy=0.8125)
+        report.log_evaluation(1067, 1.0, loss=0.4, accuracy=0.875, split="test")
     training, evaluation, test = events(path)
     assert list(training) == TRAINING_KEYS
     speeds = {"samples_per_second": 4.0, "tokens_per_second": 94.0, "seconds_by_part": {"training": 2.0}}
@@ -80,7 +80,7 @@ def test_an_event_is_in_the_file_at_once_and_counted(path):
 def test_figures_are_written_in_full(path, clock):
     with open_report(path) as report:
         clock.now += 1
-        report.training(1, 0.1, loss=0.1 + 0.2, learning_rate=1 / 3e5, grad_norm=1e-30)
+        report.log_training(1, 0.1, loss=0.1 + 0.2, learning_rate=1 / 3e5, grad_norm=1e-30)
     (event,) = events(path)
     assert (event["loss"], event["learning_rate"], event["grad_norm"]) == (0.1 + 0.2, 1 / 3e5, 1e-30)
 
@@ -89,7 +89,7 @@ def test_figures_are_written_in_full(path, clock):
 def test_a_gradient_that_overflowed_has_no_norm(path, clock, capsys, grad_norm):
     with open_report(path) as report:
         clock.now += 1
-        report.training(1, 0.1, **{**FIGURES, "grad_norm": grad_norm})
+        report.log_training(1, 0.1, **{**FIGURES, "grad_norm": grad_norm})
     (event,) = events(path)
     assert list(event) == TRAINING_KEYS
     assert event["grad_norm"] is None
@@ -97,7 +97,7 @@ def test_a_gradient_that_overflowed_has_no_norm(path, clock, capsys, grad_norm):
     assert "  grad norm overflow  " in capsys.readouterr().out
 
 
-def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_goes_on_behind_the_others(path):
+def test_a_resumed_run_truncates_the_lines_after_its_checkpoint_and_appends(path):
     with open_report(path) as report:
         report.write(1, 0.1, {"loss": 1.0})
         kept = report.metrics_bytes
@@ -139,11 +139,11 @@ def test_the_speed_is_of_the_steps_since_the_last_training_line(path, clock):
     with open_report(path) as report:
         for _ in range(4):
             clock.now += 0.5
-            report.step(examples=8, tokens=200)
-        report.training(4, 0.1, **FIGURES)
+            report.count_step(examples=8, tokens=200)
+        report.log_training(4, 0.1, **FIGURES)
         clock.now += 10
-        report.step(examples=3, tokens=50)
-        report.training(5, 0.2, **FIGURES)
+        report.count_step(examples=3, tokens=50)
+        report.log_training(5, 0.2, **FIGURES)
     first, second = events(path)
     assert (first["samples_per_second"], first["tokens_per_second"]) == (4 * 8 / 2, 4 * 200 / 2)
     assert (second["samples_per_second"], second["tokens_per_second"]) == (0.3, 5.0)
@@ -152,8 +152,8 @@ def test_the_speed_is_of_the_steps_since_the_last_training_line(path, clock):
 def test_the_speed_has_two_decimals(path, clock):
     with open_report(path) as report:
         clock.now += 3
-        report.step(examples=8, tokens=100)
-        report.training(1, 0.1, **FIGURES)
+        report.count_step(examples=8, tokens=100)
+        report.log_training(1, 0.1, **FIGURES)
     (event,) = events(path)
     assert (event["samples_per_second"], event["tokens_per_second"]) == (2.67, 33.33)
 
@@ -165,16 +165,16 @@ def test_time_spent_in_a_pause_does_not_slow_training_down(path, clock):
             with report.pause(activity):
                 clock.now += 1000
         clock.now += 2
-        report.step(examples=8, tokens=100)
-        report.training(1, 0.1, **FIGURES)
+        report.count_step(examples=8, tokens=100)
+        report.log_training(1, 0.1, **FIGURES)
         with report.pause("evaluating"):  # of the next line's time, not of the last one's
             clock.now += 500
         clock.now += 4
-        report.step(examples=8, tokens=100)
-        report.training(2, 0.2, **FIGURES)
+        report.count_step(examples=8, tokens=100)
+        report.log_training(2, 0.2, **FIGURES)
         clock.now += 8
-        report.step(examples=8, tokens=100)
-        report.training(3, 0.3, **FIGURES)
+        report.count_step(examples=8, tokens=100)
+        report.log_training(3, 0.3, **FIGURES)
     assert [event["samples_per_second"] for event in events(path)] == [2.0, 2.0, 1.0]
     assert [event["seconds_by_part"] for event in events(path)] == [
         {"training": 4.0, "evaluating": 1000.0, "saving": 1000.0},
@@ -183,13 +183,13 @@ def test_time_spent_in_a_pause_does_not_slow_training_down(path, clock):
     ]
 
 
-def test_a_line_for_people_says_the_same(path, clock, capsys):
+def test_log_lines_have_the_same_figures(path, clock, capsys):
     with open_report(path) as report:
         clock.now += 2
-        report.step(examples=9, tokens=100)
-        report.training(100, 0.09, loss=0.75, learning_rate=2e-5, grad_norm=3.5)
-        report.evaluation(100, 0.09, loss=0.5, accuracy=0.8125)
-        report.evaluation(100, 0.09, loss=0.25, accuracy=1.0, split="test")
+        report.count_step(examples=9, tokens=100)
+        report.log_training(100, 0.09, loss=0.75, learning_rate=2e-5, grad_norm=3.5)
+        report.log_evaluation(100, 0.09, loss=0.5, accuracy=0.8125)
+        report.log_evaluation(100, 0.09, loss=0.25, accuracy=1.0, split="test")
     assert capsys.readouterr().out.splitlines() == [
         "step    100  epoch  0.09  loss   0.7500  lr 2.00e-05  grad norm    3.500     4.5 examples/s",
         "step    100  epoch  0.09  validation loss 0.5000, accuracy 81.25%",
@@ -205,11 +205,11 @@ from pathlib import Path
 from ft.train.metrics import Report
 with Report(Path(sys.argv[1]), total_steps=40, first_step=10, metrics_bytes=0) as report:
     for step in range(11, 41):
-        report.step(examples=8, tokens=100)
+        report.count_step(examples=8, tokens=100)
         if step % 10 == 0:
-            report.training(step, step / 40, loss=0.5, learning_rate=1e-5, grad_norm=1.0)
+            report.log_training(step, step / 40, loss=0.5, learning_rate=1e-5, grad_norm=1.0)
             with report.pause("evaluating"):
-                report.evaluation(step, step / 40, loss=0.25, accuracy=0.75)
+                report.log_evaluation(step, step / 40, loss=0.25, accuracy=0.75)
 """
 TRAINING_LINE = r"step +\d+  epoch +\d\.\d\d  loss +0\.5000  lr 1\.00e-05  grad norm +1\.000 +[\d.]+ examples/s"
 EVALUATION_LINE = r"step +\d+  epoch +\d\.\d\d  validation loss 0\.2500, accuracy 75\.00%"
@@ -222,7 +222,7 @@ def assert_whole_log_lines(lines):
         assert re.fullmatch(EVALUATION_LINE, evaluation)
 
 
-def test_without_a_terminal_there_is_no_bar_but_whole_lines(path):
+def test_without_a_terminal_there_are_complete_lines_and_no_bar(path):
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
@@ -253,7 +253,7 @@ def run_on_a_terminal(path):
     try:
         while chunk := os.read(terminal, 65536):
             written += chunk
-    except OSError:  # how Linux says that nobody will write any more
+    except OSError:  # the error of Linux after the last writer has closed
         pass
     os.close(terminal)
     assert process.wait(timeout=60) == 0
@@ -298,6 +298,6 @@ def test_without_a_terminal_nothing_is_written_to_stderr(path, monkeypatch, cloc
     monkeypatch.setattr(sys, "stderr", stderr)
     with open_report(path) as report:
         clock.now += 1
-        report.step(examples=8, tokens=100)
-        report.training(1, 0.1, **FIGURES)
+        report.count_step(examples=8, tokens=100)
+        report.log_training(1, 0.1, **FIGURES)
     assert stderr.getvalue() == ""

@@ -23,7 +23,7 @@ SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "50", "--sav
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Make the loss of some calls (from 1) what is no number; with a tensor's `kind`, only its gradient."""
+    """Make the loss of some calls (from 1) NaN or inf; with a tensor's `kind`, only its gradient."""
 
     def poison(*calls, kind="loss"):
         def cross_entropy(logits, targets, reduction):
@@ -148,6 +148,6 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_in_fp16_too(monkeypat
         guard.check()
 
 
-def test_without_a_finite_validation_loss_the_summary_says_so(tmp_path):
-    told = closing(tmp_path, State(step=3, last_accuracy=0.0, last_loss=math.nan), 3, 60.0, Config(), None)
-    assert "Validation accuracy 0.00% at the end, 0.00% at best, with no loss that was finite.\n" in told
+def test_the_summary_reports_that_no_validation_loss_was_finite(tmp_path):
+    summary = closing(tmp_path, State(step=3, last_accuracy=0.0, last_loss=math.nan), 3, 60.0, Config(), None)
+    assert "Validation accuracy 0.00% at the end, 0.00% at best, with no loss that was finite.\n" in summary

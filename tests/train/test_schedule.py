@@ -8,14 +8,14 @@ from ft.train.state import State
 
 
 def saved(config, *, busy=(), must=(), best=()):
-    """The steps of 12 that are saved, and those after which it was asked whether to put off."""
+    """The steps of 12 that are saved, and those after which `defers` was called."""
     asked = []
 
-    def put_off(state):
+    def defers(state):
         asked.append(state.step)
         return state.step in busy
 
-    saves, state, steps = SaveSchedule(config, put_off), State(), []
+    saves, state, steps = SaveSchedule(config, defers), State(), []
     for step in range(1, 13):
         state.step = step
         if step in best:
@@ -41,6 +41,6 @@ def test_a_save_waits_for_the_first_step_that_need_not_put_it_off(settings, expe
     assert saved(Config(save_steps=4), **settings) == expected
 
 
-def test_that_of_the_best_evaluation_is_not_put_off_where_it_is_kept():
+def test_the_save_of_the_best_evaluation_is_not_deferred_with_keep_best():
     config = Config(save_steps=4, keep_best=True)
     assert saved(config, busy=range(4, 11), best=(6,)) == ([6, 11, 12], [4, 5, 8, 9, 10, 11, 12])

@@ -1,4 +1,4 @@
-"""Signals end a run in good order: the step in hand is finished and saved, and the run goes on from there exactly."""
+"""Signals stop a run after the current step, which is saved, and the run resumes from there exactly."""
 
 import json
 import os
@@ -47,10 +47,10 @@ def test_a_signal_ends_the_run_after_its_step(inputs, calm, tmp_path, monkeypatc
         if len(steps) == step:
             os.kill(os.getpid(), getattr(signal, name))
 
-    count, steps = Report.step, []
+    count, steps = Report.count_step, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", step_and_signal)
+        patch.setattr(Report, "count_step", step_and_signal)
         assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == status
     error = capfd.readouterr().err
     assert f"{name}: finishing this step and saving" in error
@@ -113,7 +113,7 @@ def test_a_signal_in_a_save(inputs, calm, tmp_path, monkeypatch, capfd, name, st
         patch.setattr(StagedDirectory, "write_manifest", write_manifest)
         assert main([*inputs, *SETTINGS, *blocking, "--output-dir", str(run)]) == status
     saved = [path.name for path in checkpoints(run)]
-    assert "checkpoint-10" in saved or not blocking, "the save in hand is finished, too"
+    assert "checkpoint-10" in saved or not blocking, "the current save is completed, too"
     assert f"Stopped after step {saved[-1].removeprefix('checkpoint-')}." in capfd.readouterr().err
     resume_and_compare(inputs, run, calm, capfd, assert_same_figures)
 
@@ -123,7 +123,7 @@ def test_several_signals_are_one(inputs, tmp_path, monkeypatch, capfd):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Report, "step", step_and_signals)
+    monkeypatch.setattr(Report, "count_step", step_and_signals)
     assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]) == 130
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
@@ -165,9 +165,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs to know which file is forced to the disk")
 @pytest.mark.parametrize("blocking", [[], ["--save-blocking"]], ids=["background", "blocking"])
-def test_a_second_ctrl_c_in_a_save_that_hangs_leaves_at_once_and_loses_no_checkpoint(
-    inputs, calm, tmp_path, capfd, blocking
-):
+def test_a_second_ctrl_c_during_a_save_exits_at_once_and_keeps_checkpoints(inputs, calm, tmp_path, capfd, blocking):
     run = tmp_path / "run"
     arguments = [*inputs, *SETTINGS, *blocking, "--output-dir", str(run)]
     command = [sys.executable, "-c", NEVER_SAVES_STEP_10, *arguments]
@@ -205,24 +203,24 @@ def test_handlers_are_put_back_and_other_threads_ask_for_none():
     assert errors == []
 
 
-def test_a_signal_that_comes_while_the_processes_agree_is_told_to_all_the_next_time(capfd):
-    told = []
+def test_a_signal_during_the_all_reduce_stops_all_ranks_at_the_next_one(capfd):
+    numbers = []
 
     def agree(number):
-        told.append(number)
-        if len(told) == 1:
+        numbers.append(number)
+        if len(numbers) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)  # which lets the handler run
         return number
 
     with StopRequest(agree) as stopping:
-        assert not stopping()  # as the others were told
+        assert not stopping()  # as the other ranks know
         assert stopping()
-    assert told == [0, signal.SIGTERM]
+    assert numbers == [0, signal.SIGTERM]
 
 
 def test_a_signal_to_another_process_stops_this_one_with_the_same_status():
-    with StopRequest(agree=lambda number: max(number, signal.SIGUSR1)) as stopping:
+    with StopRequest(all_reduce_max=lambda number: max(number, signal.SIGUSR1)) as stopping:
         assert stopping()
         assert stopping.stopped("").status == 128 + signal.SIGUSR1
 

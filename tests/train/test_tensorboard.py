@@ -46,7 +46,7 @@ def test_tensorboard_reads_the_same_figures_also_of_a_resumed_run(inputs, tmp_pa
     assert not (run / "tensorboard").exists()
 
 
-def test_without_the_package_it_is_told_at_the_start(inputs, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_an_error_at_the_start(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main([*inputs, "--output-dir", str(tmp_path / "run"), "--tensorboard"]) == 1
     assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err

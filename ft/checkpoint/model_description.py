@@ -1,4 +1,4 @@
-"""What a model is beside its weights: read in one place for all commands, and carried over into saved models."""
+"""The configuration and tokenizer of a model: read for all commands, and copied to saved models."""
 
 import json
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class ModelDescription:
     """A model without its weights.
 
     Attributes:
-        published: its config.json.
-        config: the same as far as GPT-2 is concerned.
-        tokenizer: with what is said of it.
+        published: the content of config.json.
+        config: the fields of it that define GPT-2.
+        tokenizer: the tokenizer and its files.
     """
 
     published: dict[str, Any]
@@ -29,7 +29,7 @@ class ModelDescription:
     tokenizer: TokenizerSource
 
     def source(self, label_names: Sequence[str]) -> ModelSource:
-        """What every folder that a run saves carries over. Texts end with `<|endoftext|>`, as in the training."""
+        """What every saved model gets from its source. Texts end with `<|endoftext|>`, as in training."""
         tokenizer = self.tokenizer.tokenizer
         published, end = dict(self.published), tokenizer.token_to_id(END_OF_TEXT)
         ends = published.get("eos_token_id")
@@ -40,10 +40,10 @@ class ModelDescription:
 
 
 def read_description(files: ModelFiles) -> ModelDescription:
-    """Read a model's configuration and tokenizer, and see that they belong together.
+    """Read the configuration and tokenizer of a model, and check that they fit each other.
 
     Raises:
-        FtError: a file cannot be read, it is not a GPT-2, or the tokenizer has ids that the model does not embed.
+        FtError: a file cannot be read, the model is not a GPT-2, or the tokenizer has ids that it does not embed.
     """
     published = read_json(files.config)
     require_utf8(json.dumps(published, ensure_ascii=False), str(files.config))
@@ -57,6 +57,6 @@ def read_description(files: ModelFiles) -> ModelDescription:
         raise FtError(
             f"the tokenizer of {files.source} has the token {token!r} with the id {highest}, the model embeds the ids "
             f"below {config.vocab_size}: they do not belong together. If the token was added later, "
-            f"`model.resize_token_embeddings({highest + 1})` in transformers makes room for it"
+            f"`model.resize_token_embeddings({highest + 1})` in transformers adds rows for it"
         )
     return ModelDescription(published, config, tokenizer)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ft
-from ft.checkpoint.model_folder import read_description
+from ft.checkpoint.model_description import read_description
 from ft.cli.main import main
 from ft.errors import FtError
 from ft.io.json_file import read_json

@@ -1,0 +1,108 @@
+"""What makes settings wrong: types, limits, and combinations that cannot work.
+
+`Config` calls `find_problems` on itself, so this module imports it for its type only.
+"""
+
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from ft.errors import shown
+
+if TYPE_CHECKING:
+    from ft.config import Config
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def field_types(settings: type) -> dict[str, tuple[type, tuple[str, ...]]]:
+    """The type of each field (int for `int | None`, tuple for `tuple[str, ...]`), and the choices of a Literal."""
+    found: dict[str, tuple[type, tuple[str, ...]]] = {}
+    for name, hint in typing.get_type_hints(settings).items():
+        if typing.get_origin(hint) is Literal:
+            found[name] = (str, typing.get_args(hint))
+        elif isinstance(hint, types.UnionType):
+            found[name] = (typing.get_args(hint)[0], ())
+        else:
+            found[name] = (typing.get_origin(hint) or hint, ())
+    return found
+
+
+def _values(config: "Config") -> Iterator[tuple[Field[Any], type, tuple[str, ...], Any]]:
+    """Each field with its type, choices and value; a tuple of strings gives each of its strings."""
+    types_by_name = field_types(type(config))
+    for field in fields(config):
+        (kind, choices), value = types_by_name[field.name], getattr(config, field.name)
+        if kind is tuple and type(value) is tuple:
+            yield from ((field, str, choices, element) for element in value)
+        else:
+            yield field, kind, choices, value
+
+
+def find_problems(config: "Config") -> list[str]:
+    """Everything that is wrong with a configuration, one sentence each."""
+    problems = []
+    for field, kind, choices, value in _values(config):
+        name = field.name
+        if value is None and field.default is None:
+            continue
+        fits = (type(value) in (int, float)) if kind is float else (type(value) is kind)
+        if not fits:
+            numbers = {int: "a whole number", float: "a number"}
+            wanted = {**numbers, str: "a string", bool: "true or false", tuple: "a list of strings"}[kind]
+            problems.append(f"{flag(name)} is {shown(value)}, it must be {wanted}")
+        elif choices and value not in choices:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be one of {', '.join(choices)}")
+        elif kind is float and not abs(value) <= sys.float_info.max:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be finite")
+        elif kind is int and value >= 2**63:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be below 2**63")
+        elif (minimum := field.metadata["minimum"]) is not None and value < minimum:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be at least {minimum}")
+        elif name == "dropout" and value >= 1:
+            problems.append(f"--dropout is {shown(value)}, it must be below 1")
+        elif name in ("epochs", "process_timeout") and not 0 < value <= 1e6:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be above 0 and at most 1000000")
+        elif name == "train_fraction" and not 0 < value <= 1:
+            problems.append(f"--train-fraction is {shown(value)}, it must be above 0 and at most 1")
+        elif kind is str and not value:
+            problems.append(f"{flag(name)} is empty")
+        elif kind is str and "\0" in value:
+            problems.append(f"{flag(name)} is {shown(value)}, it must not hold a NUL character")
+    if config.resume and config.overwrite:
+        problems.append("--resume continues a run and --overwrite deletes it: give one of them")
+    if config.shard and (config.compile != "none" or config.precision == "fp16"):
+        problems.append("--shard works neither with --compile nor with --precision fp16: leave that out, or take bf16")
+    if config.compile == "reduce-overhead" and config.gradient_accumulation_steps != 1:
+        problems.append(  # the graph writes each batch's gradients over those of the one before: pytorch#96693, #169545
+            f"--compile reduce-overhead cannot add up gradients, and --gradient-accumulation-steps is "
+            f"{config.gradient_accumulation_steps}: use --compile default, or a larger --batch-size alone"
+        )
+    for text, answer in (("text_column", "label_column"), ("prompt_column", "completion_column")):
+        if getattr(config, text) == getattr(config, answer):
+            same = shown(getattr(config, text))
+            problems.append(f"{flag(text)} and {flag(answer)} are both {same}: the model would read its answer")
+    if config.completion_column is not None and config.label_names is not None:
+        problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
+    excluded = {
+        "--compile": config.compile != "none",
+        "--shard": config.shard,
+        "--activation-checkpointing": config.activation_checkpointing != "none",
+        f"{config.processes} processes": config.processes != 1,
+    }
+    if config.cuda_graphs and any(excluded.values()):
+        given = " and ".join(name for name, is_given in excluded.items() if is_given)
+        problems.append(f"--cuda-graphs does not work with {given}: leave one out")
+    has_static_shapes = config.static_shapes or config.cuda_graphs or config.compile != "none"
+    if config.completion_column is not None and has_static_shapes:
+        problems.append(
+            "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
+            "them out, or train on labels"
+        )
+    return problems
