@@ -30,6 +30,7 @@ from benchmarks.common import (
     markdown_table,
     peak_memory,
     precision_of,
+    require_one_gpu,
     result_name,
     wall_clock,
     write_result,
@@ -65,6 +66,7 @@ def main() -> None:
     add_device_flags(parser)
     options = parser.parse_args()
     precision = precision_of(options)
+    require_one_gpu(parser, precision.device)
     cases = GPU_CASES if is_gpu(precision.device) else CASES
     figures: dict[str, dict[str, Any]] = {case: {} for case in cases}
     with tempfile.TemporaryDirectory() as work:
@@ -251,6 +253,7 @@ def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int, precis
     """The Trainer's own save, which its training waits for."""
     from tests.reference.trainer import build_trainer
 
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as by default, which ft changes
     model_dir = write_model(folder / "model", size, tokenizer_from=tokenizer)
     rows = [{"text": "a film", "label": row % 2} for row in range(3 * BATCH_SIZE)]
     trainer, steps = build_trainer(

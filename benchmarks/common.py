@@ -36,12 +36,20 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 def precision_of(options: argparse.Namespace) -> "Precision":
     """Device and number format that the flags name; a GPU becomes the current one."""
-    from ft.device import choose_device, choose_precision  # here, as the Trainer's process needs none of it
+    from ft.device import choose_precision, use_device  # here, as the Trainer's process needs none of it
 
-    device = choose_device(options.device)
-    if is_gpu(device):
-        torch.cuda.set_device(device)
+    device = use_device(options.device)  # as the program: without cuDNN's attention
     return choose_precision(options.precision or ("auto" if is_gpu(device) else "fp32"), device)
+
+
+def require_one_gpu(parser: argparse.ArgumentParser, device: torch.device) -> None:
+    """Refuse a comparison with the Trainer among several GPUs: it computes on all that it sees, a batch on each.
+
+    Raises:
+        SystemExit: the device is one of several GPUs.
+    """
+    if is_gpu(device) and (count := torch.cuda.device_count()) > 1:
+        parser.error(f"the Trainer would compute on all {count} GPUs, and ft on one: set CUDA_VISIBLE_DEVICES to one")
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import (
     RESULTS,
     add_device_flags,
@@ -24,6 +26,7 @@ from benchmarks.common import (
     markdown_table,
     peak_memory,
     precision_of,
+    require_one_gpu,
     result_name,
     write_result,
 )
@@ -81,6 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     precision = precision_of(options)
     device = precision.device
+    require_one_gpu(parser, device)
 
     cases, skipped = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -163,6 +167,7 @@ def measure_trainer(
 
     It imports much while it reads the model, so that its process is measured afterwards and the weights subtracted.
     """
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as by default, which ft changes
     rehearse(precision)
     # Here, as our own process must not hold what only the Trainer needs.
     from tests.reference.trainer import build_trainer

@@ -42,7 +42,7 @@ from ft.data.batches import collate, collate_padded
 from ft.data.examples import Example
 from ft.data.splits import Split
 from ft.data.tables import read_split
-from ft.device import Precision, disable_malloc_trim
+from ft.device import Precision, disable_malloc_trim, use_device
 from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.model import matmul
 from ft.model.gpt2 import GPT2, ActivationCheckpointing, GPT2Config
@@ -259,7 +259,7 @@ def within_memory(
 ) -> dict[str, float] | None:
     """`function(*arguments)`, or None if it needs more than `limit` bytes or than there are."""
     if is_gpu(device):
-        torch.cuda.set_device(device)
+        use_device(str(device))
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:

@@ -33,6 +33,7 @@ from benchmarks.common import (
     markdown_table,
     peak_memory,
     precision_of,
+    require_one_gpu,
     result_name,
     wall_clock,
     write_result,
@@ -465,6 +466,7 @@ def main() -> None:
     options = parser.parse_args()
 
     precision = precision_of(options)
+    require_one_gpu(parser, precision.device)
     chosen = options.rows or (GPU_ROWS if is_gpu(precision.device) else CPU_ROWS)
     rows = [row for row in ROWS if row.name in chosen]
     results: dict[str, dict[str, Any]] = {}

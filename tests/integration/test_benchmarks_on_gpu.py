@@ -96,6 +96,38 @@ def gpu(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("module", [trainer, memory, checkpoint])
+def test_a_comparison_with_the_trainer_needs_one_visible_gpu(gpu, monkeypatch, capsys, demo_inputs, inputs, module):
+    """Beside a second one the Trainer would wrap the model in DataParallel, and read two batches a step."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    data = ["--dataset", inputs[3]] if module is trainer else []
+    with pytest.raises(SystemExit, match="2"):
+        gpu(module, "refused", "--tokenizer", str(demo_inputs[0]), *data)
+    assert "the Trainer would compute on all 2 GPUs, and ft on one: set CUDA_VISIBLE_DEVICES" in capsys.readouterr().err
+
+
+def test_ft_is_measured_with_the_attention_that_it_runs_with(monkeypatch):
+    """And the Trainer, which asks for no device here, with that of PyTorch's defaults."""
+    options = SimpleNamespace(device="cuda", precision="fp32")
+    for name, answer in {"is_available": True, "device_count": 1, "current_device": 0, "get_arch_list": []}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    enabled = []
+
+    def measure():
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return {}
+
+    try:
+        device = common.precision_of(options).device
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as in a fresh process
+        step.within_memory(device, None, measure)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert enabled == [False]
+
+
 def test_step_has_the_time_of_events_and_the_memory_of_the_device(gpu, tmp_path):
     trace = tmp_path / "trace.json"
     table, figures = gpu(step, "step", "--steps", "2", "--precision", "bf16", "--profile", str(trace))

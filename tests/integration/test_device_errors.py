@@ -116,6 +116,13 @@ def test_a_group_that_comes_together_by_half_is_torn_down(group, monkeypatch):
     assert group == ["gloo", "aborted"]
 
 
+def test_a_group_is_torn_down_by_a_pytorch_that_cannot_abort(group, monkeypatch):
+    monkeypatch.delattr(dist.distributed_c10d, "_abort_process_group")  # it is private
+    with pytest.raises(UsageError, match="the error"), process_group(torch.device("cuda:1"), 5.0):
+        raise UsageError("the error")
+    assert group == ["nccl", "destroyed"]
+
+
 def test_a_group_that_cannot_be_torn_down_hides_no_error(group, monkeypatch):
     def fail():
         raise RuntimeError("NCCL communicator was aborted")

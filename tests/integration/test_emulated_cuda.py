@@ -20,7 +20,7 @@ from ft.train.loop import Components, StepRecorder, train
 from ft.train.metrics import Report
 from ft.train.optim import build_optimizer
 from ft.train.state import State
-from tests.emulated_cuda import summary
+from tests.emulated_cuda import Event, summary
 
 pytestmark = pytest.mark.emulated_cuda
 
@@ -90,6 +90,37 @@ def test_a_step_waits_for_nothing_and_sends_each_batch_once(gpu, steps, command,
     assert "mix" not in kinds(gpu.notes), summary(
         gpu.notes
     )  # of logging, evaluating, saving and the examples at the end
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "fp32"],
+        ["--precision", "bf16", "--on-nonfinite", "skip"],
+        ["--precision", "fp16"],
+        ["--precision", "bf16", "--gradient-accumulation-steps", "2", "--train-only", "h.1.*"],
+    ],
+    ids=" ".join,
+)
+def test_a_step_with_a_graph_is_one_launch_behind_its_inputs(gpu, steps, command, flags):
+    """The fourth step is recorded, the fifth is the first that is only replayed; none of the six logs or saves."""
+    assert main([*command, *flags, "--max-steps", "6", "--cuda-graphs"]) == 0
+    batches = 2 if "--gradient-accumulation-steps" in flags else 1
+    for notes in steps[3:]:
+        assert kinds(notes) == {"send": batches}, summary(notes)
+        kernels = [note.operation for note in notes if note.kind == "kernel"]
+        assert kernels == ["_foreach_copy_.default"] * batches + ["fill_.Scalar"] * 2 + ["cuda.graph"]
+    assert "mix" not in kinds(gpu.notes), summary(gpu.notes)
+
+
+def test_a_replay_waits_for_the_copies_of_a_checkpoint(gpu, steps, command, monkeypatch):
+    """A recorded step cannot wait in its middle: it may begin only when all that it changes is copied."""
+    monkeypatch.setattr(Event, "wait", lambda event, stream=None: gpu.note("wait", "cuda.event"))
+    assert main([*command, "--precision", "fp32", "--max-steps", "6", "--save-steps", "5", "--cuda-graphs"]) == 0
+    _, *rest = (number for number, note in enumerate(steps[5]) if note.kind == "fetch")
+    (waited,) = (number for number, note in enumerate(steps[5]) if note.kind == "wait")
+    (replayed,) = (number for number, note in enumerate(steps[5]) if note.operation == "cuda.graph")
+    assert rest[-1] < waited < replayed
 
 
 def test_a_run_goes_on_from_its_checkpoint(gpu, steps, command):
