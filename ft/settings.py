@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ft.config import Config, flag
-from ft.errors import UsageError, shown
+from ft.errors import UsageError, is_utf8, shown
 from ft.io.plain_files import read_regular
 
 # What one run of a folder may have and another not, without being another run.
@@ -128,6 +128,8 @@ def find_problems(config: Config) -> list[str]:
             problems.append(f"{flag(name)} is empty")
         elif kind is str and "\0" in value:
             problems.append(f"{flag(name)} is {shown(value)}, it must not hold a NUL character")
+        elif name == "label_names" and not is_utf8(value):  # a path may be of any bytes
+            problems.append(f"--label-names is {shown(value)}, it must be valid UTF-8")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
     if config.shard and (config.compile != "none" or config.precision == "fp16"):

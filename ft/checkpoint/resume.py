@@ -134,9 +134,9 @@ def reason_of_end(state: State, last_step: int) -> str:
 
 def is_finished(run: Path, resume_from: Path) -> bool:
     """Whether the finished model is that of this checkpoint: a longer run may have left that of a shorter one."""
-    try:
-        listed = read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS]["sha256"]
-        with (run / "final" / snapshots.WEIGHTS).open("rb") as file:
-            return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed)
-    except FileNotFoundError:
+    weights = run / "final" / snapshots.WEIGHTS
+    if not weights.is_file():  # absent, or a FIFO, which would be waited for
         return False
+    listed = read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS]["sha256"]
+    with weights.open("rb") as file:
+        return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed)

@@ -213,6 +213,14 @@ def test_a_link_that_leads_nowhere_in_the_newest_checkpoint_is_damage_like_any_o
     assert "Continuing after step 4" in output
 
 
+def test_a_fifo_in_place_of_the_finished_weights_is_replaced_and_not_waited_for(copy):
+    before = (copy / "final" / "model.safetensors").read_bytes()
+    (copy / "final" / "model.safetensors").unlink()
+    os.mkfifo(copy / "final" / "model.safetensors")
+    assert main(["--resume", str(copy)]) == 0
+    assert (copy / "final" / "model.safetensors").read_bytes() == before
+
+
 def test_the_configuration_that_a_user_names_may_be_a_pipe(tmp_path, inputs):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=['{"max_steps": 1}'])
