@@ -403,8 +403,8 @@ def test_names_that_are_not_utf8_are_refused_when_read(inputs, tmp_path, capsys,
             write_parquet(tmp_path / f"{split}.parquet", ["a", "b"], [0, 1], names=["neg", "p\ud800s"])
         flags += ["--dataset", str(tmp_path)]
     assert main(flags) == (1 if way == "parquet" else 2)
-    error = capsys.readouterr().err
-    assert ("the name of label 1 is not UTF-8: it holds '\\ud" if way == "parquet" else "it must be valid UTF-8") in error
+    message = "the name of label 1 is not UTF-8: it holds '\\ud" if way == "parquet" else "it must be valid UTF-8"
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
