@@ -221,6 +221,16 @@ def test_a_fifo_in_place_of_the_finished_weights_is_replaced_and_not_waited_for(
     assert (copy / "final" / "model.safetensors").read_bytes() == before
 
 
+def test_a_demo_that_was_moved_is_continued(tmp_path, capsys):
+    flags = ["--demo", "--device", "cpu", "--batch-size", "2", "--save-steps", "1"]
+    assert main([*flags, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main([*flags, "--max-steps", "2", "--output-dir", str(tmp_path / "moved"), "--resume"]) == 0
+    assert "Continuing after step 1" in capsys.readouterr().out
+    other = [*flags, "--max-steps", "3", "--seed", "7", "--output-dir", str(tmp_path / "moved"), "--resume"]
+    assert main(other) == 2
+
+
 def test_the_configuration_that_a_user_names_may_be_a_pipe(tmp_path, inputs):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=['{"max_steps": 1}'])
