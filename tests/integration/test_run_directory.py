@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from contextlib import ExitStack
@@ -229,6 +230,16 @@ def test_a_demo_that_was_moved_is_continued(tmp_path, capsys):
     assert "Continuing after step 1" in capsys.readouterr().out
     other = [*flags, "--max-steps", "3", "--seed", "7", "--output-dir", str(tmp_path / "moved"), "--resume"]
     assert main(other) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [("r\udcffn", 2, "--output-dir is .*udcffn', it must be valid UTF-8"), ("a/" * 1500, 1, "is too deep: it has 1,5")],
+    ids=["not UTF-8", "deep"],
+)
+def test_a_directory_that_no_run_could_be_read_from_is_refused(inputs, tmp_path, capsys, name, status, message):
+    assert main([*inputs, "--output-dir", f"{tmp_path}/{name}"]) == status
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_configuration_that_a_user_names_may_be_a_pipe(tmp_path, inputs):
