@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from ft.errors import shown
+from ft.errors import is_utf8, shown
 
 if TYPE_CHECKING:
     from ft.config import Config
@@ -75,6 +75,8 @@ def find_problems(config: "Config") -> list[str]:
             problems.append(f"{flag(name)} is empty")
         elif kind is str and "\0" in value:
             problems.append(f"{flag(name)} is {shown(value)}, it must not hold a NUL character")
+        elif name in ("label_names", "output_dir") and not is_utf8(value):  # the tokenizers library opens no such path
+            problems.append(f"{flag(name)} is {shown(value)}, it must be valid UTF-8")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
     if config.shard and (config.compile != "none" or config.precision == "fp16"):

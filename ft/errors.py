@@ -25,6 +25,15 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a command line's other bytes, and JSON's escapes, may be surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(value: object) -> str:
     """A value as a message quotes it: its `repr`, shortened in the middle if it is long."""
     return _VALUES.repr(value)

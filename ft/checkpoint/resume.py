@@ -135,9 +135,9 @@ def describe_end(state: State, last_step: int) -> str:
 
 def is_finished(run: Path, resume_from: Path) -> bool:
     """Whether `final/` has the weights of this checkpoint; it may be that of a shorter run."""
-    try:
-        listed = read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS]["sha256"]
-        with (run / "final" / snapshots.WEIGHTS).open("rb") as file:
-            return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed)
-    except FileNotFoundError:
+    weights = run / "final" / snapshots.WEIGHTS
+    if not weights.is_file():  # absent, or a FIFO, which would block
         return False
+    listed = read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS]["sha256"]
+    with weights.open("rb") as file:
+        return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed)

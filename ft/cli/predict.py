@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft.cli.parsers import CommandParser, a_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, one_line, printable
+from ft.errors import FtError, UsageError, is_utf8, one_line, printable, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
@@ -146,11 +146,14 @@ def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Seq
 
 def problems_of(options: argparse.Namespace) -> list[str]:
     """What is wrong with the flags of `ModelParser`."""
-    return [
+    problems = [
         f"--{name.replace('_', '-')} is {getattr(options, name)}, it must be at least {least}"
         for name, least in (("batch_size", 1), ("max_length", 2))
         if getattr(options, name) is not None and getattr(options, name) < least
     ]
+    if options.label_names is not None and not is_utf8(options.label_names):
+        problems.append(f"--label-names is {shown(options.label_names)}, it must be valid UTF-8")
+    return problems
 
 
 def load_named(options: argparse.Namespace) -> "Classifier":

@@ -194,10 +194,19 @@ def _whole_number(label: str | int) -> int | None:
 
 
 def _names_in_metadata(table: Table, place: int) -> tuple[str, ...] | None:
-    """The class names of a column, which the `datasets` library stores as JSON in the metadata of a file."""
+    """The class names of a column, which the `datasets` library stores as JSON in the metadata of a file.
+
+    Raises:
+        FtError: the metadata are not UTF-8; without them, numbers would silently become the names.
+    """
     try:
         features = json.loads((table.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[table.names[place]]["names"]
+    except UnicodeDecodeError as error:
+        raise FtError(
+            f"the metadata of {table.path}, which name its labels, are not valid UTF-8 ({error.reason} at byte "
+            f"{error.start}): write the file again, or save it as .csv and name them by --label-names"
+        ) from error
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

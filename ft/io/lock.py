@@ -75,7 +75,10 @@ def locked(folder: Path) -> Iterator[FolderLock]:
 
 def _locked_file(folder: Path) -> io.FileIO:
     """The file of a folder's lock, which this process has locked and put its number into."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except RecursionError as error:  # which is how `pathlib` makes parents
+        raise FtError(f"{folder} is too deep: it has {len(folder.parts):,} parts") from error
     path = folder / LOCK
     while True:
         file = os.fdopen(open_to_write(path), "r+b", buffering=0)

@@ -104,6 +104,24 @@ def test_only_what_describes_the_model_is_carried_over(model, fine_tune):
     assert all(config[name] == source[name] for name in carried)
 
 
+def test_values_that_transformers_refuses_are_not_carried_over(model, fine_tune):
+    change(
+        model / "config.json",
+        pad_token_id="__import__",
+        eos_token_id=["x" * 100_000],
+        bos_token_id=[True],
+        n_ctx={"a": 1},
+        scale_attn_weights=1,
+        add_cross_attention=0.0,
+    )
+    final = fine_tune() / "final"
+    config = read_json(final / "config.json")
+    assert not {"pad_token_id", "bos_token_id", "n_ctx"} & config.keys()
+    assert (config["scale_attn_weights"], config["add_cross_attention"]) == (True, False)
+    assert isinstance(config["add_cross_attention"], bool)
+    assert_transformers_agrees(final)
+
+
 def test_token_ids_of_generation_are_those_that_training_uses(model, fine_tune):
     """A tokenizer made anew beside a config.json of the published model: huggingface/olm-training#6."""
     end = json.loads((model / "tokenizer.json").read_text())["added_tokens"][0]["id"]

@@ -181,6 +181,7 @@ class Terminal(Pipe):
         (["{run}s", "a"], 1, "there is no run "),
         (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a directory"),
         (["{unnamed}", "a"], 1, "does not name its labels: name them by --label-names neg,pos"),
+        (["{run}", "good", "--label-names", "a,\udcf6"], 2, "--label-names is 'a,\\udcf6', it must be valid UTF-8"),
         (["{run}", "good", "sch\udcf6n"], 1, "text 2 is not UTF-8: it holds '\\udcf6' at character 3"),
         (["{run}", "a", "--label-names", "good,goodness"], 1, "begin with the same token"),
     ],

@@ -468,9 +468,19 @@ def test_names_that_are_not_utf8_are_refused_when_read(inputs, tmp_path, capsys,
         for split in ("train", "validation"):
             write_parquet(tmp_path / f"{split}.parquet", ["a", "b"], [0, 1], names=["neg", "p\ud800s"])
         flags += ["--dataset", str(tmp_path)]
-    assert main(flags) == 1
-    assert "the name of label 1 is not UTF-8: it holds '\\ud" in capsys.readouterr().err
+    assert main(flags) == (1 if way == "parquet" else 2)
+    message = "the name of label 1 is not UTF-8: it holds '\\ud" if way == "parquet" else "it must be valid UTF-8"
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_metadata_that_are_not_utf8_are_refused_and_not_passed_over(tmp_path):
+    write_parquet(tmp_path / "train.parquet", ["a", "b"], [0, 1], names=["neg", "pos"])
+    table = pq.read_table(tmp_path / "train.parquet")
+    about = table.schema.metadata[b"huggingface"].replace(b"pos", b"p\xf6s")
+    pq.write_table(table.replace_schema_metadata({b"huggingface": about}), tmp_path / "train.parquet")
+    with pytest.raises(FtError, match=r"the metadata of .*train.parquet, .* are not valid UTF-8 \(.* at byte \d+\)"):
+        read_split("train", [tmp_path / "train.parquet"], Columns("text", "label"))
 
 
 # --- files and splits -------------------------------------------------------------------------------------------------

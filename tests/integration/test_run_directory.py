@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from contextlib import ExitStack
@@ -211,6 +212,34 @@ def test_a_link_that_leads_nowhere_in_the_newest_checkpoint_is_damage_like_any_o
     output = capsys.readouterr().out
     assert f"{newest} is damaged and ignored: rng.safetensors is missing or no plain file" in output
     assert "Continuing after step 4" in output
+
+
+def test_a_fifo_in_place_of_the_finished_weights_is_replaced_and_not_waited_for(copy):
+    before = (copy / "final" / "model.safetensors").read_bytes()
+    (copy / "final" / "model.safetensors").unlink()
+    os.mkfifo(copy / "final" / "model.safetensors")
+    assert main(["--resume", str(copy)]) == 0
+    assert (copy / "final" / "model.safetensors").read_bytes() == before
+
+
+def test_a_demo_that_was_moved_is_continued(tmp_path, capsys):
+    flags = ["--demo", "--device", "cpu", "--batch-size", "2", "--save-steps", "1"]
+    assert main([*flags, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main([*flags, "--max-steps", "2", "--output-dir", str(tmp_path / "moved"), "--resume"]) == 0
+    assert "Continuing after step 1" in capsys.readouterr().out
+    other = [*flags, "--max-steps", "3", "--seed", "7", "--output-dir", str(tmp_path / "moved"), "--resume"]
+    assert main(other) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [("r\udcffn", 2, "--output-dir is .*udcffn', it must be valid UTF-8"), ("a/" * 1500, 1, "is too deep: it has 1,5")],
+    ids=["not UTF-8", "deep"],
+)
+def test_a_directory_that_no_run_could_be_read_from_is_refused(inputs, tmp_path, capsys, name, status, message):
+    assert main([*inputs, "--output-dir", f"{tmp_path}/{name}"]) == status
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_configuration_that_a_user_names_may_be_a_pipe(tmp_path, inputs):
