@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ft.checks import field_types, flag
-from ft.config import Config, flag
+from ft.config import Config
 from ft.errors import UsageError, shown
 from ft.io.plain_files import read_regular
 
@@ -137,7 +137,7 @@ def run_directory_of(path: Path) -> Path:
 
 def find_changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
     """The settings that must not change on resume and did, one aligned line each."""
-    may_change = (*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME)
+    may_change: tuple[str, ...] = (*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME)
     if old.get("demo") is True and new.demo:  # its inputs are in the run directory, which may have been moved
         may_change += ("model", "dataset")
     changed = [
