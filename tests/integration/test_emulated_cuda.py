@@ -75,7 +75,7 @@ def kinds(notes):
         (["--precision", "fp16"], 1),
         (["--precision", "fp32", "--activation-checkpointing", "full"], 1),
         (["--precision", "bf16", "--activation-checkpointing", "selective"], 1),
-        (["--precision", "bf16", "--static-shapes"], 1),
+        (["--precision", "bf16", "--static-shapes", "--save-blocking"], 1),
         (["--precision", "bf16", "--gradient-accumulation-steps", "2"], 2),
         (["--precision", "fp16", "--freeze", "wte.*", "h.0.*", "--activation-checkpointing", "full"], 1),
         (["--precision", "bf16", "--train-only", "h.1.*", "--on-nonfinite", "skip", "--max-grad-norm", "0"], 1),
@@ -113,14 +113,15 @@ def test_a_step_with_a_graph_is_one_launch_behind_its_inputs(gpu, steps, command
     assert "mix" not in kinds(gpu.notes), summary(gpu.notes)
 
 
-def test_a_replay_waits_for_the_copies_of_a_checkpoint(gpu, steps, command, monkeypatch):
-    """A recorded step cannot wait in its middle: it may begin only when all that it changes is copied."""
+@pytest.mark.parametrize(("flags", "update"), [([], "_fused_adamw_.default"), (["--cuda-graphs"], "cuda.graph")])
+def test_an_update_waits_for_the_copies_of_a_checkpoint(gpu, steps, command, monkeypatch, flags, update):
+    """A recorded step cannot wait in its middle: all of it begins only when what it changes is copied."""
     monkeypatch.setattr(Event, "wait", lambda event, stream=None: gpu.note("wait", "cuda.event"))
-    assert main([*command, "--precision", "fp32", "--max-steps", "6", "--save-steps", "5", "--cuda-graphs"]) == 0
-    _, *rest = (number for number, note in enumerate(steps[5]) if note.kind == "fetch")
-    (waited,) = (number for number, note in enumerate(steps[5]) if note.kind == "wait")
-    (replayed,) = (number for number, note in enumerate(steps[5]) if note.operation == "cuda.graph")
-    assert rest[-1] < waited < replayed
+    assert main([*command, *flags, "--precision", "fp32", "--max-steps", "6", "--save-steps", "5"]) == 0
+    notes = [note.kind if note.kind in ("fetch", "wait") else note.operation for note in steps[5]]
+    assert notes.count("wait") == 1
+    last_copy = len(notes) - 1 - notes[::-1].index("fetch")
+    assert last_copy < notes.index("wait") < notes.index(update)
 
 
 def test_a_run_goes_on_from_its_checkpoint(gpu, steps, command):
