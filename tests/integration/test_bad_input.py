@@ -210,7 +210,7 @@ MODEL = [
     ),
     ("wrong shape", lambda i: i.weights(lambda t: t.update({"ln_f.bias": torch.zeros(3)})), "ln_f.bias has shape (3,)"),
     ("tensor missing", lambda i: i.weights(lambda t: t.pop("ln_f.bias")), "ln_f.bias is missing"),
-    ("tensor too many", lambda i: i.weights(lambda t: t.update(x=torch.zeros(1))), "x is no tensor of a GPT-2"),
+    ("tensor too many", lambda i: i.weights(lambda t: t.update(x=torch.zeros(1))), "x is not a tensor of a GPT-2"),
     ("untied head", lambda i: i.weights(lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1})), "not tied"),
     ("no weights", lambda i: (i.model / "model.safetensors").unlink(), "has no model.safetensors"),
     ("only a pickle", lambda i: (i.model / "model.safetensors").rename(i.model / "pytorch_model.bin"), "are not read"),
