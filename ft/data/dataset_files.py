@@ -73,7 +73,8 @@ def _single_file(path: Path) -> Path:
     """A data set that is one file, after a look at it."""
     if suffix_of(path.name) is None:
         raise FtError(
-            f"--dataset is the file {path}, whose format is not read: it must be one of {', '.join(SUFFIXES)}."
+            f"--dataset is the file {path}, whose format is not read: it must be one of {', '.join(SUFFIXES)}. Save a "
+            "sheet of a workbook as .csv, and rename a .txt of values between tabs to .tsv."
         )
     try:
         check_first_bytes(path)

@@ -21,6 +21,16 @@ from ft.errors import FtError, UsageError
 DELIMITERS = ",;\t|"  # those that are recognized; --delimiter names any other
 LARGEST_VALUE = 2**26  # characters of a value in a CSV file
 BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+# How files begin that are no text, but would be some in cp1252.
+BINARY = {
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook: save its table as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook: save its table as CSV",
+    b"BZh": "compressed by bzip2: decompress it",
+    b"\x1f\x8b": "compressed by gzip: let its name end in .gz, such as .csv.gz",
+    b"PAR1": "a parquet file: let its name end in .parquet",
+    b"ARROW1": "an Arrow file: let its name end in .arrow",
+    b"%PDF": "a PDF document: save its text as UTF-8",
+}
 # A text whose every quote opens, closes or is doubled in a quoted value, as CSV writers leave it.
 WELL_QUOTED = r'(?:(?:"(?:[^"]|"")*+"|[^"{d}\r\n]*+)(?:[{d}\r\n]|$))*+'
 
@@ -56,9 +66,12 @@ def decoded(content: bytes, name: str, encoding: str | None) -> str:
     """The characters of a file: by its byte order mark, else in `encoding`, else in UTF-8.
 
     Raises:
-        FtError: it is in another encoding.
+        FtError: it is in another encoding, or no text.
         UsageError: there is no such encoding.
     """
+    for beginning, what in BINARY.items():
+        if content.startswith(beginning) and b"\0" in content[:4096]:
+            raise FtError(f"{name} is {what}")
     for mark, marked in BYTE_ORDER_MARKS:
         if content.startswith(mark):
             content, encoding = content[len(mark) :], marked
@@ -121,6 +134,12 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
     if len(filled) < len(rows):
         notes.append(f"{len(rows) - len(filled):,} rows of {path.name} without any value are left out")
         rows, lines = [rows[row] for row in filled], [lines[row] for row in filled]
+    headers = [row for row, values in enumerate(rows) if values == found.names]
+    if headers:  # as files with one each that were joined have
+        shown = ", ".join(f"{lines[row]:,}" for row in headers[:10]) + ", ..." * (len(headers) > 10)
+        notes.append(f"the names of the columns of {path.name} are repeated in line {shown} and left out there")
+        kept = sorted(set(range(len(rows))).difference(headers))
+        rows, lines = [rows[row] for row in kept], [lines[row] for row in kept]
     columns = list(zip(*rows, strict=True)) or [()] * len(found.names)
     return Table(path, found.names, columns.__getitem__, lines, notes=tuple(notes))
 
@@ -146,12 +165,13 @@ def _best_reading(path: Path, text: str, delimiter: str, wanted: Sequence[str], 
     """
     quoted = ("", lambda: _quoted(text, delimiter))
     as_they_are = ("", lambda: _unquoted(text, delimiter))
-    escaped = (rf"the quotes in {path.name} are escaped as \"", lambda: _quoted(text.replace('\\"', '""'), delimiter))
+    escaped = (rf"the quotes in {path.name} are escaped as \"", lambda: _escaped(text, delimiter))
     lone = (f"the quotes in {path.name} do not enclose values and are read as parts of them", as_they_are[1])
     if delimiter == "\t":
         ways = [quoted, as_they_are] if _doubles_quotes(text, delimiter) else [as_they_are, quoted]
     else:
-        ways = [quoted, escaped, lone] if '\\"' in text else [quoted, lone]
+        is_escaped = any("\\" + character in text for character in ('"', delimiter))
+        ways = [quoted, escaped, lone] if is_escaped else [quoted, lone]
     found: _Rows | None = None
     failure: Exception | None = None
     for note, way in ways:
@@ -182,10 +202,16 @@ def _doubles_quotes(text: str, delimiter: str) -> bool:
     return any('"' in value for _, row in _quoted(text, delimiter) for value in row)
 
 
-def _quoted(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
+def _escaped(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
+    r"""The rows of a text in which \ escapes quotes, delimiters and itself; before anything else it is a character."""
+    doubled = re.sub(rf'(\\["\\{re.escape(delimiter)}])|\\', lambda found: found[1] or r"\\", text)
+    return _quoted(doubled, delimiter, escape="\\")
+
+
+def _quoted(text: str, delimiter: str, escape: str | None = None) -> Iterable[tuple[int, list[str]]]:
     """The rows of a text with quoted values, each with the line it begins in."""
     before = csv.field_size_limit(LARGEST_VALUE)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, escapechar=escape, strict=True)
     begin = 1
     try:
         for row in reader:
@@ -304,12 +330,22 @@ def _reason(error: Exception) -> str:
     return "JSON is nested too deeply" if isinstance(error, RecursionError) else f"JSON is wrong: {error}"
 
 
+def _by_name(names: Any, rows: list[Any]) -> list[Any]:  # noqa: ANN401
+    """Rows as objects; with `orient="split"` pandas writes lists of values, and the names of the columns beside."""
+    if not isinstance(names, list) or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+        return rows
+    return [dict(zip(names, row, strict=True)) for row in rows] if all(isinstance(n, str) for n in names) else rows
+
+
 def _rows_of(path: Path, whole: Any, wanted: Sequence[str]) -> list[Any]:  # noqa: ANN401
     """The rows of an object that is a whole file: one row, the rows under `data`, or columns of values by row."""
     if not isinstance(whole, dict):
         return [whole]
     if isinstance(whole.get("data"), list) and not set(wanted) <= whole.keys():
-        return list(whole["data"])
+        return _by_name(whole.get("columns"), whole["data"])
+    rows = list(whole.values())
+    if all(isinstance(values, dict) and set(wanted) <= values.keys() for values in rows):  # orient="index" of pandas
+        return rows
     columns = {name: list(v.values()) if isinstance(v, dict) else v for name, v in whole.items()}
     if not columns or not all(isinstance(values, list) for values in columns.values()):
         return [whole]
