@@ -21,15 +21,12 @@ from ft.errors import FtError, UsageError
 DELIMITERS = ",;\t|"  # those that are recognized; --delimiter names any other
 LARGEST_VALUE = 2**26  # characters of a value in a CSV file
 BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-# How files begin that are no text, but would be some in cp1252.
-BINARY = {
+BINARY = {  # how files begin that are not text, but would be some in cp1252
     b"PK\x03\x04": "a ZIP archive or an Excel workbook: save its table as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook: save its table as CSV",
     b"BZh": "compressed by bzip2: decompress it",
     b"\x1f\x8b": "compressed by gzip: let its name end in .gz, such as .csv.gz",
     b"PAR1": "a parquet file: let its name end in .parquet",
-    b"ARROW1": "an Arrow file: let its name end in .arrow",
-    b"%PDF": "a PDF document: save its text as UTF-8",
 }
 # A text whose every quote opens, closes or is doubled in a quoted value, as CSV writers leave it.
 WELL_QUOTED = r'(?:(?:"(?:[^"]|"")*+"|[^"{d}\r\n]*+)(?:[{d}\r\n]|$))*+'
@@ -134,11 +131,9 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
     if len(filled) < len(rows):
         notes.append(f"{len(rows) - len(filled):,} rows of {path.name} without any value are left out")
         rows, lines = [rows[row] for row in filled], [lines[row] for row in filled]
-    headers = [row for row, values in enumerate(rows) if values == found.names]
-    if headers:  # as files with one each that were joined have
-        shown = ", ".join(f"{lines[row]:,}" for row in headers[:10]) + ", ..." * (len(headers) > 10)
-        notes.append(f"the names of the columns of {path.name} are repeated in line {shown} and left out there")
-        kept = sorted(set(range(len(rows))).difference(headers))
+    kept = [row for row, values in enumerate(rows) if values != found.names]
+    if len(kept) < len(rows):  # as files with a header each leave them when joined
+        notes.append(f"{len(rows) - len(kept):,} rows of {path.name} that repeat the names of its columns are left out")
         rows, lines = [rows[row] for row in kept], [lines[row] for row in kept]
     columns = list(zip(*rows, strict=True)) or [()] * len(found.names)
     return Table(path, found.names, columns.__getitem__, lines, notes=tuple(notes))
@@ -332,9 +327,9 @@ def _reason(error: Exception) -> str:
 
 def _by_name(names: Any, rows: list[Any]) -> list[Any]:  # noqa: ANN401
     """Rows as objects; with `orient="split"` pandas writes lists of values, and the names of the columns beside."""
-    if not isinstance(names, list) or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
-        return rows
-    return [dict(zip(names, row, strict=True)) for row in rows] if all(isinstance(n, str) for n in names) else rows
+    if isinstance(names, list) and all(isinstance(row, list) and len(row) == len(names) for row in rows):
+        return [dict(zip(map(str, names), row, strict=True)) for row in rows]
+    return rows
 
 
 def _rows_of(path: Path, whole: Any, wanted: Sequence[str]) -> list[Any]:  # noqa: ANN401

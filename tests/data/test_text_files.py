@@ -592,7 +592,7 @@ def test_a_header_in_the_middle_of_joined_files_is_no_row(tmp_path):
     path.write_text("".join(f"text,label\n{x},pos\n{y},neg\n" for x, y in parts), encoding="utf-8")
     split = split_of(path)
     assert (split.texts, split.label_names) == (list("abcd"), ("neg", "pos"))
-    assert split.notes == ("the names of the columns of x.csv are repeated in line 4 and left out there",)
+    assert split.notes == ("1 rows of x.csv that repeat the names of its columns are left out",)
 
 
 @pytest.mark.parametrize(
