@@ -76,6 +76,17 @@ def predict(arguments: Sequence[str]) -> None:
         problems.append("give texts or --file, not both")
     if options.output and options.output.suffix.lower() not in (".csv", ".jsonl"):
         problems.append(f"--output is {str(options.output)!r}, it must end in .csv or .jsonl")
+    elif options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
+        where = f"it must be the name of a file in a directory that exists, {str(options.output.parent)!r} does not"
+        where = "which is a directory: name a file in it" if options.output.is_dir() else where
+        problems.append(f"--output is {str(options.output)!r}, {where}")
+    if options.file and not suffix_of(options.file.name):
+        problems += [
+            f"{flag} is of tables, and {str(options.file)!r} is read as lines of text: leave the flag out, or let the "
+            "name of a table end in .csv or .tsv"
+            for flag, value in (("--text-column", options.text_column), ("--delimiter", options.delimiter))
+            if value is not None
+        ]
     if not options.texts and not options.file and (sys.stdin is None or sys.stdin.isatty()):
         problems.append("there are no texts: give them as arguments, by --file FILE, or through a pipe")
     if options.label_names is None and settings_of_run(Path(options.model)).get("completion_column") is not None:

@@ -106,7 +106,8 @@ def _single_file(path: Path) -> Path:
     """Check the suffix and the first bytes of a data set that is one file."""
     if suffix_of(path.name) is None:
         raise FtError(
-            f"--dataset is the file {path}, whose format is not supported: it must be one of {', '.join(SUFFIXES)}."
+            f"--dataset is the file {path}, whose format is not supported: it must be one of {', '.join(SUFFIXES)}. "
+            "Save a sheet of a workbook as .csv, and rename a .txt of values between tabs to .tsv."
         )
     try:
         check_first_bytes(path)

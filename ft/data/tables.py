@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence, Set
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,10 @@ def read_split(
         completions = [text for part in answers for text in part]
         return Split(name, texts, [0] * len(texts), completions=completions, notes=notes)
     if {label for part in answers for label in part} <= {None, NO_LABEL, str(NO_LABEL)}:
-        raise NoLabelsError(f"no row of the {name} split has a label ({', '.join(map(str, paths))})")
+        raise NoLabelsError(
+            f"no row of the {name} split has a label ({', '.join(map(str, paths))}); name their column by "
+            "--label-column, or take another split"
+        )
     for table, part in zip(tables, answers, strict=True):
         _refuse_missing(table, part, columns.label)
     numbers, names = _numbered(tables, answers, label_names, published_names, columns.label, remedy)
@@ -135,7 +139,7 @@ def _labels(table: Table, place: int, column: str, missing: Set[str]) -> list[st
             labels.append(value.strip() or None)
         elif isinstance(value, bool):  # which is an int to Python
             labels.append(str(value))
-        elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        elif isinstance(value, int) or (isinstance(value, float | Decimal) and value == value // 1):
             labels.append(int(value))
         else:
             raise FtError(
@@ -252,13 +256,14 @@ def _advice_on_columns(table: Table, absent: dict[str, str], found: set[int]) ->
             texts.append(table.names[place])
         elif 2 <= len(set(words)) <= min(MOST_LABELS, len(words) - 1) and not any(map(FRACTION.fullmatch, words)):
             labels.append(table.names[place])
+            has_header = has_header and table.names[place] not in words
     candidates = {flag: labels if flag == "--label-column" else texts for flag in absent.values()}
     if has_header and all(len(names) == 1 for names in candidates.values()):
         return "try " + " ".join(f"{flag} {shlex.quote(names[0])}" for flag, names in candidates.items())
     if not has_header:
         return "its first line must name the columns, as in text,label"
-    if "--text-column" in absent.values() and len(absent) == 1 and not found:
-        return "name one by --text-column"
+    if len(absent) == 1:
+        return f"name one by {next(iter(absent.values()))}"
     return "name them by --text-column and --label-column, or --prompt-column and --completion-column"
 
 
@@ -330,7 +335,7 @@ def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
                 return read_csv_table(path, wanted, form)
             case "json" | "jsonl" | "ndjson":
                 return read_json_table(path, wanted, form)
-            case "arrow":
+            case "arrow" | "feather":
                 return read_arrow_table(path)
         return read_parquet_table(path)
     except MemoryError as error:
@@ -340,4 +345,6 @@ def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -70,7 +70,7 @@ def decoded(content: bytes, name: str, encoding: str | None) -> str:
         UsageError: there is no such encoding.
     """
     for signature, kind in BINARY_SIGNATURES.items():
-        if content.startswith(signature):
+        if content.startswith(signature) and b"\0" in content[:4096]:
             raise FtError(f"{name} is {kind}")
     for mark, mark_encoding in BYTE_ORDER_MARKS:
         if content.startswith(mark):
@@ -134,6 +134,10 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
     if len(filled) < len(rows):
         notes.append(f"{len(rows) - len(filled):,} rows of {path.name} without any value are left out")
         rows, lines = [rows[row] for row in filled], [lines[row] for row in filled]
+    kept = [row for row, values in enumerate(rows) if values != found.names]
+    if len(kept) < len(rows):  # as files with a header each leave them when joined
+        notes.append(f"{len(rows) - len(kept):,} rows of {path.name} that repeat the names of its columns are left out")
+        rows, lines = [rows[row] for row in kept], [lines[row] for row in kept]
     columns = list(zip(*rows, strict=True)) or [()] * len(found.names)
     return Table(path, found.names, columns.__getitem__, lines, notes=tuple(notes))
 
@@ -159,13 +163,14 @@ def _best_reading(path: Path, text: str, delimiter: str, wanted: Sequence[str], 
     """
     quoted = ("", lambda: _quoted(text, delimiter))
     literal = ("", lambda: _unquoted(text, delimiter))
-    escaped = (rf"the quotes in {path.name} are escaped as \"", lambda: _quoted(text.replace('\\"', '""'), delimiter))
+    escaped = (rf"the quotes in {path.name} are escaped as \"", lambda: _escaped(text, delimiter))
     spaced = (f"blanks around quotes in {path.name} are left out", lambda: _quoted_with_blanks(text, delimiter))
     unmatched = (f"the quotes in {path.name} do not enclose values and are read as parts of them", literal[1])
     if delimiter == "\t":
         readings = [quoted, literal] if _doubles_quotes(text, delimiter) else [literal, quoted]
     else:
-        readings = [quoted, *([escaped] if '\\"' in text else []), spaced, unmatched]
+        is_escaped = any("\\" + character in text for character in ('"', delimiter))
+        readings = [quoted, *([escaped] if is_escaped else []), spaced, unmatched]
     found: _Rows | None = None
     failure: Exception | None = None
     for note, read in readings:
@@ -201,10 +206,24 @@ def _quoted_with_blanks(text: str, delimiter: str) -> Iterable[tuple[int, list[s
     return _quoted(re.sub(rf'" +(?=[{re.escape(delimiter)}\r\n]|$)', '"', text), delimiter, skip_blanks=True)
 
 
-def _quoted(text: str, delimiter: str, *, skip_blanks: bool = False) -> Iterable[tuple[int, list[str]]]:
+def _escaped(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
+    r"""Yield the rows of a text in which a backslash escapes quotes, delimiters and itself, and nothing else."""
+    doubled = re.sub(rf'(\\["\\{re.escape(delimiter)}])|\\', lambda found: found[1] or r"\\", text)
+    return _quoted(doubled, delimiter, escape="\\")
+
+
+def _quoted(
+    text: str, delimiter: str, *, escape: str | None = None, skip_blanks: bool = False
+) -> Iterable[tuple[int, list[str]]]:
     """Yield the rows of a text with quoted values, each with the line in which it begins."""
     old_limit = csv.field_size_limit(LARGEST_VALUE)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=skip_blanks)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        escapechar=escape,
+        skipinitialspace=skip_blanks,
+        strict=True,
+    )
     begin = 1
     try:
         for row in reader:

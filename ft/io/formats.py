@@ -33,7 +33,7 @@ def check_first_bytes(path: Path) -> None:
 
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
-SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES))
+SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES), ".feather")
 
 
 def suffix_of(name: str) -> str | None:

@@ -512,3 +512,27 @@ def test_perfect_predictions_score_one():
     result = scores(torch.eye(4), torch.arange(4))
     assert (result.accuracy, result.macro_f1, result.calibration_error) == (1.0, 1.0, 0.0)
     assert confident_mistakes(torch.eye(4), torch.arange(4), 3) == []
+
+
+@pytest.mark.parametrize(
+    ("suffix", "what"), [("xlsx", "a ZIP archive or an Excel workbook"), ("csv.bz2", "compressed by bzip2")]
+)
+def test_a_file_that_is_no_text_is_not_taken_for_one_in_another_encoding(finished, tmp_path, capsys, suffix, what):
+    path, table = tmp_path / f"x.{suffix}", pandas.DataFrame({"text": ["a film"] * 9})
+    table.to_excel(path) if suffix == "xlsx" else table.to_csv(path)
+    assert main(["predict", str(finished), "--file", str(path), "--encoding", "cp1252"]) == 1
+    assert f"{path} is {what}" in capsys.readouterr().err
+
+
+def test_where_answers_cannot_be_written_is_said_before_they_are_made(finished, tmp_path, capsys):
+    (tmp_path / "x.csv").mkdir()
+    for output, message in (("none/x.csv", "in a directory that exists"), ("x.csv", "which is a directory")):
+        assert main(["predict", str(finished), "a film", "--output", str(tmp_path / output)]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--text-column", "--delimiter"])
+def test_flags_of_tables_are_refused_for_lines_of_text(finished, tmp_path, capsys, flag):
+    (tmp_path / "x.txt").write_text("text\tlabel\na film\t1\n", encoding="utf-8")
+    assert main(["predict", str(finished), "--file", str(tmp_path / "x.txt"), flag, "text"]) == 2
+    assert f"{flag} is of tables" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from pyarrow import feather
 
 from ft.cli.main import main
 from ft.config import Config
@@ -53,6 +54,9 @@ def write_table(path, rows):
     if ".parquet" in path.suffixes:
         pq.write_table(pa.Table.from_pylist(rows), path)
         return path
+    if path.suffix == ".feather":
+        feather.write_feather(pa.Table.from_pylist(rows), path)
+        return path
     if ".arrow" in path.suffixes:
         table = pa.Table.from_pylist(rows)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
@@ -84,7 +88,7 @@ def test_each_format_is_read_to_the_last_character(tmp_path, suffix):
 def test_datasets_reads_the_same(tmp_path, suffix):
     rows = [row for row in ROWS if row["sentence"] not in ("", "NA", "null")]  # which pandas takes for nothing in a CSV
     path = write_table(tmp_path / f"train{suffix}", rows)
-    builder = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}.get(
+    builder = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".csv": "csv", ".tsv": "csv"}.get(
         suffix.removesuffix(".gz"), "json"
     )
     options = {"sep": "\t"} if ".tsv" in suffix else {}

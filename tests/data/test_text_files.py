@@ -615,3 +615,76 @@ def test_delimiter_and_encoding_are_taken_by_every_command(inputs, tmp_path, cap
     assert len(capsys.readouterr().out.splitlines()) == 40
     assert main([*arguments, "--encoding", "cp1252"]) == 1
     assert "name another delimiter by --delimiter" in capsys.readouterr().err
+
+
+# --- what other programs write besides --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONE])
+def test_values_with_escaped_quotes_delimiters_and_backslashes_are_those_of_pandas(tmp_path, quoting):
+    texts = [r'back\slash "q" a, b', r"C:\dir\new", '"a" x', "ends \\", 'x "y"', r"a\"b"]
+    path, how = tmp_path / "x.csv", {"doublequote": False, "escapechar": "\\", "quoting": quoting}
+    pandas.DataFrame({"text": texts, "label": LABELS}).to_csv(path, index=False, **how)
+    split = split_of(path)
+    assert split.texts == texts == pandas.read_csv(path, **how)["text"].tolist()
+    assert words_of(split) == LABELS
+
+
+def test_a_backslash_that_escapes_nothing_is_kept(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('text,label\n"say \\"hi\\" in C:\\dir",pos\n"b, c",neg\n', encoding="utf-8")
+    assert split_of(path).texts == ['say "hi" in C:\\dir', "b, c"]
+
+
+@pytest.mark.parametrize("orient", ["split", "index", "records", "columns", "table"])
+def test_every_orientation_of_pandas_that_names_columns_is_read(tmp_path, orient):
+    table = pandas.DataFrame({"text": list("abcdef"), "label": LABELS}, index=[f"key {i}" for i in range(6)])
+    path = tmp_path / "x.json"
+    table.to_json(path, orient=orient)
+    split = split_of(path)
+    assert (split.texts, words_of(split)) == (list("abcdef"), LABELS)
+
+
+def test_what_to_feather_wrote_is_read(tmp_path):
+    path = tmp_path / "x.feather"
+    pandas.DataFrame({"text": list("abcdef"), "label": LABELS}).to_feather(path)
+    split = split_of(path)
+    assert (split.texts, words_of(split)) == (list("abcdef"), LABELS)
+
+
+def test_decimals_are_labels_where_they_are_whole(tmp_path):
+    table = pa.table({"text": list("abc"), "label": pa.array([0, 1, 0], pa.decimal128(5, 2))})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert split_of(tmp_path / "x.parquet").labels == [0, 1, 0]
+    pq.write_table(
+        table.set_column(1, "label", pa.array(["0.5"] * 3).cast(pa.decimal128(5, 2))), tmp_path / "y.parquet"
+    )
+    with pytest.raises(FtError, match=r"the label in row 0 of .* is Decimal\('0.50'\), it must be a whole number"):
+        split_of(tmp_path / "y.parquet")
+
+
+def test_a_header_in_the_middle_of_joined_files_is_no_row(tmp_path):
+    path, parts = tmp_path / "x.csv", [["a", "b"], ["c", "d"]]
+    path.write_text("".join(f"text,label\n{x},pos\n{y},neg\n" for x, y in parts), encoding="utf-8")
+    split = split_of(path)
+    assert (split.texts, split.label_names) == (list("abcd"), ("neg", "pos"))
+    assert split.notes == ("1 rows of x.csv that repeat the names of its columns are left out",)
+
+
+@pytest.mark.parametrize(
+    "rows", ["a film to see,1\nthe plot is dull,0\nit is fine,1\n", "0\ta b c\n1\tc d e\n0\tf g h\n"]
+)
+def test_a_first_line_of_data_is_not_proposed_as_names(tmp_path, rows):
+    path = tmp_path / ("x.tsv" if "\t" in rows else "x.csv")
+    path.write_text(rows * 3, encoding="utf-8")
+    with pytest.raises(FtError, match="its first line must name the columns, as in text,label"):
+        split_of(path)
+
+
+def test_splits_without_labels_are_refused_with_what_to_do(tmp_path):
+    write_parquet(tmp_path / "x.parquet", ["a", "b"], [-1, -1])
+    with pytest.raises(NoLabelsError, match="--label-column, or take another split"):
+        split_of(tmp_path / "x.parquet")
+    (tmp_path / "y.csv").write_text("text\na\n", encoding="utf-8")
+    with pytest.raises(NoLabelsError, match=r"its columns are text: name one by --label-column$"):
+        split_of(tmp_path / "y.csv")
