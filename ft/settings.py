@@ -229,9 +229,9 @@ def run_of(path: Path) -> Path:
 
 def changed_on_resume(old: Mapping[str, Any], new: Config) -> list[str]:
     """One line for each setting that would make a resumed run another run than the one it continues: a table."""
-    may_change = (*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME)
+    may_change = {*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME}
     if old.get("demo") is True and new.demo:  # its inputs are in the run directory, which may have been moved
-        may_change += ("model", "dataset")
+        may_change |= {"model", "dataset"}
     changed = [
         (flag(name), shown(old[name]), shown(value))
         for name, value in asdict(new).items()
