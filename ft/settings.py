@@ -137,9 +137,9 @@ def run_directory_of(path: Path) -> Path:
 
 def find_changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
     """The settings that must not change on resume and did, one aligned line each."""
-    may_change: tuple[str, ...] = (*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME)
+    may_change = {*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME}
     if old.get("demo") is True and new.demo:  # its inputs are in the run directory, which may have been moved
-        may_change += ("model", "dataset")
+        may_change |= {"model", "dataset"}
     changed = [
         (flag(name), shown(old[name]), shown(value))
         for name, value in asdict(new).items()
