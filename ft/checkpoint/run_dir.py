@@ -13,7 +13,7 @@ from ft.data.load import with_demo_inputs
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError, UsageError, shown
 from ft.io.atomic import remove_stale_staging
-from ft.io.lock import LOCK, FolderLock, locked
+from ft.io.lock import LOCK, DirectoryLock, locked
 from ft.io.plain_files import remove
 from ft.settings import read_config_file, run_of
 from ft.train.state import State
@@ -47,7 +47,7 @@ class RunDirectory:
     path: Path
     config: Config
     resume_from: Path | None
-    lock: FolderLock | None
+    lock: DirectoryLock | None
     started: float
 
     def begin(self, state: State, num_parameters: int, num_trained: int, ranks: Ranks) -> str:
@@ -114,7 +114,7 @@ def open_run_directory(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
 
 
 @contextmanager
-def own_folder(config: Config) -> Iterator[FolderLock]:
+def own_folder(config: Config) -> Iterator[DirectoryLock]:
     """The run's folder, for this process alone, without what a process that died there has left half done.
 
     Raises:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import ft
 from ft.cli.arguments import read_arguments
 from ft.cli.main import main
-from ft.cli.parsers import DESTRUCTIVE, HABITS, unknown_flag
+from ft.cli.parsers import DESTRUCTIVE, FOREIGN_FLAGS, describe_unknown_flag
 from ft.config import NO_FLAGS, Config, flag
 from ft.errors import UsageError
 from ft.io.paths import SETTINGS
@@ -84,7 +84,7 @@ def test_what_is_missing_or_too_much_is_still_told(command, home, capsys):
     assert "RUN" in capsys.readouterr().err
     if command in ("evaluate", "generate"):
         assert main([command, "--device", "cpu", str(home / "run"), "one", "--device", "cpu", "two"]) == 2
-        assert "'two' belongs to no flag" in capsys.readouterr().err
+        assert "unexpected argument 'two'" in capsys.readouterr().err
 
 
 # --- the home directory -----------------------------------------------------------------------------------------------
@@ -169,9 +169,9 @@ def test_a_command_answers_with_its_own_flags(capsys):
     assert "--lr; --help lists all flags" in error
 
 
-@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("habit", FOREIGN_FLAGS)
 def test_what_is_proposed_for_a_habit_is_taken(habit):
-    proposed = unknown_flag(f"--{habit}", [name for name in FLAGS if name != f"--{habit}"])
+    proposed = describe_unknown_flag(f"--{habit}", [name for name in FLAGS if name != f"--{habit}"])
     if ", is it " in proposed:
         words = proposed.partition(", is it ")[2].rstrip("?").split()
         assert words[0] in FLAGS
@@ -184,7 +184,7 @@ def test_what_is_proposed_for_a_habit_is_taken(habit):
 ))  # fmt: skip
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_nothing_that_deletes_is_ever_proposed(word):
-    assert not any(f"is it {name}" in unknown_flag(word, FLAGS) for name in DESTRUCTIVE)
+    assert not any(f"is it {name}" in describe_unknown_flag(word, FLAGS) for name in DESTRUCTIVE)
 
 
 def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path):

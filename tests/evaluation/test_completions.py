@@ -139,7 +139,7 @@ def test_evaluate_prints_a_summary_and_the_worst(finished, capsys):
     assert main(["evaluate", str(finished), "--device", "cpu", "--mistakes", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"test: {len(TESTED)} completions of ")
-    for part in ("nats per token", "perplexity", "of tokens right", "of completions wholly right", "texts/s, by"):
+    for part in ("nats per token", "perplexity", "token accuracy", "exact match", "examples/s, by"):
         assert part in out
     assert out.count("written: ") == out.count("right:   ") == 2
     assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu"]) == 0
@@ -150,7 +150,7 @@ def test_completions_that_are_cut_are_told(finished, capsys):
     assert main(["evaluate", str(finished), "--device", "cpu", "--max-length", "3", "--json"]) == 0
     out, error = capsys.readouterr()
     assert "Note: " in error
-    assert "completions are longer than --max-length 3 and judged by their ends" in error
+    assert "completions are longer than --max-length 3: only their ends are scored" in error
     assert json.loads(out)["tokens"] <= 2 * len(TESTED)
     assert main(["evaluate", str(finished), "--device", "cpu", "--json"]) == 0
     assert "longer" not in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_a_link_that_leads_nowhere_in_the_newest_checkpoint_is_damage_like_any_o
     (newest / "rng.safetensors").symlink_to(copy / "nowhere")
     assert main(["--resume", str(copy), "--max-steps", "7"]) == 0
     output = capsys.readouterr().out
-    assert f"{newest} is damaged and left out: rng.safetensors is missing or no plain file" in output
+    assert f"{newest} is damaged and left out: rng.safetensors is missing or not a regular file" in output
     assert "Continuing after step 4" in output
 
 
