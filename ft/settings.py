@@ -147,7 +147,7 @@ def find_problems(config: Config) -> list[str]:
         "--compile": config.compile != "none",
         "--shard": config.shard,
         "--activation-checkpointing": config.activation_checkpointing != "none",
-        f"{config.processes} processes": config.processes > 1,
+        f"{config.processes} processes": config.processes != 1,
     }
     if config.cuda_graphs and any(excluded.values()):
         given = " and ".join(name for name, is_given in excluded.items() if is_given)

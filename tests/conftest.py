@@ -79,13 +79,6 @@ def gpu(monkeypatch):
         yield gpu
 
 
-def pytest_collection_modifyitems(items):
-    """Leaves the time limit of marked tests to the pytest that they run in: the first to be reported waits for all."""
-    for item in items:
-        if item.get_closest_marker(emulated_cuda.MARK) is not None and not emulated_cuda.is_here():
-            item.add_marker(pytest.mark.timeout(0))
-
-
 def pytest_runtest_protocol(item, nextitem):
     """Has the tests that are marked with `emulated_cuda` run where there is such a device."""
     if item.get_closest_marker(emulated_cuda.MARK) is None or emulated_cuda.is_here():
@@ -109,7 +102,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where PyTorch finds none."""
+    """Skip what needs a GPU where PyTorch finds none, and lift the time limit of what runs in the second pytest.
+
+    The first emulated test to be reported waits for all of them; each has its limit there.
+    """
+    for item in items:
+        if item.get_closest_marker(emulated_cuda.MARK) is not None and not emulated_cuda.is_here():
+            item.add_marker(pytest.mark.timeout(0))
     needing = [item for item in items if item.get_closest_marker("cuda")]
     if needing:
         import torch

@@ -323,9 +323,10 @@ def make_gpu(monkeypatch):
         def _copied(self, function, targets, sources, non_blocking=False):
             """What `aten.copy_` and `aten._foreach_copy_` return."""
             pairs = list(zip(tree_leaves(targets), tree_leaves(sources), strict=True))
+            returned = None if function is aten._foreach_copy_.default else targets
             if all(isinstance(tensor, FakeTensor) for pair in pairs for tensor in pair):
                 self.note("kernel", function)
-                return targets
+                return returned
             for target, source in pairs:
                 if not isinstance(target, FakeTensor):
                     fast = non_blocking and self.is_pinned(target)
@@ -334,7 +335,7 @@ def make_gpu(monkeypatch):
                 elif not isinstance(source, FakeTensor):
                     fast = non_blocking and self.is_pinned(source)
                     self.note("send" if fast else "slow send", function, source.numel())
-            return targets
+            return returned
 
     cuda, gpu = torch.cuda, GPU()
     for name, value in {

@@ -167,7 +167,8 @@ def test_fp16_without_clipping(inputs, tmp_path):
     assert main([*inputs, *flags]) == 0
 
 
-def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run, capsys):
+def test_every_flag_that_changes_what_is_learnt_is_refused_on_resume(inputs, run, capsys, monkeypatch):
+    monkeypatch.setattr("ft.setup.require_cuda", lambda device: None)  # which refuses --cuda-graphs before
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     recorded = json.loads((run / "config.json").read_text())
     # Every setting but those that are free; the demo brings a model and data of its own along.

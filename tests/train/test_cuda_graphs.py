@@ -130,7 +130,7 @@ def test_a_step_is_a_pure_tensor_program(precision, settings, kept):
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
-    monkeypatch.setattr("ft.finetune.require_cuda", lambda device: None)
+    monkeypatch.setattr("ft.setup.require_cuda", lambda device: None)
     return emulate(monkeypatch)
 
 
