@@ -33,7 +33,13 @@ def other_value(name):
     if choices:
         return next(choice for choice in choices if choice != default)
     number = (default or 0) + 3 if kind is int else None
-    return {bool: True, int: number, float: 0.625, str: f"{name} of mine" if name.endswith("_column") else "somewhere", tuple: ("h.1.*", "ln_f.bias")}[kind]
+    return {
+        bool: True,
+        int: number,
+        float: 0.625,
+        str: f"{name} of mine" if name.endswith("_column") else "somewhere",
+        tuple: ("h.1.*", "ln_f.bias"),
+    }[kind]
 
 
 def changed(*names):

@@ -197,4 +197,4 @@ def test_the_report_says_how_to_judge_completions(finished, tmp_path):
     assert main(["report", str(finished), "--output", str(tmp_path / "report.html")]) == 0
     markup = (tmp_path / "report.html").read_text()
     assert f"<code>python run.py evaluate {finished}</code>" in markup
-    assert "no scores.json that can be read" not in markup
+    assert "no valid scores.json" not in markup
