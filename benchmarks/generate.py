@@ -28,7 +28,7 @@ PROMPTS = (16, 512)
 def main() -> None:
     """Measure prompts of each length in turns, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens of each turn (default 100)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side, after one that warms up (default 7)")
@@ -37,7 +37,9 @@ def main() -> None:
     options = parser.parse_args()
     n_positions = SIZES[options.size]["n_positions"]
     if not 0 < options.tokens <= n_positions - min(PROMPTS):
-        parser.error(f"--tokens must be from 1 to {n_positions - min(PROMPTS)}: {options.size} has {n_positions} positions")
+        parser.error(
+            f"--tokens must be from 1 to {n_positions - min(PROMPTS)}: {options.size} has {n_positions} positions"
+        )
     precision = precision_of(options)
     device = precision.device
     with tempfile.TemporaryDirectory() as folder:
