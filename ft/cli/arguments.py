@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ft.cli.parsers import CommandParser, describe_unknown_flag
+from ft.cli.parsers import CommandParser, describe_unknown_flag, without_values
 from ft.config import NEWEST, NO_FLAGS, Config, flag
 from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
@@ -95,12 +95,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         f"{word.partition('=')[0]} takes no value, leave {shown(word.partition('=')[2])} out" for word in valued
     ]
     parsed, rest = _parser().parse_known_args([word for word in words if word not in valued])
-    # The word after an unknown flag is probably its value, and is not reported.
-    problems += [
-        _describe_unknown(argument)
-        for before, argument in zip(["", *rest], rest, strict=False)
-        if argument.startswith("-") or not before.startswith("-") or "=" in before
-    ]
+    problems += map(_describe_unknown, without_values(rest))
     config_file = vars(parsed).pop("config", None)
     settings: dict[str, Any] = {}
     for name, value in vars(parsed).items():

@@ -126,7 +126,7 @@ class CommandParser(argparse.ArgumentParser):
             raise UsageError(
                 *[
                     describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
-                    for word in rest
+                    for word in without_values(rest)
                 ]
             )
         return options
@@ -141,6 +141,15 @@ class CommandParser(argparse.ArgumentParser):
 def to_path(text: str) -> Path:
     """The path that an argument names, with `~` expanded."""
     return Path(expand_home(text))
+
+
+def without_values(unknown: Sequence[str]) -> list[str]:
+    """Unknown arguments without the words after unknown flags, which are probably their values."""
+    return [
+        word
+        for before, word in zip(["", *unknown], unknown, strict=False)
+        if word.startswith("-") or not before.startswith("-") or "=" in before
+    ]
 
 
 def describe_unknown_flag(word: str, known: Sequence[str]) -> str:

@@ -104,7 +104,7 @@ def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
         value = {"resume": " [TEXT]"}.get(name, "" if kind is bool else value)
         default = "" if kind is bool or field.default in (None, ()) else f" (default {field.default})"
         assert f" {flag(name)}{value} {field_help()[name]}{default} " in help_text
-    assert " --config FILE take settings from" in help_text
+    assert " --config FILE read settings from" in help_text
     assert "no value" not in help_text
 
 

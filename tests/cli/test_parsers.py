@@ -77,8 +77,13 @@ def test_the_run_may_follow_flags(home, inputs, capsys):
     assert json.loads(capsys.readouterr().out)["split"] == "test"
 
 
+def test_the_value_of_an_unknown_flag_is_not_reported(home, capsys):
+    assert main(["report", str(home / "run"), "--ouput", "x"]) == 2
+    assert capsys.readouterr().err == "error: there is no flag --ouput, is it --output?\n"
+
+
 @pytest.mark.parametrize("command", ["predict", "evaluate", "generate", "report"])
-def test_what_is_missing_or_too_much_is_still_told(command, home, capsys):
+def test_missing_and_unexpected_arguments_are_reported(command, home, capsys):
     assert main([command, "--xyzzy"]) == 2
     assert main([command]) == 2
     assert "RUN" in capsys.readouterr().err

@@ -287,7 +287,7 @@ def test_it_is_printed_as_it_comes(folder, monkeypatch):
     ("arguments", "status", "messages"),
     [
         ([], 2, ["RUN"]),
-        (["{model}"], 2, ["there is no prompt: give it as an argument, or through a pipe"]),
+        (["{model}"], 2, ["there is no prompt: pass it as an argument, or through a pipe"]),
         (["{model}", "a", "b"], 2, ["unexpected argument 'b'"]),
         (["{model}", "a", "--tempature"], 2, ["there is no flag --tempature, is it --temperature?"]),
         (["{model}", "a", "--top-k", "5"], 2, ["--top-k limits what is drawn", "add --temperature 1"]),

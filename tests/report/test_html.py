@@ -191,13 +191,13 @@ def test_parts_come_in_the_order_of_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", '{"step": 130, "epo', '{"step": "x", "loss": []}\n[1]\nnull\n\xff\n'])
-def test_a_run_that_goes_on_has_a_report_too(tmp_path, ending):
+def test_an_unfinished_run_has_a_report_too(tmp_path, ending):
     run = write_run(tmp_path / "run", scores=False)
     with (run / "metrics.jsonl").open("a", encoding="latin-1") as file:
         file.write(ending)
     page = Page(report_of(run))
     assert "not finished: step 120, epoch 1.00 of 1.0" in page.text
-    assert "No scores of this run: they are written when it ends." in page.text
+    assert "This run has no scores: they are written at its end." in page.text
 
 
 def test_nothing_noted_yet_and_files_that_cannot_be_read(tmp_path):
@@ -282,7 +282,7 @@ def test_usage_errors_are_reported_together(tmp_path, capsys):
     assert len(error) == 3
     assert "has no metrics.jsonl: it must be a run directory" in error[0]
     assert "there is no such directory" in error[1]
-    assert "it must be the name of a file" in error[2]
+    assert "it must be a file" in error[2]
     assert main(["report", str(write_run(tmp_path / "run")), "--output", str(tmp_path / "none" / "x.html")]) == 2
     assert "there is no directory" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "run" / "config.json")]) == 2
