@@ -78,11 +78,11 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     """Load the model, read the data, and print the scores of each split."""
-    from ft.data.judged_splits import splits_to_judge  # here, so that --help and usage errors do not wait for torch
+    from ft.data.evaluation_splits import read_evaluation_splits
 
     classifier = load_classifier(options)
     names = None if config.completion_column else classifier.label_names
-    splits, notes = splits_to_judge(config, options.split, names, of_run=options.dataset is None)
+    splits, notes = read_evaluation_splits(config, options.split, names, of_run=options.dataset is None)
     for note in notes:
         print(f"Note: {printable(note)}.", file=sys.stderr)
     evaluate_split = _evaluate_labels if config.completion_column is None else _evaluate_completions
@@ -167,11 +167,11 @@ def _renumber_labels(split: "Split", names: Sequence[str], *, were_given: bool) 
     Raises:
         FtError: the model does not have a label of the split.
     """
-    from ft.data.load import numbered_as
+    from ft.data.load import renumber
     from ft.data.tables import WHOLE_NUMBER
 
     data_names = split.label_names
-    split = numbered_as(split, names)
+    split = renumber(split, names)
     if data_names is not None and not set(data_names) & set(names):
         print(
             f"Note: the labels of the data are {listed(data_names)}, those of the model {listed(names)}: they are "
@@ -204,8 +204,8 @@ def _tables(result: "Scores", names: Sequence[str]) -> str:
             lines.append("  ".join([name.ljust(width + 7), *(f"{count:{width},}" for count in counts)]))
     else:
         lines.append("  ".join(["true".ljust(width), "predicted".ljust(width), " examples"]))
-        for pair in most_confused(result.confusion, CONFUSIONS):
-            lines.append("  ".join([names[pair.true].ljust(width), names[pair.said].ljust(width), f"{pair.texts:9,}"]))
+        for true, predicted, examples in most_confused(result.confusion, CONFUSIONS):
+            lines.append("  ".join([names[true].ljust(width), names[predicted].ljust(width), f"{examples:9,}"]))
     lines.append("\nmean probability  accuracy   examples")
     lines += [f"{mean:16.2%}  {accuracy:8.2%}  {count:9,}" for mean, accuracy, count in result.bins]
     return "\n".join(lines)
@@ -217,7 +217,7 @@ def _tables(result: "Scores", names: Sequence[str]) -> str:
 def _evaluate_completions(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> dict[str, Any]:
     """The scores of the completions; printed unless --json."""
     from ft.data.examples import encode
-    from ft.evaluation.completions import score_completions, told_failures
+    from ft.evaluation.completions import failure_records, score_completions
 
     model, tokenizer = classifier.model, classifier.tokenizer
     examples = encode(split, tokenizer, [], classifier.max_length)
@@ -235,7 +235,7 @@ def _evaluate_completions(classifier: "Classifier", split: "Split", options: arg
     completion_scores = score_completions(model, examples, options.batch_size)
     seconds = time.perf_counter() - started
     result = completion_scores.scores()
-    failures = told_failures(model, tokenizer, split, examples, completion_scores, options.mistakes)
+    failures = failure_records(model, tokenizer, split, examples, completion_scores, options.mistakes)
     record = {"split": split.name, **asdict(result), "mistakes": failures}
     if options.json:
         return record

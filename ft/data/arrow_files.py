@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def read_parquet_table(path: Path) -> Table:
-    """A parquet file, of which a column is read when it is asked for.
+    """Open a parquet file; each column is read on access.
 
     Raises:
         OSError: it cannot be read.
@@ -19,7 +19,7 @@ def read_parquet_table(path: Path) -> Table:
     """
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)  # not read_table(), which imports pandas where there is one
+    file = pq.ParquetFile(path)  # not read_table(), which imports pandas if it is installed
     schema = file.schema_arrow
 
     def column(place: int) -> list[Any]:
@@ -29,7 +29,7 @@ def read_parquet_table(path: Path) -> Table:
 
 
 def read_arrow_table(path: Path) -> Table:
-    """A file of `datasets.save_to_disk`, which is a stream of record batches, or one in Arrow's file format.
+    """Open a file of `datasets.save_to_disk`, which is an Arrow stream, or a file in Arrow's file format.
 
     Raises:
         OSError: it cannot be read.
@@ -45,7 +45,7 @@ def read_arrow_table(path: Path) -> Table:
 
     def column(place: int) -> list[Any]:
         values = table.column(place)
-        values.validate(full=True)  # as offsets of a damaged file may lead anywhere
+        values.validate(full=True)  # offsets of a damaged file may be out of bounds
         return _arrow_values(values, path, names[place])
 
     return Table(path, names, column, metadata=table.schema.metadata)

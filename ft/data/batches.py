@@ -1,4 +1,4 @@
-"""From examples to batches: the collate functions and the order in which an epoch reads the examples."""
+"""From examples to batches: the collate functions, and the order of the examples in an epoch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,20 +8,26 @@ from torch import Tensor
 
 from ft.data.examples import Example
 from ft.model.packing import Packing, Selection
-from ft.model.transfer import send
+from ft.model.transfer import to_device
 
-MOST_TARGETS = 2048  # of a batch whose logits over the whole vocabulary are computed: 400 MB with GPT-2's
-IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
+MOST_TARGETS = 2048  # of a batch: with GPT-2's vocabulary, 400 MB of logits
+IGNORED = -100  # the target that PyTorch's cross-entropy ignores
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Several examples, end to end.
+    """A batch of B examples, packed.
+
+    Three examples with the labels x, y and z, where $ is end-of-text:
+
+        input_ids    a0 a1 a2 $ | b0 $ | c0 c1 $     (N,), N = 9
+        selection             3      5          8    (S,) rows, S = 3
+        target_ids            x      y          z    (S,)
 
     Attributes:
-        input_ids: (N,) int64, the examples' tokens without padding.
+        input_ids: (N,) int64, the tokens of all examples without padding.
         target_ids: (S,) int64, the token that should follow each selected row.
-        packing: which row belongs to which example.
+        packing: the example and position of each row.
         selection: the S rows whose logits are compared with the targets.
     """
 
@@ -31,12 +37,15 @@ class Batch:
     selection: Selection
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`, to a GPU by one copy."""
-        return send(self, device)
+        """Move the batch to `device`, to a GPU in one copy."""
+        return to_device(self, device)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """The custom collate function: lay examples end to end, and note which rows are to predict the targets."""
+    """Collate examples into a packed batch.
+
+    The last rows of each example predict its targets: one row for a label, several for a completion.
+    """
     lengths = [len(example.input_ids) for example in examples]
     counts = [len(example.target_ids) for example in examples]
     return Batch(
@@ -48,11 +57,19 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def collate_padded(examples: Sequence[Example], batch_size: int, max_length: int) -> Batch:
-    """The same batch in arrays whose shapes never change, for kernels compiled or recorded for one shape.
+    """Collate examples into a batch of static shapes, for `torch.compile` and CUDA graphs.
 
-    Every sequence is padded to `max_length - 1` input tokens, and the batch to `batch_size` examples of one token
-    without a target. What is added changes no loss: padding stands behind all that reads it, and `IGNORED` is no
-    target. Each example must have one target.
+    Each example is padded to `max_length - 1` input tokens, and the batch to `batch_size` examples with the target
+    `IGNORED`. The loss does not change: padding follows the real rows, which causal attention hides it from, and
+    cross-entropy ignores the added targets.
+
+    Args:
+        examples: at most `batch_size` examples with one target each.
+        batch_size: the examples of the batch, B.
+        max_length: tokens of an example, its label included.
+
+    Returns:
+        A batch with N = B * (max_length - 1) and S = B.
     """
     length = max_length - 1
     filled = [*examples, *[Example([0], [IGNORED])] * (batch_size - len(examples))]
@@ -65,9 +82,9 @@ def collate_padded(examples: Sequence[Example], batch_size: int, max_length: int
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch reads the examples: a pure function of the seed and the epoch.
+    """The order of the examples in an epoch: a pure function of the seed and the epoch.
 
-    It is the order of the Hugging Face Trainer, and a resumed run finds its place in it without reading anything.
+    It is the order of the Hugging Face Trainer. A resumed run computes it again and continues where it stopped.
     """
     generator = torch.Generator().manual_seed(seed + epoch)
     order: list[int] = torch.randperm(num_examples, generator=generator).tolist()
@@ -75,33 +92,31 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
 
 
 def by_length(examples: Sequence[Example]) -> list[int]:
-    """The examples' numbers from the shortest to the longest.
-
-    In this order the sequences of a batch are about equally long, and attention computes little padding.
-    """
+    """The indices of the examples, sorted by length, so that attention computes little padding in each batch."""
     return sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
 
 
-def batches_by_length(examples: Sequence[Example], batch_size: int, processes: int = 1) -> Iterator[list[int]]:
-    """The examples' numbers in batches of similar lengths.
+def batches_by_length(examples: Sequence[Example], batch_size: int, world_size: int = 1) -> Iterator[list[int]]:
+    """Yield the indices of the examples in batches of similar lengths.
 
-    Each of the processes that share a batch by turns gets at most `batch_size` examples and, unless a single example
-    has more, `MOST_TARGETS` targets: so the logits of completions, however long, take a bounded amount of memory.
+    The processes share a batch: process p takes the examples p, p + world_size, ... of it. Each gets at most
+    `batch_size` examples and at most `MOST_TARGETS` targets (more only if a single example has more), which bounds the
+    memory of the logits of completions.
     """
-    numbers: list[int] = []
-    targets = [0] * processes  # of each process
-    for number in by_length(examples):
-        count, process = len(examples[number].target_ids), len(numbers) % processes
-        if len(numbers) == batch_size * processes or (numbers and targets[process] + count > MOST_TARGETS):
-            yield numbers
-            numbers, targets, process = [], [0] * processes, 0
-        numbers.append(number)
-        targets[process] += count
-    if numbers:
-        yield numbers
+    indices: list[int] = []
+    num_targets = [0] * world_size  # of each process
+    for index in by_length(examples):
+        count, process = len(examples[index].target_ids), len(indices) % world_size
+        if len(indices) == batch_size * world_size or (indices and num_targets[process] + count > MOST_TARGETS):
+            yield indices
+            indices, num_targets, process = [], [0] * world_size, 0
+        indices.append(index)
+        num_targets[process] += count
+    if indices:
+        yield indices
 
 
 def in_batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) -> Iterator[Batch]:
-    """Batches of `batch_size` examples in the given order; the last may be smaller."""
+    """Yield batches of `batch_size` examples in the given order; the last may be smaller."""
     for start in range(0, len(order), batch_size):
         yield collate([examples[i] for i in order[start : start + batch_size]])

@@ -1,12 +1,12 @@
-"""The embedded default: film reviews made from a grammar of our own, and a small GPT-2 that has read nothing yet.
+"""The demo: film reviews generated from a grammar, and a small GPT-2 with random weights.
 
-`python run.py --demo` shows the whole program without a network and without a file from outside. What it trains on is
-synthetic, but not trivial: single words do not decide the label of a review, their order and their negations do.
+`python run.py --demo` runs the complete program without a network or downloaded files. The training data are synthetic,
+but not trivial: no single word decides the label of a review, the order of words and their negations do.
 
     "the plot is dull , but the acting is never less than superb ."    pos
     "the plot is superb , but the acting is never less than dull ."    neg
 
-Both folders have the Hub's layout, so that the program reads them as it reads GPT-2 and the real reviews.
+Both directories have the Hub's layout: the program reads them as it reads GPT-2 and the real reviews.
 """
 
 import json
@@ -30,8 +30,8 @@ from ft.errors import FtError
 from ft.io.plain_files import remove
 from ft.model.gpt2 import GPT2, GPT2Config
 
-# What the demo changes of the run's defaults, by field of `Config`. Those suit a model that has read much already; one
-# that starts from nothing needs larger steps, though not at once, and more passes over the data.
+# Settings that differ from the defaults, by field of `Config`. The defaults suit a pretrained model; random weights
+# need a larger learning rate, with warmup, and more epochs.
 SETTINGS: dict[str, object] = {
     "output_dir": "runs/demo",
     "epochs": 10.0,
@@ -43,7 +43,7 @@ SETTINGS: dict[str, object] = {
     "forgetting": "builtin",
 }
 
-# --- the grammar: its words, and what it says with them ---------------------------------------------------------------
+# --- the grammar ------------------------------------------------------------------------------------------------------
 
 ASPECTS = ("plot", "script", "acting", "cast", "score", "editing", "ending", "humour", "dialogue", "romance", "camera")
 ADJECTIVES = {
@@ -52,15 +52,15 @@ ADJECTIVES = {
 }
 VERBS = {False: ("ruin", "sink", "spoil"), True: ("save", "lift", "redeem")}
 
-# Predicates by the negations they hold. One turns the meaning of the adjective or verb around, two leave it as it is.
+# Predicates by their number of negations. One inverts the meaning of the adjective or verb, two cancel out.
 PREDICATES = {
     0: ("is {adjective}", "feels {adjective}", "turns out {adjective}", "manages to {verb} the film"),
     1: ("is not {adjective}", "is anything but {adjective}", "hardly feels {adjective}", "fails to {verb} the film"),
     2: ("is never less than {adjective}", "is never anything but {adjective}", "never fails to {verb} the film"),
 }
-NEGATIONS = (0, 0, 0, 0, 1, 1, 2)  # as often as a clause holds that many
+NEGATIONS = (0, 0, 0, 0, 1, 1, 2)  # drawn with these frequencies
 
-# What a review consists of: a clause with the verdict, and perhaps another that agrees, or that disagrees and yields.
+# A review is a clause with the verdict, and perhaps another that agrees with it or that it outweighs.
 REVIEWS = (
     "{verdict}",
     "{verdict}",
@@ -78,7 +78,7 @@ OPENINGS = ("", "", "", "in the end ,", "as a thriller ,", "for a first film ,",
 
 
 def compose_clause(aspect: str, good: bool, rng: random.Random) -> str:
-    """Say that `aspect` is good or bad, perhaps by denying the contrary, perhaps by denying the denial."""
+    """A clause that `aspect` is good or bad, with zero, one or two negations."""
     negations = rng.choice(NEGATIONS)
     predicate = rng.choice(PREDICATES[negations])
     good_word = good != (negations % 2 == 1)
@@ -87,7 +87,7 @@ def compose_clause(aspect: str, good: bool, rng: random.Random) -> str:
 
 
 def compose_review(good: bool, rng: random.Random) -> str:
-    """One review with a good or a bad verdict; lower case, spaces around punctuation, like the real reviews."""
+    """A review with a good or bad verdict, in lower case with spaces around punctuation, as the real reviews."""
     aspect, other_aspect = rng.sample(ASPECTS, 2)
     body = rng.choice(REVIEWS).format(
         verdict=compose_clause(aspect, good, rng),
@@ -98,7 +98,7 @@ def compose_review(good: bool, rng: random.Random) -> str:
 
 
 def compose_splits(rng: random.Random) -> dict[str, list[tuple[str, int]]]:
-    """The rows (text, label) of every split: as many of each label, and no text twice, in one split or in two."""
+    """The rows (text, label) of each split: balanced labels, and no text twice in all splits."""
     seen: set[str] = set()
     splits: dict[str, list[tuple[str, int]]] = {}
     for split, size in SPLITS.items():
@@ -118,16 +118,16 @@ def compose_splits(rng: random.Random) -> dict[str, list[tuple[str, int]]]:
 
 SPLITS = {"train": 6000, "validation": 500, "test": 500}
 LABELS = ("neg", "pos")
-VOCABULARY = 600  # tokens at most: room for the 256 bytes, and for merges until each word of the grammar is one token
+VOCABULARY = 600  # tokens at most: the 256 bytes, and merges until each word of the grammar is one token
 WIDTH = 64
-DROPOUT = 0.0  # nothing here is worth forgetting: the grammar makes no mistakes that could be learnt by heart
+DROPOUT = 0.0  # the data have no label noise that the model could memorize
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE like GPT-2's (Radford et al., 2019, section 2.2), its merges learnt from `texts` and the labels.
+    """Train a byte-level BPE like GPT-2's (Radford et al., 2019, section 2.2) on `texts` and the labels.
 
-    A label is a word without a space before it. Each is shown as often as there are texts, so that it earns its merges
-    early and is one token. End-of-text has the last id, as in GPT-2.
+    A label is a word without a leading space. Each occurs as often as there are texts, so that its merges are learned
+    early and it is one token. End-of-text has the last id, as in GPT-2.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -138,8 +138,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_model(folder: Path, texts: list[str], seed: int) -> None:
-    """Write what a published model consists of: its configuration, a tokenizer made for `texts`, and random weights."""
+def write_model(directory: Path, texts: list[str], seed: int) -> None:
+    """Write the files of a published model: configuration, a tokenizer trained on `texts`, and random weights."""
     tokenizer = train_tokenizer(texts)
     model_config = GPT2Config(
         vocab_size=tokenizer.get_vocab_size(),
@@ -150,7 +150,7 @@ def write_model(folder: Path, texts: list[str], seed: int) -> None:
         embd_pdrop=DROPOUT,
         attn_pdrop=DROPOUT,
         resid_pdrop=DROPOUT,
-        # GPT-2's 0.02 is for its width of 768. A sum over fewer inputs takes larger weights to come out as large.
+        # GPT-2's 0.02 is for a width of 768. A sum over fewer inputs needs larger weights for the same variance.
         initializer_range=round(0.02 * math.sqrt(768 / WIDTH), 3),
     )
     end_of_text_id = tokenizer.token_to_id(END_OF_TEXT)
@@ -164,43 +164,43 @@ def write_model(folder: Path, texts: list[str], seed: int) -> None:
     }
     model = GPT2(model_config)
     model.init_weights(seed)
-    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_dataset(folder: Path, splits: dict[str, list[tuple[str, int]]]) -> None:
-    """Write each split as parquet, with the names of the labels where the `datasets` library keeps them."""
+def write_dataset(directory: Path, splits: dict[str, list[tuple[str, int]]]) -> None:
+    """Write each split as parquet, with the label names in the schema metadata, as the `datasets` library does."""
     features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": LABELS, "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("text", pa.string()), ("label", pa.int64())], metadata=metadata)
     for split, rows in splits.items():
         texts, labels = zip(*rows, strict=True)
-        pq.write_table(pa.table([texts, labels], schema=schema), folder / f"{split}.parquet")
+        pq.write_table(pa.table([texts, labels], schema=schema), directory / f"{split}.parquet")
 
 
 def write_demo(directory: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Write the demo's model and data set below `directory`, in place of earlier ones.
+    """Write the model and the data set of the demo to `directory`, in place of earlier ones.
 
-    Both are written under another name and renamed when they are complete: neither is ever half there.
+    Both are written to a staging directory and renamed when complete.
 
     Returns:
-        The model's folder and the data set's.
+        The directory of the model and that of the data set.
 
     Raises:
-        FtError: `directory` is a link.
+        FtError: `directory` is a symbolic link.
     """
     if directory.is_symlink():
         raise FtError(f"{directory} is a link, and the demo's files in it would be replaced: delete the link")
     directory.mkdir(parents=True, exist_ok=True)
     splits = compose_splits(random.Random(seed))
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=directory) as name:
-        unfinished = Path(name)
+        staging = Path(name)
         for part in ("model", "dataset"):
-            (unfinished / part).mkdir()
-        write_model(unfinished / "model", [text for text, _ in splits["train"]], seed)
-        write_dataset(unfinished / "dataset", splits)
+            (staging / part).mkdir()
+        write_model(staging / "model", [text for text, _ in splits["train"]], seed)
+        write_dataset(staging / "dataset", splits)
         for part in ("model", "dataset"):
             remove(directory / part)
-            (unfinished / part).rename(directory / part)
+            (staging / part).rename(directory / part)
     return directory / "model", directory / "dataset"

@@ -1,4 +1,4 @@
-"""From rows of a table to batches: make an example of each review, collate examples into a packed batch."""
+"""From rows of a split to examples: the tokens that the model reads, and the targets that it should predict."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,19 +14,26 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Example(NamedTuple):
-    """One review as the model sees it: `target_ids` are what should follow the last rows of `input_ids`."""
+    """Tokens of one row; the last `len(target_ids)` rows of `input_ids` should predict `target_ids`.
+
+    For classification `input_ids` is [tokens of the text, end-of-text] and `target_ids` is [token of the label].
+    """
 
     input_ids: list[int]
     target_ids: list[int]
 
 
 def require_utf8(text: str, what: str) -> None:
-    """Refuse a text that cannot be written as UTF-8, which is what a tokenizer reads.
+    """Check that a text can be encoded as UTF-8, which the tokenizer needs.
 
-    Bytes of a command line that are not UTF-8 arrive as lone surrogates, and JSON can spell them.
+    Lone surrogates cannot. They come from JSON escapes and from bytes of a command line that are not UTF-8.
+
+    Args:
+        text: the text.
+        what: its name in the message.
 
     Raises:
-        FtError: it holds a surrogate that is alone.
+        FtError: the text holds a lone surrogate.
     """
     try:
         text.encode()
@@ -35,16 +42,16 @@ def require_utf8(text: str, what: str) -> None:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, without the padding or truncation that some files ask for.
+    """Load a `tokenizer.json`, without the padding and truncation that some files enable.
 
     Raises:
-        FtError: the file is no tokenizer.
+        FtError: the file is not a tokenizer.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises nothing narrower, and when it panics no Exception
+    except BaseException as error:  # the library raises nothing narrower, and a panic is not an Exception
         raise FtError(f"cannot read {path} as a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -52,14 +59,16 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool = False) -> list[int]:
-    """The token that stands for each label: the first of its word's.
+    """The token that represents each label: the first token of its name.
 
-    With `or_numbers`, labels whose words are different but begin alike are told apart by their numbers: the token of
-    `0` stands for the first label, and so on.
+    Args:
+        names: the label names.
+        tokenizer: that of the model.
+        or_numbers: if two different names begin with the same token, represent labels by their numbers instead: by the
+            token of `0`, `1`, and so on.
 
     Raises:
-        FtError: there are fewer than two labels, a word is empty, or two words begin with the same token, so that the
-            answer would not tell them apart.
+        FtError: there are fewer than two labels, a name is empty, or two labels begin with the same token.
     """
     if len(names) < 2:
         raise FtError(
@@ -74,7 +83,7 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
         if ids[0] in tokens:
             numbers = [str(number) for number in range(len(names))]
             if or_numbers and len(set(names)) == len(names) and list(names) != numbers:
-                with suppress(FtError):  # of the numbers, which the user has not written
+                with suppress(FtError):  # of the numbers: the user knows only the names
                     return label_tokens(numbers, tokenizer)
             other = names[tokens.index(ids[0])]
             raise FtError(
@@ -86,14 +95,19 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
 
 
 def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_length: int) -> list[Example]:
-    """Make an example of each review: its tokens, end-of-text, and as target the token of its label.
+    """Tokenize the rows of a split: the input is [tokens of the text, end-of-text], the target the token of the label.
 
-    The label is what the model should say, never what it reads, so that it is no input. A review of more than
-    `max_length` tokens, end-of-text and label counted, keeps its end. Where the split has completions, see
-    `_encode_completions`.
+    The label is only a target, never an input. Of an example of more than `max_length` tokens the end is kept. For
+    completions see `_encode_completions`.
+
+    Args:
+        split: the rows.
+        tokenizer: that of the model.
+        label_ids: the token of each label.
+        max_length: tokens of an example, end-of-text and label included.
 
     Raises:
-        FtError: a label is out of range, or the tokenizer knows no end-of-text.
+        FtError: a label is out of range, or the tokenizer has no end-of-text.
     """
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     if end_of_text is None:
@@ -117,15 +131,16 @@ def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_len
 def _encode_completions(
     prompts: Sequence[str], completions: Sequence[str], tokenizer: Tokenizer, end_of_text: int, max_length: int
 ) -> list[Example]:
-    """Make an example of each prompt and completion: targets are the completion's tokens and a closing end-of-text.
+    """Tokenize prompts and completions: the targets are the tokens of the completion and a final end-of-text.
 
-    Both are tokenised by themselves, so that a prompt has the same tokens when the model is asked later. Of more than
-    `max_length` tokens the end is kept. An empty prompt is replaced by end-of-text, after which GPT-2 was trained to
-    begin a text.
+    Prompt and completion are tokenized separately, so that a prompt has the same tokens in generation. Of an example of
+    more than `max_length` tokens the end is kept. An empty prompt is replaced by end-of-text, after which GPT-2 was
+    trained to begin a text.
     """
-    before, after = (tokenizer.encode_batch_fast(texts, add_special_tokens=False) for texts in (prompts, completions))
+    encoded_prompts = tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
+    encoded_completions = tokenizer.encode_batch_fast(completions, add_special_tokens=False)
     examples = []
-    for prompt, completion in zip(before, after, strict=True):
+    for prompt, completion in zip(encoded_prompts, encoded_completions, strict=True):
         targets = [*completion.ids, end_of_text]
         tokens = [*(prompt.ids or [end_of_text]), *targets][-max_length:]
         examples.append(Example(input_ids=tokens[:-1], target_ids=targets[-(len(tokens) - 1) :]))

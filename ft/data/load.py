@@ -1,4 +1,4 @@
-"""What a run reads: the model's configuration, and its data set as examples."""
+"""Loading the data of a run: splits, label names, and examples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from ft.data.tables import WHOLE_NUMBER, Columns, NoLabelsError, listed, read_sp
 from ft.data.text_files import TextFormat
 from ft.errors import FtError, UsageError, shown
 
-VALIDATION_FRACTION = 0.1  # of the training rows, to validate on where there is no split for it
-MOST_NOTES = 4  # on labels of several tokens; of more there is one for all
+VALIDATION_FRACTION = 0.1  # of the training rows, if there is no validation split
+MOST_NOTES = 4  # on labels of several tokens; more are summed up in one
 
 
 @dataclass(frozen=True)
 class Data:
-    """The splits as read, the same as examples, and what the labels are called and encoded as.
+    """The data of a run, as rows and as examples.
 
     Attributes:
-        splits: the rows, by split.
-        examples: what the model sees of them, in the same order.
-        label_names: empty where there are completions instead of labels.
-        label_ids: the token that stands for each label.
+        splits: the rows of each split.
+        examples: the tokenized rows of each split, in the same order.
+        label_names: the names of the labels; empty for completions.
+        label_ids: the token of each label; empty for completions.
         tokenizer: that of the model.
-        notes: what the user should know of how the data were read, a sentence each.
+        notes: notes for the user on how the data were read, a sentence each.
     """
 
     splits: dict[str, Split]
@@ -40,7 +40,7 @@ class Data:
     notes: list[str]
 
     def sha256(self) -> str:
-        """What tells these examples from others."""
+        """The SHA-256 of all examples, by which a resumed run recognizes its data."""
         digest = hashlib.sha256()
         for name, examples in self.examples.items():
             digest.update(name.encode())
@@ -49,20 +49,20 @@ class Data:
         return digest.hexdigest()
 
 
-def with_demo_inputs(config: Config, folder: Path, *, write: bool = True) -> Config:
-    """The same configuration on a small model and reviews in `folder`, made there on the spot by whom `write` tells."""
-    from ft.data.demo import write_demo  # here, as the real job has no use for it
+def with_demo_inputs(config: Config, directory: Path, *, write: bool = True) -> Config:
+    """The same configuration with the demo's model and data set in `directory`, which are written first if `write`."""
+    from ft.data.demo import write_demo  # here, as only the demo needs it
 
     if write:
-        write_demo(folder)
-    return replace(config, model=str(folder / "model"), dataset=str(folder / "dataset"))
+        write_demo(directory)
+    return replace(config, model=str(directory / "model"), dataset=str(directory / "dataset"))
 
 
 def columns_of(config: Config) -> Columns:
     """The columns that a run reads.
 
     Raises:
-        UsageError: there is a column of prompts and none of completions.
+        UsageError: a prompt column is named, but no completion column.
     """
     if config.completion_column is None and config.prompt_column != Config.prompt_column:
         raise UsageError(
@@ -74,14 +74,14 @@ def columns_of(config: Config) -> Columns:
 
 
 def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tuple[dict[str, Split], list[str]]:
-    """Fetch and read the data set, set validation rows aside where it has none, and take what is to be trained on.
+    """Download and read the data set, split off validation rows if it has none, and sample the training rows.
 
     Args:
-        config: the run's settings.
-        label_names: the words of the labels; those of `config` or of the training split when left out.
+        config: the settings of the run.
+        label_names: the names of the labels. Default: those of `config` or of the training split.
 
     Returns:
-        The splits, and what the user should know of how they came about.
+        The splits, and notes for the user on how they were read.
 
     Raises:
         FtError: the data cannot be read.
@@ -90,10 +90,10 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     files = dataset_files.dataset_files(config.dataset, config.dataset_revision, config.dataset_config)
     if config.save_dataset is not None:
         dataset_files.save_dataset(files, Path(config.save_dataset))
-    label_names = label_names or _named(config)
+    label_names = label_names or _configured_names(config)
     splits: dict[str, Split] = {}
     notes: list[str] = []
-    for name, paths in files.items():  # the training split first, whose words are the labels of all
+    for name, paths in files.items():  # the training split first: its words are the labels of all splits
         names = label_names or (splits["train"].label_names if splits else None)
         try:
             splits[name] = read_split(name, paths, columns, names, form)
@@ -104,16 +104,15 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
             continue
         notes += splits[name].notes
     if columns.completion is None:
-        _refuse_labels_of_two_kinds(splits, files, label_names)
-        told = splits["train"].label_names
-        if told is not None and len(set(told) - {""}) == len(told) > 1:  # others are refused with their reason later
-            splits = {name: numbered_as(split, told) for name, split in splits.items()}
+        _check_labels_agree(splits, files, label_names)
+        train_names = splits["train"].label_names
+        # Empty or duplicate names are left for `label_tokens`, whose error gives the reason.
+        if train_names is not None and len(set(train_names) - {""}) == len(train_names) > 1:
+            splits = {name: renumber(split, train_names) for name, split in splits.items()}
         if label_names is None and splits["train"].label_names is None:
             splits = _with_numbers_as_names(splits)
-            named = listed(splits["train"].label_names or ())
-            notes.append(
-                f"the labels are the numbers {named} as they are; --label-names gives them words in this order"
-            )
+            numbers = listed(splits["train"].label_names or ())
+            notes.append(f"the labels are the numbers {numbers} themselves; --label-names names them in this order")
     train = splits["train"]
     if "validation" not in splits:
         count = round(VALIDATION_FRACTION * len(train.texts))
@@ -122,9 +121,9 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
                 f"{config.dataset} has no validation split, and its {len(train.texts)} training rows are too few to "
                 "set some aside: add a split or rows"
             )
-        aside = set(stratified(train.labels, count, config.seed))
-        splits["validation"] = train.only(sorted(aside), "validation")
-        train = train.only([row for row in range(len(train.texts)) if row not in aside])
+        validation_rows = set(stratified(train.labels, count, config.seed))
+        splits["validation"] = train.only(sorted(validation_rows), "validation")
+        train = train.only([row for row in range(len(train.texts)) if row not in validation_rows])
         notes.append(f"there is no validation split: {count:,} training rows, drawn by --seed, are set aside for it")
     count = round(config.train_fraction * len(train.texts))
     count = min(count, config.max_train_samples or count)
@@ -139,94 +138,92 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     return {**ordered, "train": train}, notes
 
 
-def _named(config: Config) -> list[str] | None:
-    """The labels that --label-names tells."""
+def _configured_names(config: Config) -> list[str] | None:
+    """The label names of --label-names."""
     return None if config.label_names is None else [name.strip() for name in config.label_names.split(",")]
 
 
 def _with_numbers_as_names(splits: dict[str, Split]) -> dict[str, Split]:
-    """The same splits with the numbers of the training split, such as stars from 1 to 5, as names of the labels.
+    """The same splits with the numbers of the training split, such as stars from 1 to 5, as label names.
 
     Raises:
-        FtError: another split holds another number.
+        FtError: another split has a label that the training split has not.
     """
     numbers = sorted(set(splits["train"].labels))
-    place = {number: i for i, number in enumerate(numbers)}
+    index_of = {number: i for i, number in enumerate(numbers)}
     names = tuple(map(str, numbers))
     for name, split in splits.items():
-        row = next((row for row, label in enumerate(split.labels) if label not in place), None)
+        row = next((row for row, label in enumerate(split.labels) if label not in index_of), None)
         if row is not None:
             raise FtError(
                 f"the label in row {row} of the {name} split is {split.labels[row]}, those to train on are "
                 f"{listed(names)}: correct the data"
             )
     return {
-        name: replace(split, labels=[place[label] for label in split.labels], label_names=names, in_words=True)
+        name: replace(split, labels=[index_of[label] for label in split.labels], label_names=names, in_words=True)
         for name, split in splits.items()
     }
 
 
-def numbered_as(split: Split, names: Sequence[str]) -> Split:
-    """A split whose files give names to numbers, with the numbers that these names have in `names`.
+def renumber(split: Split, names: Sequence[str]) -> Split:
+    """Number the labels of a split by their places in `names`, if its files name the numbers.
 
-    Where none of its names is among these, numbers are taken as they are.
+    If none of its label names is in `names`, the split is returned as it is.
 
     Raises:
-        FtError: a label of a row is not among them.
+        FtError: the label of a row is not in `names`.
     """
-    told = split.label_names
-    if split.in_words or told is None or list(told) == list(names) or not set(told) & set(names):
+    split_names = split.label_names
+    if split.in_words or split_names is None or list(split_names) == list(names) or not set(split_names) & set(names):
         return split
-    place = {name: number for number, name in enumerate(names)}
+    number_of = {name: number for number, name in enumerate(names)}
     labels = []
     for row, label in enumerate(split.labels):
-        name = told[label] if 0 <= label < len(told) else str(label)
-        if name not in place:
-            number = split.rows[row] if split.rows else row
+        name = split_names[label] if 0 <= label < len(split_names) else str(label)
+        if name not in number_of:
             raise FtError(
-                f"the label in row {number} of the {split.name} split is {name!r}, the labels are {listed(names)}: "
-                "correct the data"
+                f"the label in row {split.rows[row] if split.rows else row} of the {split.name} split is {name!r}, "
+                f"the labels are {listed(names)}: correct the data"
             )
-        labels.append(place[name])
+        labels.append(number_of[name])
     return replace(split, labels=labels, label_names=tuple(names))
 
 
-def _refuse_labels_of_two_kinds(
+def _check_labels_agree(
     splits: dict[str, Split], files: dict[str, list[Path]], label_names: Sequence[str] | None
 ) -> None:
-    """See that a label is the same class in every split.
+    """Check that a label is the same class in all splits.
 
-    One split may tell words and another numbers only where it is known which word belongs to which number: by the
-    `label_names` that the user or the model gives, or by those that the training files give to their own numbers.
-    Names that are numbers themselves make that known to nobody.
+    If one split has words and another numbers, the number of each word must be known: from the `label_names` of the
+    user or the model, or from the names of the numbers in the training files. Names that are numbers themselves are
+    ambiguous.
 
     Raises:
-        FtError: it is not known.
+        FtError: the number of a word is not known.
     """
     train = splits["train"]
     names = label_names or (None if train.in_words else train.label_names)
     known = names is not None and not any(map(WHOLE_NUMBER.fullmatch, names))
     for name, split in splits.items():
-        here, there = files["train"][0], files[name][0]
         if split.in_words != train.in_words and not known:
             kinds = [
-                f"{'the word' if each.in_words else 'the number'} {shown(_first_label(each))}"
-                for each in (train, split)
+                f"{'the word' if one.in_words else 'the number'} {shown(_first_label(one))}" for one in (train, split)
             ]
             raise FtError(
-                f"the label in row 0 of {here} is {kinds[0]}, that in row 0 of {there} {kinds[1]}: write the labels of "
-                "both alike, or name the words of the numbers 0, 1, ... in their order by --label-names neg,pos"
+                f"the label in row 0 of {files['train'][0]} is {kinds[0]}, that in row 0 of {files[name][0]} "
+                f"{kinds[1]}: write the labels of both alike, or name the words of the numbers 0, 1, ... in their "
+                "order by --label-names neg,pos"
             )
 
 
 def _first_label(split: Split) -> str | int:
-    """The label of the first row as the file tells it."""
+    """The label of the first row as in the file."""
     label = split.labels[0]
     return split.label_names[label] if split.in_words and split.label_names else label
 
 
 def read_data(config: Config, tokenizer: Tokenizer) -> Data:
-    """Fetch and read the data set, and make the examples.
+    """Download and read the data set, and tokenize it.
 
     Raises:
         FtError: the data cannot be read or do not fit the labels.
@@ -236,7 +233,7 @@ def read_data(config: Config, tokenizer: Tokenizer) -> Data:
     label_ids: list[int] = []
     if config.completion_column is None:
         names = names_of(config, splits["train"])
-        # Words in the data cannot be given other names, so that numbers must tell them apart.
+        # Words in the data cannot be renamed by --label-names; if they begin alike, only numbers distinguish them.
         or_numbers = config.label_names is None or splits["train"].in_words
         label_ids = label_tokens(names, tokenizer, or_numbers=or_numbers)
         notes += _notes_on_tokens(names, label_ids, tokenizer)
@@ -245,12 +242,12 @@ def read_data(config: Config, tokenizer: Tokenizer) -> Data:
 
 
 def names_of(config: Config, train: Split) -> tuple[str, ...]:
-    """What the labels are called."""
-    return tuple(_named(config) or train.label_names or ())
+    """The label names: those of --label-names, else those of the training split."""
+    return tuple(_configured_names(config) or train.label_names or ())
 
 
 def _notes_on_tokens(names: Sequence[str], label_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Which labels are not their own word's single token."""
+    """Notes on labels that are not represented by their full name as a single token."""
     words = [tokenizer.decode([token]) for token in label_ids]
     if words == [str(number) for number in range(len(names))] != list(names):
         first = f"0 for {shown(names[0])}, 1 for {shown(names[1])}"

@@ -12,13 +12,13 @@ class Split:
 
     Attributes:
         name: train, validation or test.
-        texts: what the model reads.
-        labels: the number of each text's class; 0 where there are completions instead.
-        label_names: what the classes are called, where the files say so.
-        completions: what should follow each text, where that is no class.
-        rows: the number that each row has in the files, from 0; left out where all of them are here.
-        in_words: whether the files tell the labels as words, which `labels` has numbered.
-        notes: what the user should know of how the files were read, a sentence each.
+        texts: the input of each row: a text to classify, or a prompt.
+        labels: the class number of each row; 0 if the split has completions.
+        label_names: the names of the classes, if the files have them.
+        completions: the text that should follow each prompt; None if the split has labels.
+        rows: the row number of each row in the files, from 0; None if the split has all rows.
+        in_words: whether the labels in the files are words, which `labels` numbers.
+        notes: notes for the user on how the files were read, a sentence each.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Split:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def only(self, rows: Sequence[int], name: str | None = None) -> "Split":
-        """Some of the rows, as a split of this or another name."""
+        """A split with some of the rows, under this or another name."""
         numbers = self.rows or range(len(self.texts))
         return Split(
             name or self.name,
@@ -45,10 +45,18 @@ class Split:
 
 
 def stratified(groups: Sequence[int], count: int, seed: int) -> list[int]:
-    """The row numbers, ascending, of a random sample of `count` rows that holds each group in proportion.
+    """Draw a stratified random sample without replacement: a pure function of its arguments.
 
-    Every group gets its share rounded down, and what is then missing goes to the largest fractions, so that no group
-    is off by one row or more. A pure function of its arguments.
+    The size of each group is its proportional share, rounded down; the remaining rows go to the groups with the largest
+    fractional parts. So each size differs from the exact share by less than one row.
+
+    Args:
+        groups: the group of each row.
+        count: the size of the sample.
+        seed: seed of the random generator.
+
+    Returns:
+        The row numbers of the sample, ascending.
     """
     members: dict[int, list[int]] = {}
     for row, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""A table as it is read from a file, whatever the format."""
+"""A table as read from a file of any format."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ class Table:
 
     Attributes:
         path: the file.
-        names: those of all columns.
-        column: the values of the column with this number, read when called.
-        lines: the line in which each row begins, from 1; None where a file has no lines.
-        metadata: what the file says besides.
-        notes: what the user should know of how the file is read, a sentence each.
+        names: the names of all columns.
+        column: a function from a column's index to its values, which it reads.
+        lines: the line in which each row begins, from 1; None if the format has no lines.
+        metadata: the metadata of the file's Arrow schema.
+        notes: notes for the user on how the file is read, a sentence each.
     """
 
     path: Path
@@ -27,7 +27,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def where(self, rows: Sequence[int]) -> str:
-        """Some rows, for a message: `row 3 of x.csv (line 5)`, or of several their number and the first ones."""
+        """Describe rows for a message: `row 3 of x.csv (line 5)`, or for several their count and the first ten."""
         in_lines = "" if self.lines is None else f" (line {self.lines[rows[0]]:,})"
         if len(rows) == 1:
             return f"row {rows[0]} of {self.path}{in_lines}"

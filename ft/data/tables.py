@@ -1,31 +1,34 @@
-"""Rows from files: parquet and Arrow files by PyArrow, CSV, TSV and JSON by ft/data/text_files.py."""
+"""From tables to splits: find the columns, check their values, and number the labels, whatever the file format."""
 
 import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ft.data.arrow_files import read_arrow_table, read_parquet_table
 from ft.data.examples import require_utf8
+from ft.data.json_files import read_json_table
 from ft.data.splits import Split
 from ft.data.table import Table
-from ft.data.text_files import TextFormat, read_csv_table, read_json_table
+from ft.data.text_files import TextFormat, read_csv_table
 from ft.errors import FtError, printable
 from ft.io.formats import suffix_of
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 WHOLE_FLOAT = re.compile(r"([+-]?[0-9]{1,18})\.0*")  # as pandas writes whole numbers of a column with gaps
 FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
-NO_LABEL = -1  # what data sets put in the place of labels that are kept secret
-SAMPLE = 1000  # rows by which columns are told to be text or labels
-MOST_LABELS = 100  # different values up to which a column is taken for one of labels
+NO_LABEL = -1  # by convention, a label that is not published
+# Missing values as pandas, R and Excel write them into text files; among whole numbers they are not labels.
+MISSING = {"NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "-"}
+SAMPLE = 1000  # rows by which columns of text and of labels are recognized
+MOST_LABELS = 100  # distinct values of a column that is taken for labels
 
 
 class Columns(NamedTuple):
-    """Which columns are read: a text and its label, or with `completion` a prompt and what should follow it."""
+    """The columns to read: a text and its label, or with `completion` a prompt and its completion."""
 
     text: str = "text"
     label: str = "label"
@@ -33,18 +36,18 @@ class Columns(NamedTuple):
 
     @property
     def answer(self) -> str:
-        """The column of what the model should say."""
+        """The column of the targets."""
         return self.label if self.completion is None else self.completion
 
     def flags(self) -> dict[str, str]:
-        """The flag that names each column."""
+        """The flag of each column, by the column's name."""
         if self.completion is not None:
             return {self.text: "--prompt-column", self.completion: "--completion-column"}
         return {self.text: "--text-column", self.label: "--label-column"}
 
 
 class NoLabelsError(FtError):
-    """A split is there, and none of its labels."""
+    """The split exists, but has no labels."""
 
 
 def read_split(
@@ -58,28 +61,28 @@ def read_split(
 ) -> Split:
     """Read the rows of a split from its files.
 
-    Labels are whole numbers, or words, which become numbers: their places in `label_names`, or where none are given in
-    the sorted list of all words there are. Whole numbers written as text count as numbers, but as words where all of
-    them are among `label_names`; true and false are the words True and False.
+    Labels are whole numbers or words. A word becomes a number: its index in `label_names`, or in the sorted list of all
+    words. Whole numbers written as text count as numbers, unless all of them are among `label_names`; true and false
+    are the words True and False.
 
     Args:
         name: train, validation or test.
         paths: the files.
-        columns: which columns are read.
-        label_names: the words of the labels.
-        form: the delimiter and encoding of text files, where the user names them.
-        remedy: what helps against a word that is none of `label_names`.
+        columns: the columns to read.
+        label_names: the names of the labels.
+        form: the delimiter and encoding of text files, if the user names them.
+        remedy: the advice in the error about a word that is not in `label_names`.
 
     Raises:
         NoLabelsError: no row has a label, or there is no such column.
-        FtError: a file cannot be read, a column is missing or of another type, a value is null, a label is empty or
-            not among the names.
-        UsageError: `form` names a delimiter or an encoding that does not exist.
+        FtError: a file cannot be read, a column is missing or of another type, or a value is null, empty or not among
+            the label names.
+        UsageError: `form` names an invalid delimiter or an unknown encoding.
     """
     columns = columns or Columns()
     texts: list[str] = []
-    answers: list[list[Any]] = []  # those of each file
-    told_names: tuple[str, ...] | None = None
+    answers: list[list[Any]] = []  # the target column of each file
+    published_names: tuple[str, ...] | None = None
     tables = [_read(path, list(columns.flags()), form or TextFormat()) for path in paths]
     for table in tables:
         text_place, answer_place = _places(table, columns.flags())
@@ -87,9 +90,9 @@ def read_split(
         if columns.completion is not None:
             answers.append(_texts(table, answer_place, columns.completion))
         else:
-            answers.append(_labels(table, answer_place, columns.label))
+            answers.append(_labels(table, answer_place, columns.label, MISSING.difference(label_names or ())))
             if any(isinstance(label, int) for label in answers[-1]):
-                told_names = told_names or _names_in_metadata(table, answer_place)
+                published_names = published_names or _names_in_metadata(table, answer_place)
     if not texts:
         raise FtError(f"the {name} split has no rows ({', '.join(map(str, paths))})")
     notes = tuple(note for table in tables for note in table.notes)
@@ -100,16 +103,19 @@ def read_split(
         raise NoLabelsError(f"no row of the {name} split has a label ({', '.join(map(str, paths))})")
     for table, part in zip(tables, answers, strict=True):
         _refuse_missing(table, part, columns.label)
-    numbers, names = _numbered(tables, answers, label_names, told_names, columns.label, remedy)
-    return Split(name, texts, numbers, names or told_names, in_words=names is not None, notes=notes)
+    numbers, names = _numbered(tables, answers, label_names, published_names, columns.label, remedy)
+    return Split(name, texts, numbers, names or published_names, in_words=names is not None, notes=notes)
 
 
 def read_texts(path: Path, column: str, form: TextFormat | None = None) -> tuple[list[str], tuple[str, ...]]:
-    """One column of texts from a file of any of these formats, and notes on how the file is read.
+    """Read one column of texts from a file of any supported format.
+
+    Returns:
+        The texts, and notes for the user on how the file was read.
 
     Raises:
-        FtError: the file cannot be read, has no such column, or there is something else in it.
-        UsageError: `form` names a delimiter or an encoding that does not exist.
+        FtError: the file cannot be read, has no such column, or the column holds other values than text.
+        UsageError: `form` names an invalid delimiter or an unknown encoding.
     """
     table = _read(path, [column], form or TextFormat())
     (place,) = _places(table, {column: "--text-column"})
@@ -119,8 +125,8 @@ def read_texts(path: Path, column: str, form: TextFormat | None = None) -> tuple
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def _labels(table: Table, place: int, column: str) -> list[str | int | None]:
-    """The labels as words or whole numbers, None where there is none."""
+def _labels(table: Table, place: int, column: str, missing: Set[str]) -> list[str | int | None]:
+    """The labels as words or whole numbers; None for a missing label, and among numbers for a word in `missing`."""
     labels: list[str | int | None] = []
     for row, value in enumerate(_values(table, place)):
         if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -135,6 +141,9 @@ def _labels(table: Table, place: int, column: str) -> list[str | int | None]:
             raise FtError(
                 f"the {column} in {table.where([row])} is {_shown(value)}, it must be a whole number or a word"
             )
+    words = {label for label in labels if isinstance(label, str)}
+    if words & missing and words - missing and all(_whole_number(word) is not None for word in words - missing):
+        return [None if label in missing else label for label in labels]
     return labels
 
 
@@ -142,14 +151,14 @@ def _numbered(
     tables: Sequence[Table],
     answers: Sequence[Sequence[str | int]],
     given: Sequence[str] | None,
-    told: Sequence[str] | None,
+    published: Sequence[str] | None,
     column: str,
     remedy: str,
 ) -> tuple[list[int], tuple[str, ...] | None]:
-    """Labels as numbers, and their names where they were words.
+    """Number the labels; returns the numbers, and the label names if the labels are words.
 
-    Whole numbers are words too where all of them are among the names `given`, such as stars from 1 to 5. Where the
-    files have `told` names for the numbers 0, 1, ... themselves, numbers are these.
+    Whole numbers are words if all of them are among the names `given` by the user, such as stars from 1 to 5, unless
+    the files have `published` names for the numbers 0, 1, ...
     """
     labels = [label for part in answers for label in part]
     number_of = {label: _whole_number(label) for label in set(labels)}
@@ -158,7 +167,7 @@ def _numbered(
     words = list(map(str, labels))
     if are_numbers and not (given and set(words) <= set(given)):
         words = list(map(str, numbers))
-    if are_numbers and (given is None or told is not None or not set(words) <= set(given)):
+    if are_numbers and (given is None or published is not None or not set(words) <= set(given)):
         return numbers, None
     names = tuple(given) if given is not None else tuple(sorted(set(words)))
     if any(isinstance(label, int) for label in labels) and not set(words) <= set(given or ()):
@@ -177,15 +186,15 @@ def _numbered(
 
 
 def _whole_number(label: str | int) -> int | None:
-    """The number that a label is or spells, be it as 1 or as 1.0."""
+    """The whole number that a label is or spells, as 1 or as 1.0; None if it is another word."""
     if isinstance(label, int):
         return label
-    spelled = found[1] if (found := WHOLE_FLOAT.fullmatch(label)) else label
-    return int(spelled) if WHOLE_NUMBER.fullmatch(spelled) else None
+    digits = match[1] if (match := WHOLE_FLOAT.fullmatch(label)) else label
+    return int(digits) if WHOLE_NUMBER.fullmatch(digits) else None
 
 
 def _names_in_metadata(table: Table, place: int) -> tuple[str, ...] | None:
-    """The names of a column's classes, which the `datasets` library keeps as JSON in a file's metadata."""
+    """The class names of a column, which the `datasets` library stores as JSON in the metadata of a file."""
     try:
         features = json.loads((table.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[table.names[place]]["names"]
@@ -198,11 +207,11 @@ def _names_in_metadata(table: Table, place: int) -> tuple[str, ...] | None:
 
 
 def _places(table: Table, flags: dict[str, str]) -> list[int]:
-    """The numbers of the columns whose names are the keys of `flags`, with or without blanks around them.
+    """The indices of the columns named by the keys of `flags`, ignoring blanks around names.
 
     Raises:
-        NoLabelsError: there is a column of texts and none of answers.
-        FtError: a column is absent, or there are several of its name.
+        NoLabelsError: only the target column is missing.
+        FtError: a column is missing, or several have its name.
     """
     stripped = [name.strip() for name in table.names]
     found = {}
@@ -221,10 +230,12 @@ def _places(table: Table, flags: dict[str, str]) -> list[int]:
 
 
 def _advice_on_columns(table: Table, absent: dict[str, str], found: set[int]) -> str:
-    """The flags that name the columns meant, where just one column looks like text and one like labels."""
+    """Flags ready to paste, if exactly one column looks like text and one like labels; else general advice."""
     texts, labels = [], []
+    has_header = not any(len(name.split()) > 4 or name.startswith("{") for name in table.names)
     for place in range(len(table.names)):
         values = [value for value in _values(table, place)[:SAMPLE] if value not in (None, "")]
+        has_header = has_header and table.names[place] not in values
         words = [str(value) for value in values if isinstance(value, str | int)]
         if place in found or not values or len(words) < len(values):
             continue
@@ -232,10 +243,10 @@ def _advice_on_columns(table: Table, absent: dict[str, str], found: set[int]) ->
             texts.append(table.names[place])
         elif 2 <= len(set(words)) <= min(MOST_LABELS, len(words) - 1) and not any(map(FRACTION.fullmatch, words)):
             labels.append(table.names[place])
-    meant = {flag: labels if flag == "--label-column" else texts for flag in absent.values()}
-    if all(len(names) == 1 for names in meant.values()):
-        return "try " + " ".join(f"{flag} {shlex.quote(names[0])}" for flag, names in meant.items())
-    if any(len(name.split()) > 4 for name in table.names):
+    candidates = {flag: labels if flag == "--label-column" else texts for flag in absent.values()}
+    if has_header and all(len(names) == 1 for names in candidates.values()):
+        return "try " + " ".join(f"{flag} {shlex.quote(names[0])}" for flag, names in candidates.items())
+    if not has_header:
         return "its first line must name the columns, as in text,label"
     if "--text-column" in absent.values() and len(absent) == 1 and not found:
         return "name one by --text-column"
@@ -246,7 +257,7 @@ def _values(table: Table, place: int) -> Sequence[Any]:
     """The values of a column.
 
     Raises:
-        FtError: they are damaged, or more than memory holds.
+        FtError: they are damaged, or do not fit into memory.
     """
     import pyarrow as pa
 
@@ -254,8 +265,8 @@ def _values(table: Table, place: int) -> Sequence[Any]:
         return table.column(place)
     except MemoryError as error:
         raise FtError(
-            f"cannot read the column {table.names[place]!r} of {table.path}: it needs more memory than there is; split "
-            "the file into several"
+            f"cannot read the column {table.names[place]!r} of {table.path}: it does not fit into memory; split the "
+            "file into several"
         ) from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise FtError(f"cannot read {table.path}: {_first_line(error)}") from error
@@ -276,7 +287,7 @@ def _refuse_missing(table: Table, values: Sequence[Any], column: str) -> None:
     rows = [row for row, value in enumerate(values) if value is None]
     if rows:
         raise FtError(
-            f"the {column} in {table.where(rows)} is empty; fill it or leave the row{'s' * (len(rows) > 1)} out"
+            f"the {column} in {table.where(rows)} is missing; fill it in or leave the row{'s' * (len(rows) > 1)} out"
         )
 
 
@@ -287,7 +298,7 @@ def _shown(value: object) -> str:
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
-    """Names for a message: of very many the first."""
+    """Join names for a message; of more than `most`, the first."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name[:60]) for name in names[:most]) + more
 
@@ -296,12 +307,12 @@ def listed(names: Sequence[str], most: int = 12) -> str:
 
 
 def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
-    """The table in a file, whatever its format.
+    """Read a table from a file of any supported format.
 
     Raises:
         FtError: the file cannot be read.
     """
-    import pyarrow as pa  # here, since a tenth of a second of start-up is spent only where a table is read
+    import pyarrow as pa  # here, as the import takes a tenth of a second
 
     kind = (suffix_of(path.name) or ".parquet").removesuffix(".gz").removeprefix(".")
     try:
@@ -314,7 +325,7 @@ def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
                 return read_arrow_table(path)
         return read_parquet_table(path)
     except MemoryError as error:
-        raise FtError(f"cannot read {path}: it needs more memory than there is; split it into several") from error
+        raise FtError(f"cannot read {path}: it does not fit into memory; split it into several") from error
     except (OSError, pa.ArrowException) as error:
         raise FtError(f"cannot read {path} as {kind}: {_first_line(error)}") from error
 

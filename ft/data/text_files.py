@@ -1,47 +1,52 @@
-"""Tables in text files: CSV, TSV, JSON and JSON lines, each also compressed by gzip; and plain lines of text.
+"""Text files: their encoding, plain lines, and tables in CSV and TSV, also compressed by gzip.
 
-The standard library reads them: PyArrow's JSON reader crashes on some broken lines, and its CSV reader joins rows where
-a value begins with a lone quote.
+The standard library parses them: PyArrow's CSV reader joins rows if a value begins with an unmatched quote.
 """
 
 import codecs
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ft.data.table import Table
 from ft.errors import FtError, UsageError
 
-DELIMITERS = ",;\t|"  # those that are recognized; --delimiter names any other
+DELIMITERS = ",;\t|"  # those that are detected; --delimiter names any other
 LARGEST_VALUE = 2**26  # characters of a value in a CSV file
+# How files begin that have a text file's name and are something else.
+BINARY_SIGNATURES = {
+    b"PK\x03\x04": "a ZIP archive, as Excel workbooks are: save the table as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook: save the table as CSV",
+    b"\x1f\x8b": "compressed by gzip: add .gz to its name",
+    b"PAR1": "a parquet file: name it .parquet",
+}
 BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-# A text whose every quote opens, closes or is doubled in a quoted value, as CSV writers leave it.
+# A text in which each quote opens or closes a quoted value, or is doubled inside one, as CSV writers write them.
 WELL_QUOTED = r'(?:(?:"(?:[^"]|"")*+"|[^"{d}\r\n]*+)(?:[{d}\r\n]|$))*+'
 
 
 class TextFormat(NamedTuple):
-    """What a text file does not say of itself; None: found from its beginning."""
+    """The delimiter and encoding of a text file; None to detect them."""
 
     delimiter: str | None = None
     encoding: str | None = None
 
 
 class _MalformedError(Exception):
-    """A text is no table when read in one of several ways."""
+    """The text is not a table under one of several quoting rules."""
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed where its name ends in .gz.
+    """Read a file, and decompress it if its name ends in .gz.
 
     Raises:
         OSError: it cannot be read, or is not compressed.
-        FtError: it is cut off or damaged.
+        FtError: it is truncated or damaged.
     """
     if path.suffix.lower() != ".gz":
         return path.read_bytes()
@@ -49,19 +54,27 @@ def read_bytes(path: Path) -> bytes:
         with gzip.open(path) as file:
             return file.read()
     except (EOFError, zlib.error) as error:
-        raise FtError(f"cannot read {path}: it is damaged or cut off ({error})") from error
+        raise FtError(f"cannot read {path}: it is damaged or truncated ({error})") from error
 
 
 def decoded(content: bytes, name: str, encoding: str | None) -> str:
-    """The characters of a file: by its byte order mark, else in `encoding`, else in UTF-8.
+    """Decode the content of a file: by its byte order mark, else in `encoding`, else as UTF-8.
+
+    Args:
+        content: the bytes.
+        name: the file, for messages.
+        encoding: the encoding that the user names.
 
     Raises:
-        FtError: it is in another encoding.
+        FtError: the content is in another encoding, or is not text.
         UsageError: there is no such encoding.
     """
-    for mark, marked in BYTE_ORDER_MARKS:
+    for signature, kind in BINARY_SIGNATURES.items():
+        if content.startswith(signature):
+            raise FtError(f"{name} is {kind}")
+    for mark, mark_encoding in BYTE_ORDER_MARKS:
         if content.startswith(mark):
-            content, encoding = content[len(mark) :], marked
+            content, encoding = content[len(mark) :], mark_encoding
     try:
         text = content.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
@@ -78,7 +91,7 @@ def decoded(content: bytes, name: str, encoding: str | None) -> str:
 
 
 def plain_lines(text: str) -> list[str]:
-    r"""The lines of a text, which end at \n, \r\n or \r and nowhere else: a form feed or U+2028 is part of one."""
+    r"""Split a text at \n, \r\n and \r only: form feeds and U+2028 are part of a line."""
     lines = re.split(r"\r\n|\n|\r", text)
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -87,7 +100,7 @@ def plain_lines(text: str) -> list[str]:
 
 
 class _Rows(NamedTuple):
-    """The names in the first line, the rows, and the line in which each row begins."""
+    """The column names, the rows, and the line in which each row begins."""
 
     names: list[str]
     rows: list[list[str]]
@@ -95,26 +108,26 @@ class _Rows(NamedTuple):
 
 
 def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
-    """A CSV or TSV file; every value is the text that it is, be it 2001 or NA.
+    """Read a CSV or TSV file; all values are text, 2001 and NA too.
 
     Args:
         path: the file.
-        wanted: columns that tell the right delimiter and quoting from others; the last may be that of labels, which
-            tell rows from lines of a text.
-        form: the delimiter and encoding where the user names them.
+        wanted: columns by which delimiter and quoting are detected: the reading that has them is right. The last may be
+            the label column, whose values distinguish rows from lines of a text.
+        form: the delimiter and encoding, if the user names them.
 
     Raises:
-        FtError: it is no table.
+        FtError: it is not a table.
         UsageError: the delimiter is not one character, or there is no such encoding.
     """
     text = decoded(read_bytes(path), str(path), form.encoding)
     if not text.strip():
         raise FtError(f"{path} is empty: its first line must name the columns")
-    usual = "\t" if ".tsv" in path.name.lower() else ","
-    if said := re.match(r"sep=(.)\r?\n", text):  # with which Excel is told the delimiter
-        text, usual = "\n" + text[said.end() :], said[1]
-    delimiter = _delimiter(text, wanted, usual, form.delimiter)
-    notes = [] if form.delimiter or delimiter == usual else [f"the columns of {path.name} are split at {delimiter!r}"]
+    default = "\t" if ".tsv" in path.name.lower() else ","
+    if separator_line := re.match(r"sep=(.)\r?\n", text):  # a first line that names the delimiter to Excel
+        text, default = "\n" + text[separator_line.end() :], separator_line[1]
+    delimiter = _detect_delimiter(text, wanted, default, form.delimiter)
+    notes = [] if form.delimiter or delimiter == default else [f"the columns of {path.name} are split at {delimiter!r}"]
     found = _best_reading(path, text, delimiter, wanted, notes)
     rows, lines = found.rows, found.lines
     filled = [row for row, values in enumerate(rows) if any(values)]
@@ -125,38 +138,39 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
     return Table(path, found.names, columns.__getitem__, lines, notes=tuple(notes))
 
 
-def _delimiter(text: str, wanted: Sequence[str], usual: str, given: str | None) -> str:
-    """What splits the first line into the columns that are wanted, else into most columns."""
+def _detect_delimiter(text: str, wanted: Sequence[str], default: str, given: str | None) -> str:
+    """The delimiter that splits the first line into the wanted columns, else into the most columns."""
     if given is not None:
         delimiter = {"tab": "\t", "\\t": "\t"}.get(given.lower(), given)
         if len(delimiter) != 1 or delimiter in '"\r\n':
             raise UsageError(f"--delimiter is {given!r}, it must be one character, such as ';', or tab")
         return delimiter
     first = plain_lines(text.lstrip("\r\n")[: 2**16])[0]
-    names = {d: [name.strip(' "') for name in first.split(d)] for d in dict.fromkeys([usual, *DELIMITERS])}
+    names = {d: [name.strip(' "') for name in first.split(d)] for d in dict.fromkeys([default, *DELIMITERS])}
     fitting = [d for d in names if set(wanted) <= set(names[d])]
     return fitting[0] if fitting else max(names, key=lambda d: len(names[d]))
 
 
 def _best_reading(path: Path, text: str, delimiter: str, wanted: Sequence[str], notes: list[str]) -> _Rows:
-    """The rows by the first way of quoting that makes a table of the text.
+    """The rows under the first quoting rule that yields a table with the wanted columns, else the first table.
 
-    Tab-separated values are quoted only where the file doubles quotes or is no table without: programs that write such
-    files often join values by tabs and leave quotes as they are. Other files are quoted unless that makes no table.
+    TSV is read without quoting first, unless the file doubles quotes: programs often join values by tabs and leave
+    quotes as they are. Other formats are read with quoting first.
     """
     quoted = ("", lambda: _quoted(text, delimiter))
-    as_they_are = ("", lambda: _unquoted(text, delimiter))
+    literal = ("", lambda: _unquoted(text, delimiter))
     escaped = (rf"the quotes in {path.name} are escaped as \"", lambda: _quoted(text.replace('\\"', '""'), delimiter))
-    lone = (f"the quotes in {path.name} do not enclose values and are read as parts of them", as_they_are[1])
+    spaced = (f"blanks around quotes in {path.name} are left out", lambda: _quoted_with_blanks(text, delimiter))
+    unmatched = (f"the quotes in {path.name} do not enclose values and are read as parts of them", literal[1])
     if delimiter == "\t":
-        ways = [quoted, as_they_are] if _doubles_quotes(text, delimiter) else [as_they_are, quoted]
+        readings = [quoted, literal] if _doubles_quotes(text, delimiter) else [literal, quoted]
     else:
-        ways = [quoted, escaped, lone] if '\\"' in text else [quoted, lone]
+        readings = [quoted, *([escaped] if '\\"' in text else []), spaced, unmatched]
     found: _Rows | None = None
     failure: Exception | None = None
-    for note, way in ways:
+    for note, read in readings:
         try:
-            rows = _table_of(way())
+            rows = _check_widths(read())
         except _MalformedError as error:
             failure = failure or error
             continue
@@ -164,28 +178,33 @@ def _best_reading(path: Path, text: str, delimiter: str, wanted: Sequence[str], 
             raise FtError(f"cannot read {path}: {error}") from error
         has_wanted = set(wanted) <= {name.strip() for name in rows.names}
         if found is None or has_wanted:
-            found, how, said = rows, way, note
+            found, found_by, found_note = rows, read, note
         if has_wanted:
             break
     if found is None:
         raise FtError(f"cannot read {path}: {failure}") from failure
-    notes += [said] if said else []
-    if how is not as_they_are[1]:
-        _see_to_long_rows(path, text, delimiter, found, wanted, notes)
+    notes += [found_note] if found_note else []
+    if found_by is not literal[1]:
+        _check_multiline_rows(path, text, delimiter, found, wanted, notes)
     return found
 
 
 def _doubles_quotes(text: str, delimiter: str) -> bool:
-    """Whether all quotes are as a CSV writer leaves them, and one of them is doubled inside a value."""
+    """Whether the text is quoted as by a CSV writer, with a doubled quote inside a value."""
     if '""' not in text or not re.fullmatch(WELL_QUOTED.replace("{d}", delimiter), text):
         return False
     return any('"' in value for _, row in _quoted(text, delimiter) for value in row)
 
 
-def _quoted(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
-    """The rows of a text with quoted values, each with the line it begins in."""
-    before = csv.field_size_limit(LARGEST_VALUE)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _quoted_with_blanks(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
+    """Yield rows as `_quoted` does, without the blanks between quotes and delimiters, as in `1, "a, b" ,2`."""
+    return _quoted(re.sub(rf'" +(?=[{re.escape(delimiter)}\r\n]|$)', '"', text), delimiter, skip_blanks=True)
+
+
+def _quoted(text: str, delimiter: str, *, skip_blanks: bool = False) -> Iterable[tuple[int, list[str]]]:
+    """Yield the rows of a text with quoted values, each with the line in which it begins."""
+    old_limit = csv.field_size_limit(LARGEST_VALUE)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=skip_blanks)
     begin = 1
     try:
         for row in reader:
@@ -199,120 +218,63 @@ def _quoted(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
         raise _MalformedError(
             f"line {reader.line_num:,} has a quote that neither ends a value nor is doubled"
             if "expected after" in str(error)
-            else f"the row that begins in line {begin:,} is not whole ({error})"
+            else f"the row that begins in line {begin:,} is not complete ({error})"
         ) from error
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(old_limit)
 
 
 def _unquoted(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
-    """The rows of a text in which a quote is a character like others, each with its line."""
+    """Yield the rows of a text in which quotes have no meaning, each with its line."""
     lines = text.split("\n" if "\n" in text else "\r")
     for number, line in enumerate(lines, start=1):
         if content := line.removesuffix("\r"):
             yield number, content.split(delimiter)
 
 
-def _table_of(numbered: Iterable[tuple[int, list[str]]]) -> _Rows:
-    """Rows of as many values as the first; in all others a last empty one may be too many."""
+def _check_widths(numbered: Iterable[tuple[int, list[str]]]) -> _Rows:
+    """The rows, if all have as many values as the first; all but the first may have one empty value more at the end."""
     filled = [(line, row) for line, row in numbered if row]
     (_, names), *rest = filled
     width = len(names)
-    if rest and all(len(row) == width + 1 and row[-1] == "" for _, row in rest):  # each ends in a delimiter
+    rest = [(line, row) for line, row in rest if width == 1 or len(row) > 1 or row[0].strip()]  # not lines of blanks
+    if rest and all(len(row) == width + 1 and row[-1] == "" for _, row in rest):  # each line ends in a delimiter
         rest = [(line, row[:-1]) for line, row in rest]
     for line, row in rest:
         if len(row) != width:
             raise _MalformedError(
                 f"line {line:,} has {len(row)} values and the first line {width}; put quotes around values that hold "
-                f"the delimiter, or name another delimiter by --delimiter"
+                f"the delimiter or a line break, or name another delimiter by --delimiter"
             )
     return _Rows(names, [row for _, row in rest], [line for line, _ in rest])
 
 
-def _see_to_long_rows(
+def _check_multiline_rows(
     path: Path, text: str, delimiter: str, found: _Rows, wanted: Sequence[str], notes: list[str]
 ) -> None:
-    """Note that rows span several lines, and refuse one whose every line looks like a row of its own.
+    """Note that rows span several lines, and refuse a row of which each line looks like a row.
 
-    A line looks like one if it has as many values, and as label one that rows of a single line have.
+    A line looks like a row if it has as many values and its label is also that of a single-line row.
     """
-    if text.count("\n") + text.count("\r") <= len(found.rows):  # fewer than lines, as there is a first one
+    if text.count("\n") + text.count("\r") <= len(found.rows):  # the first line holds the names
         return
-    long = [row for row, values in enumerate(found.rows) if any("\n" in value or "\r" in value for value in values)]
-    if not long:
+    multiline = [
+        row for row, values in enumerate(found.rows) if any("\n" in value or "\r" in value for value in values)
+    ]
+    if not multiline:
         return
     lines = plain_lines(text)
     notes.append(f"{path.name} has {len(found.rows):,} rows in {len(lines):,} lines, as some values span several")
-    places = [place for place, name in enumerate(found.names) if name.strip() == wanted[-1]]
-    if len(wanted) < 2 or not places:
+    label_columns = [index for index, name in enumerate(found.names) if name.strip() == wanted[-1]]
+    if len(wanted) < 2 or not label_columns:
         return
-    short = set(range(len(found.rows))).difference(long)
-    labels = {found.rows[row][places[0]] for row in short}
-    for row in long:
+    label_column = label_columns[0]
+    labels = {found.rows[row][label_column] for row in set(range(len(found.rows))).difference(multiline)}
+    for row in multiline:
         begin, end = found.lines[row], [*found.lines, len(lines) + 1][row + 1] - 1
-        inside = [line.split(delimiter) for line in lines[begin - 1 : end] if line]
-        if all(len(values) == len(found.names) and values[places[0]] in labels for values in inside):
+        split_lines = [line.split(delimiter) for line in lines[begin - 1 : end] if line]
+        if all(len(values) == len(found.names) and values[label_column] in labels for values in split_lines):
             raise FtError(
                 f"lines {begin:,} to {end:,} of {path} are one row, as a quote opens in the first and closes in the "
                 "last, yet each looks like a row: double the quotes inside values, or save the file as JSON lines"
             )
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def read_json_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
-    """A file of JSON lines, an array of objects, or one object of columns as `pandas.DataFrame.to_json` writes it.
-
-    Raises:
-        FtError: it is no table.
-        UsageError: there is no such encoding.
-    """
-    text = decoded(read_bytes(path), str(path), form.encoding)
-    lines: list[int] | None
-    try:
-        whole = json.loads(text)
-        rows = whole if isinstance(whole, list) else _rows_of(path, whole, wanted)
-        lines = [1] if len(rows) == 1 and rows[0] is whole else None
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            raise FtError(f"cannot read {path}: {_reason(error)}") from error
-        numbered = [(number, line) for number, line in enumerate(plain_lines(text), start=1) if line.strip()]
-        lines = [number for number, _ in numbered]
-        rows = [_value(path, number, line) for number, line in numbered]
-    for row, values in enumerate(rows):
-        if not isinstance(values, dict):
-            place = f"row {row}" if lines is None else f"line {lines[row]:,}"
-            shown = json.dumps(values)[:40]
-            raise FtError(f'{place} of {path} is {shown}, it must be an object such as {{"text": "...", "label": 1}}')
-    if not rows:
-        raise FtError(f"{path} is empty: it must hold an object per row")
-    names = list(dict.fromkeys(name for values in rows for name in values))
-    return Table(path, names, lambda place: [values.get(names[place]) for values in rows], lines)
-
-
-def _value(path: Path, number: int, line: str) -> Any:  # noqa: ANN401
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FtError(f"cannot read {path}: in line {number:,} {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"JSON is broken off or wrong: {error.msg} (line {error.lineno}, column {error.colno})"
-    return "JSON is nested too deeply" if isinstance(error, RecursionError) else f"JSON is wrong: {error}"
-
-
-def _rows_of(path: Path, whole: Any, wanted: Sequence[str]) -> list[Any]:  # noqa: ANN401
-    """The rows of an object that is a whole file: one row, the rows under `data`, or columns of values by row."""
-    if not isinstance(whole, dict):
-        return [whole]
-    if isinstance(whole.get("data"), list) and not set(wanted) <= whole.keys():
-        return list(whole["data"])
-    columns = {name: list(v.values()) if isinstance(v, dict) else v for name, v in whole.items()}
-    if not columns or not all(isinstance(values, list) for values in columns.values()):
-        return [whole]
-    if len({len(values) for values in columns.values()}) > 1:
-        raise FtError(f"cannot read {path}: its columns have different lengths")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

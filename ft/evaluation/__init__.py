@@ -1,1 +1,1 @@
-"""Loss and accuracy of a split, completions, perplexity."""
+"""Evaluation: loss and accuracy, classification metrics, completions, perplexity."""

@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy, F1, a confusion matrix, and whether probabilities mean what they say."""
+"""Classification metrics: accuracy, precision, recall, F1, confusion matrix and calibration error."""
 
 import json
 from collections.abc import Sequence
@@ -12,46 +12,26 @@ from torch import Tensor
 from ft.data.splits import Split
 from ft.io.atomic import atomic_write_text
 
-MOST_COLUMNS = 12  # classes up to which a table with a column for each is easy to read
-
-
-class Confusion(NamedTuple):
-    """How many `texts` of the class `true` were called `said`; both are numbers of classes, and not the same."""
-
-    true: int
-    said: int
-    texts: int
-
-
-def most_confused(matrix: Sequence[Sequence[int]], number: int) -> list[Confusion]:
-    """At most `number` pairs of classes, the most frequent first, of a matrix with a row for each true class."""
-    found = [
-        Confusion(true, said, count)
-        for true, counts in enumerate(matrix)
-        for said, count in enumerate(counts)
-        if true != said and count > 0
-    ]
-    return sorted(found, key=lambda pair: -pair.texts)[:number]
-
-
-BINS = 10
-MISTAKES = 20  # how many of the surest are kept in scores.json
+MOST_COLUMNS = 12  # classes up to which a table with a column per class is easy to read
+BINS = 10  # of probability, for the calibration error
+MISTAKES = 20  # most confident errors that scores.json lists
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of N predictions of K classes.
+    """The metrics of N predictions of K classes.
 
     Attributes:
-        accuracy: the share that is right.
-        precision: for each class, of the predictions of it the share that is right; 0 where there is none.
-        recall: for each class, of its examples the share that was found; 0 where there is none.
-        f1: for each class, the harmonic mean of both.
-        macro_f1: the mean of `f1` over the classes, whatever their sizes.
-        confusion: (K, K) counts, a row per true class and a column per predicted one.
-        calibration_error: how far stated probability and accuracy lie apart, as a mean over the examples in ten bins
-            of probability (Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3).
-        bins: for each of these that is not empty, its mean probability, its accuracy and its number of examples.
+        accuracy: the fraction of correct predictions.
+        precision: per class, the fraction of its predictions that are correct; 0 if it is never predicted.
+        recall: per class, the fraction of its examples that are predicted correctly; 0 if it has no example.
+        f1: per class, the harmonic mean of precision and recall.
+        macro_f1: the unweighted mean of `f1` over the classes.
+        confusion: (K, K) counts, a row per true class and a column per predicted class.
+        calibration_error: expected calibration error: the mean gap between confidence and accuracy in ten bins of
+            confidence, weighted by their examples (Guo et al., "On Calibration of Modern Neural Networks", 2017,
+            equation 3).
+        bins: for each non-empty bin, its mean confidence, its accuracy and its number of examples.
     """
 
     accuracy: float
@@ -65,10 +45,10 @@ class Scores:
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> Scores:
-    """Score (N, K) probabilities against (N,) true classes."""
+    """Compute the metrics of (N, K) probabilities against (N,) true classes."""
     n, k = probabilities.shape
     confidence, predicted = probabilities.double().max(dim=1)
-    right = predicted == labels
+    correct = predicted == labels
     confusion = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k)
     hits = confusion.diagonal().double()
     precision = hits / confusion.sum(dim=0).clamp(min=1)
@@ -76,16 +56,16 @@ def scores(probabilities: Tensor, labels: Tensor) -> Scores:
     f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-300)
 
     bins, error = [], 0.0
-    number = (confidence * BINS).ceil().clamp(1, BINS)  # the bin of 0.9 < p <= 1.0 is the tenth
+    bin_numbers = (confidence * BINS).ceil().clamp(1, BINS)  # the tenth is 0.9 < p <= 1.0
     for i in range(1, BINS + 1):
-        inside = number == i
-        count = int(inside.sum())
+        in_bin = bin_numbers == i
+        count = int(in_bin.sum())
         if count:
-            stated, true = confidence[inside].mean().item(), right[inside].double().mean().item()
-            bins.append((stated, true, count))
-            error += count / n * abs(stated - true)
+            mean_confidence, accuracy = confidence[in_bin].mean().item(), correct[in_bin].double().mean().item()
+            bins.append((mean_confidence, accuracy, count))
+            error += count / n * abs(mean_confidence - accuracy)
     return Scores(
-        accuracy=right.double().mean().item(),
+        accuracy=correct.double().mean().item(),
         precision=precision.tolist(),
         recall=recall.tolist(),
         f1=f1.tolist(),
@@ -96,8 +76,33 @@ def scores(probabilities: Tensor, labels: Tensor) -> Scores:
     )
 
 
+class Confusion(NamedTuple):
+    """How many examples of one class were predicted as another.
+
+    Attributes:
+        true: the number of the true class.
+        predicted: the number of the predicted class, a different one.
+        examples: how many.
+    """
+
+    true: int
+    predicted: int
+    examples: int
+
+
+def most_confused(matrix: Sequence[Sequence[int]], number: int) -> list[Confusion]:
+    """The most frequent confusions of a (K, K) confusion matrix, at most `number`, in descending order."""
+    confusions = [
+        Confusion(true, predicted, count)
+        for true, counts in enumerate(matrix)
+        for predicted, count in enumerate(counts)
+        if true != predicted and count > 0
+    ]
+    return sorted(confusions, key=lambda confusion: -confusion.examples)[:number]
+
+
 def confident_mistakes(probabilities: Tensor, labels: Tensor, number: int) -> list[int]:
-    """The rows of at most `number` wrong predictions, the surest first."""
+    """The rows of the most confident errors, at most `number`, in descending order of confidence."""
     confidence, predicted = probabilities.max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()
     return wrong[confidence[wrong].argsort(descending=True, stable=True)][:number].tolist()
@@ -106,7 +111,7 @@ def confident_mistakes(probabilities: Tensor, labels: Tensor, number: int) -> li
 def mistake_records(
     probabilities: Tensor, split: Split, label_names: Sequence[str], number: int
 ) -> list[dict[str, int | float | str]]:
-    """The surest mistakes, each with its row in the split, the true label, the one given, its probability, the text."""
+    """The most confident errors: row in the split, true label, predicted label, its probability, and text."""
     mistakes: list[dict[str, int | float | str]] = []
     for row in confident_mistakes(probabilities, torch.tensor(split.labels), number):
         probability, label = probabilities[row].max(dim=0)
@@ -123,12 +128,19 @@ def mistake_records(
 
 
 def write_scores(path: Path, step: int, probabilities: Tensor, split: Split, label_names: Sequence[str]) -> None:
-    """Write what the (N, K) probabilities after a step say of a split as a JSON object: `Scores` and the mistakes.
+    """Write the metrics of a split and its most confident errors as a JSON object.
+
+    Args:
+        path: the file to write; replaced atomically.
+        step: the training step after which the split was evaluated.
+        probabilities: (N, K), of each label for each example.
+        split: the N examples.
+        label_names: the names of the K labels.
 
     Raises:
-        OSError: the disk is full, or refuses; a file of that name is as it was.
+        OSError: the file cannot be written; an existing file stays as it was.
     """
-    told: dict[str, Any] = {"step": step, "split": split.name, "labels": list(label_names)}
-    told |= asdict(scores(probabilities, torch.tensor(split.labels)))
-    told["mistakes"] = mistake_records(probabilities, split, label_names, MISTAKES)
-    atomic_write_text(path, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    record: dict[str, Any] = {"step": step, "split": split.name, "labels": list(label_names)}
+    record |= asdict(scores(probabilities, torch.tensor(split.labels)))
+    record["mistakes"] = mistake_records(probabilities, split, label_names, MISTAKES)
+    atomic_write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
-"""How good a model's completions are: what their tokens cost it, how many it would have written, and where it fails.
+"""Scores of completions: loss, token accuracy, exact match, and the worst failures.
 
-A completion is judged token by token, each time with the right tokens before it, as in training. If the likeliest token
-is the right one at every place, the end-of-text behind it included, then the completion is wholly right: it is exactly
-what the model writes when it takes the likeliest token each time. One wrong token, and it writes something else.
+Tokens are scored with teacher forcing, as in training: each is predicted from the correct tokens before it. If the most
+likely token is correct at every position, the final end-of-text included, the completion is an exact match: it is what
+greedy decoding generates. With one wrong token, greedy decoding generates something else.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
 from ft.model.gpt2 import GPT2
 
-WRITTEN_TOKENS = 32  # at most, of what the model writes where it is wrong
+MOST_GENERATED_TOKENS = 32  # of what the model generates in place of a wrong completion
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class CompletionScores:
     """The scores of all completions of a split.
 
     Attributes:
-        completions: how many there are.
-        tokens: how many targets they have, the closing end-of-text counted.
-        loss: the mean over these tokens, in nats.
-        perplexity: its exponential.
-        accuracy: the share of these tokens that are the likeliest of the whole vocabulary.
-        exact_match: the share of completions all of whose tokens are.
+        completions: the number of completions.
+        tokens: the number of target tokens, each final end-of-text included.
+        loss: mean cross-entropy over the target tokens, in nats.
+        perplexity: the exponential of the loss.
+        accuracy: the fraction of target tokens that are the most likely of the vocabulary.
+        exact_match: the fraction of completions of which all target tokens are the most likely.
     """
 
     completions: int
@@ -46,13 +46,13 @@ class CompletionScores:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a model makes of N examples.
+class ExampleScores:
+    """The scores of N examples.
 
     Attributes:
-        losses: (N,) float64, the sum over an example's targets, in nats.
-        hits: (N,) int64, how many of its targets are the likeliest token.
-        counts: (N,) int64, how many targets it has.
+        losses: (N,) float64, cross-entropy summed over the targets of each example, in nats.
+        hits: (N,) int64, the number of targets that are the most likely token.
+        counts: (N,) int64, the number of targets.
     """
 
     losses: Tensor
@@ -60,7 +60,7 @@ class Judged:
     counts: Tensor
 
     def scores(self) -> CompletionScores:
-        """All of them together."""
+        """The scores over all examples."""
         loss = (self.losses.sum() / self.counts.sum()).item()
         return CompletionScores(
             completions=len(self.counts),
@@ -72,7 +72,7 @@ class Judged:
         )
 
     def worst(self, number: int) -> list[int]:
-        """At most `number` examples that are not wholly right, the largest loss per token first."""
+        """The examples without an exact match, at most `number`, in descending order of the loss per token."""
         wrong = (self.hits < self.counts).nonzero().flatten()
         per_token = self.losses[wrong] / self.counts[wrong]
         ranked: list[int] = wrong[per_token.argsort(descending=True, stable=True)].tolist()
@@ -80,8 +80,8 @@ class Judged:
 
 
 @torch.inference_mode()
-def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int) -> Judged:
-    """Judge each example by itself. The model must be in evaluation mode; nothing is drawn at random."""
+def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int) -> ExampleScores:
+    """Score each example. The model must be in evaluation mode."""
     device = model.wte.weight.device
     losses = torch.zeros(len(examples), dtype=torch.float64)
     hits = torch.zeros(len(examples), dtype=torch.int64)
@@ -93,34 +93,34 @@ def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int)
         owners = torch.tensor([number for number in numbers for _ in examples[number].target_ids])  # (S,)
         losses.index_add_(0, owners, loss)
         hits.index_add_(0, owners, hit)
-    return Judged(losses, hits, torch.tensor([len(example.target_ids) for example in examples]))
+    return ExampleScores(losses, hits, torch.tensor([len(example.target_ids) for example in examples]))
 
 
-def told_failures(
-    model: GPT2, tokenizer: Tokenizer, split: Split, examples: Sequence[Example], judged: Judged, number: int
+def failure_records(
+    model: GPT2, tokenizer: Tokenizer, split: Split, examples: Sequence[Example], scored: ExampleScores, number: int
 ) -> list[dict[str, int | float | str]]:
-    """The worst completions, each with its row in the split, its loss per token, and what the model writes instead."""
+    """The worst completions: row in the split, loss per token, prompt, completion, and what the model generates."""
     completions = split.completions or []
     return [
         {
             "row": row,
-            "loss": (judged.losses[row] / judged.counts[row]).item(),
-            "right_tokens": int(judged.hits[row]),
-            "tokens": int(judged.counts[row]),
+            "loss": (scored.losses[row] / scored.counts[row]).item(),
+            "right_tokens": int(scored.hits[row]),
+            "tokens": int(scored.counts[row]),
             "prompt": split.texts[row],
             "completion": completions[row],
-            "written": _written(model, tokenizer, examples[row]),
+            "written": _generate_instead(model, tokenizer, examples[row]),
         }
-        for row in judged.worst(number)
+        for row in scored.worst(number)
     ]
 
 
-def _written(model: GPT2, tokenizer: Tokenizer, example: Example) -> str:
-    """What the model writes after the prompt, greedily, and in about as many tokens as the right completion has.
+def _generate_instead(model: GPT2, tokenizer: Tokenizer, example: Example) -> str:
+    """Greedily continue the prompt of an example by about as many tokens as its completion has.
 
-    The prompt is what the model was given of it: of a long one the end, from the first whole character on.
+    The prompt is cut as in the example: of a long one the end, from the first complete character on.
     """
     prompt_ids = example.input_ids[: len(example.input_ids) - len(example.target_ids) + 1]
     prompt = tokenizer.decode(prompt_ids, skip_special_tokens=False).lstrip("\ufffd")
-    room = min(len(example.target_ids), WRITTEN_TOKENS)
-    return "".join(Generation(model, tokenizer, prompt, max_new_tokens=room, sampling=Sampling(seed=0)))
+    max_new_tokens = min(len(example.target_ids), MOST_GENERATED_TOKENS)
+    return "".join(Generation(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=Sampling(seed=0)))

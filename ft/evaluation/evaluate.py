@@ -1,4 +1,4 @@
-"""Loss and accuracy over a whole split."""
+"""Loss and accuracy over all examples of a split."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from ft.model.gpt2 import GPT2
 
 
 class Evaluation(NamedTuple):
-    """What came out of evaluating a split.
+    """The result of evaluating a split.
 
     Attributes:
-        loss: the mean over supervised tokens, in nats.
-        accuracy: the share of examples with the right label; of completions, the share of target tokens that are the
-            likeliest of the whole vocabulary.
-        probabilities: of each label for each example, shape (examples, labels), in their order; None without labels.
+        loss: mean cross-entropy over the target tokens, in nats.
+        accuracy: the fraction of examples whose label is predicted correctly; for completions, the fraction of target
+            tokens that are the most likely of the vocabulary.
+        probabilities: (examples, labels), of each label for each example, in order; None without labels.
     """
 
     loss: float
@@ -40,15 +40,26 @@ def evaluate(
     stopping: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> Evaluation | None:
-    """Loss and accuracy of `model` on all examples; None if `stopping` says, before some batch, that the run is to end.
+    """Compute the loss and accuracy of `model` on all examples.
 
-    The prediction is the likeliest of the label tokens, and of all tokens where there are none. Nothing here draws
-    random numbers, and the model is left in the mode it was found in: a run that evaluates ends in the same weights as
-    one that does not. Several processes share the examples, `batch_size` each at a time, and all get the whole result.
+    The prediction is the most likely label token, or without labels the most likely token. No random number is drawn
+    and the mode of the model is restored: a run ends in the same weights whether or not it evaluates.
+
+    Args:
+        model: the model, on the device of `precision`.
+        examples: the examples; all ranks are given the same and share the work.
+        label_ids: the token of each label; empty for completions.
+        batch_size: examples per forward pass and rank.
+        precision: device and autocast dtype.
+        stopping: called before each batch; evaluation ends early if it returns true.
+        ranks: the processes that evaluate together.
+
+    Returns:
+        The result over all examples, the same on all ranks; None if `stopping` returned true.
     """
     device = precision.device
     candidates = torch.tensor(label_ids, device=device)
-    loss_sums, hits, label_logits, own_rows = [], [], [], []
+    loss_sums, hits, label_logits, own_rows = [], [], [], []  # of each batch
     was_training = model.training
     model.eval()
     for rows in batches_by_length(examples, batch_size, ranks.size):
@@ -67,8 +78,8 @@ def evaluate(
             predicted = logits.argmax(dim=-1)
         hits.append((predicted == batch.target_ids).sum())
     model.train(was_training)
-    # Read once, at the end: on an accelerator every read waits for all work that is queued.
-    sums = torch.stack([torch.stack(each).cpu().double().sum() for each in (loss_sums, hits)])
+    # Read the results once, at the end: each read from an accelerator waits for all queued work.
+    sums = torch.stack([torch.stack(values).cpu().double().sum() for values in (loss_sums, hits)])
     num_targets = sum(len(example.target_ids) for example in examples)
     loss, accuracy = (ranks.sum(sums) / num_targets).tolist()
     if not label_ids:

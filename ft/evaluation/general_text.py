@@ -1,7 +1,6 @@
-"""Some pages of general English, written for this program: what `--forgetting builtin` measures perplexity on.
+"""General English text, written for this program, on which `--forgetting builtin` measures perplexity.
 
-Description, narrative, instruction, argument and talk, none of it about films, so that a model that has learnt to judge
-reviews, and has lost something by it, shows here what.
+Description, narrative, instruction, argument and dialogue, none of it about films, which the training data are about.
 """
 
 _PAGES = """\

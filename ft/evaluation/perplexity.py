@@ -1,9 +1,8 @@
-"""What fine-tuning makes a model forget: its loss on general text, before the first step, on the way, and at the end.
+"""Forgetting: the loss on general text before, during and after fine-tuning.
 
-Fine-tuning improves a special case at the expense of the general one. How much is seen on a text that has nothing to do
-with the training data: by the mean cross-entropy per token, in nats, and its exponential, the perplexity (Jelinek et
-al., "Perplexity - a measure of the difficulty of speech recognition tasks", 1977), which is the number of equally
-likely tokens that would leave a reader as uncertain.
+Fine-tuning on one task can make a model worse at others. A text unrelated to the training data shows how much: by the
+mean cross-entropy per token, in nats, and its exponential, the perplexity (Jelinek et al., "Perplexity - a measure of
+the difficulty of speech recognition tasks", 1977). A perplexity of k is the uncertainty of k equally likely tokens.
 """
 
 import math
@@ -13,28 +12,27 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ft.data.dataset_files import dataset_files
+from ft.data.dataset_files import SeveralDataSetsError, dataset_files
 from ft.data.examples import Example
-from ft.data.split_files import SeveralDataSetsError
 from ft.data.tables import read_texts
 from ft.errors import FtError, shown
 from ft.io.formats import suffix_of
 
 BUILTIN = "builtin"
-WINDOW = 256  # tokens that are read at once, so that most are predicted from many
-MOST_TOKENS = 20_000  # that are read in all, at every evaluation
-MOST_CHARACTERS = 16 * MOST_TOKENS  # English has four or five to a token
+WINDOW = 256  # tokens of context at most
+MOST_TOKENS = 20_000  # evaluated each time
+MOST_CHARACTERS = 16 * MOST_TOKENS  # English has four or five per token
 WINDOWS_AT_ONCE = 4  # the logits of four windows take 200 MB with GPT-2's vocabulary
 
 
 @dataclass(frozen=True)
 class GeneralText:
-    """A text cut into windows.
+    """A text split into windows.
 
     Attributes:
-        source: where it comes from, as the user said it.
+        source: the value of `--forgetting`.
         windows: the tokens, each the target of the one before it.
-        complete: whether this is all of it.
+        complete: whether the windows hold the full text.
     """
 
     source: str
@@ -47,10 +45,15 @@ class GeneralText:
 
 
 def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> GeneralText:
-    """Read the text that `--forgetting` names: a UTF-8 text file, the column `text` of a data set, or our own pages.
+    """Read the text that `--forgetting` names: a UTF-8 text file, the column `text` of a data set, or the builtin text.
 
-    Each window begins with the last token of the one before, so that every token but the first is predicted once. No
-    end-of-text stands before them: after that token the model learns to name a label, which would count against it.
+    Each window begins with the last token of the one before, so that every token but the first is predicted once.
+    Windows do not begin with end-of-text: fine-tuning teaches the model to predict a label after it.
+
+    Args:
+        source: a file, a data set, or "builtin".
+        tokenizer: that of the model.
+        n_positions: positions of the model, which limit the windows.
 
     Raises:
         FtError: there is no such text, it cannot be read, or it is too short.
@@ -77,7 +80,7 @@ def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> Ge
 
 
 def _read_file(path: Path) -> str:
-    """The beginning of a text file, one character more than will be used."""
+    """The beginning of a text file, with one character more than is used."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             return file.read(MOST_CHARACTERS + 1)
@@ -90,16 +93,16 @@ def _read_file(path: Path) -> str:
 
 
 def _read_dataset(name: str) -> str:
-    """The first texts of a data set's test, else validation, else training split, with empty lines between them.
+    """The first texts of the test, else validation, else training split of a data set, separated by empty lines.
 
-    Only that split is downloaded. Of several data sets in one repository of the Hub, `owner/name/part` names one.
+    Only that split is downloaded. `owner/name/part` names one of several data sets in a repository on the Hub.
     """
-    folder, part = name, ""
+    dataset, part = name, ""
     owner, _, rest = name.partition("/")
-    if rest.count("/") == 1 and not os.path.exists(os.path.expanduser(owner)):  # no path into a folder that is there
-        folder, _, part = name.rpartition("/")
+    if rest.count("/") == 1 and not os.path.exists(os.path.expanduser(owner)):  # not a path in a local directory
+        dataset, _, part = name.rpartition("/")
     try:
-        (paths,) = dataset_files(folder, part=part or None, first_of=("test", "validation", "train")).values()
+        (paths,) = dataset_files(dataset, part=part or None, first_of=("test", "validation", "train")).values()
         text = ""
         for path in paths:
             text += "".join(f"{row}\n\n" for row in read_texts(path, "text")[0])
@@ -107,15 +110,14 @@ def _read_dataset(name: str) -> str:
                 break
         return text
     except SeveralDataSetsError as error:
-        there = ", ".join(error.folders)
         raise FtError(
-            f"--forgetting is {shown(name)}, which holds several data sets, {there}: name one of them, as "
-            f"{name}/{error.folders[0]}"
+            f"--forgetting is {shown(name)}, which holds several data sets, {', '.join(error.directories)}: name one "
+            f"of them, as {name}/{error.directories[0]}"
         ) from error
     except FtError as error:
-        raise FtError(f"--forgetting is {shown(name)}, which is no text file, and as a data set: {error}") from error
+        raise FtError(f"--forgetting is {shown(name)}, which is not a text file, and as a data set: {error}") from error
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of a loss in nats; infinite where that is beyond all numbers, or the loss is none."""
+    """The exponential of a loss in nats; inf if it overflows or the loss is NaN."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,4 +1,4 @@
-"""A fine-tuned model ready for use: found, loaded, asked.
+"""A fine-tuned model as a classifier of texts.
 
 import ft
 
@@ -28,7 +28,7 @@ from ft.model.gpt2 import GPT2
 
 
 class Prediction(NamedTuple):
-    """The likeliest label of a text, and the probability of each label; they add up to 1."""
+    """The most likely label of a text, and the probability of each label; they sum to 1."""
 
     label: str
     probabilities: dict[str, float]
@@ -36,12 +36,12 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Classifier(LanguageModel):
-    """A model with what is needed to ask it about texts.
+    """A GPT-2 that predicts a label for each text.
 
     Attributes:
-        named_labels: the labels in the order of their numbers; None where neither the model nor the caller named them.
-        label_ids: the token that stands for each; none where they have no names.
-        max_length: tokens of a text that are read, end-of-text and label included; of a longer one the end is kept.
+        named_labels: the label names in the order of their numbers; None if neither the model nor the caller has them.
+        label_ids: the token of each label; empty without label names.
+        max_length: tokens of an example, end-of-text and label included; of a longer text the end is kept.
     """
 
     named_labels: tuple[str, ...] | None
@@ -50,20 +50,20 @@ class Classifier(LanguageModel):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The labels in the order of their numbers.
+        """The label names in the order of their numbers.
 
         Raises:
-            FtError: they are not known.
+            FtError: the label names are unknown.
         """
         if self.named_labels is None:
-            raise FtError(f"{self.source} does not say what its labels are called; say it by --label-names neg,pos")
+            raise FtError(f"{self.source} does not name its labels: name them by --label-names neg,pos")
         return self.named_labels
 
     def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[Prediction]:
-        """What the model says of each text, in their order.
+        """Predict the label of each text, in order.
 
         Raises:
-            FtError: it is not known what the labels are called.
+            FtError: the label names are unknown, or a text is not valid UTF-8.
         """
         names = self.label_names
         rows = predict(
@@ -87,29 +87,29 @@ def load(
     """Load a fine-tuned model.
 
     Args:
-        source: a run, whose finished model or else newest checkpoint is taken; a checkpoint; any folder or Hub id with
-            config.json, tokenizer.json and model.safetensors of a GPT-2.
-        device: as for `--device`; the best present when left out. A CUDA device becomes the current one.
-        label_names: the words of the labels, where the model's config.json does not tell.
-        max_length: tokens per text; that of the run when left out, and where there is no run the recipe's 32.
+        source: a run directory, of which `final/` or else the newest checkpoint is loaded; a checkpoint; or any
+            directory or Hub id with config.json, tokenizer.json and model.safetensors of a GPT-2.
+        device: as for `--device`. Default: the best that is available. A CUDA device becomes the current one.
+        label_names: the names of the labels. Default: those in the model's config.json.
+        max_length: tokens per example. Default: that of the run, or 32 without a run.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        FtError: there is no such model, it is damaged, or its labels cannot be told apart.
+        FtError: there is no such model, it is damaged, or two labels begin with the same token.
     """
     loaded = load_language_model(source, device=device, revision=revision)
-    own = _label_names(loaded.published)
-    names = tuple(label_names) if label_names is not None else own
+    published_names = _label_names(loaded.published)
+    names = tuple(label_names) if label_names is not None else published_names
     return Classifier(
         **vars(loaded),
         named_labels=names,
-        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=names == own),
+        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=names == published_names),
         max_length=min(max_length or _max_length_of_run(Path(loaded.source)), loaded.model.config.n_positions),
     )
 
 
 def _label_names(published: dict[str, object]) -> tuple[str, ...] | None:
-    """The labels in `id2label`, but for the LABEL_0 that transformers writes where nobody named them."""
+    """The names in `id2label`, unless they are the placeholders LABEL_0, LABEL_1, ... of `transformers`."""
     entries = published.get("id2label")
     if not isinstance(entries, dict):
         return None
@@ -119,12 +119,12 @@ def _label_names(published: dict[str, object]) -> tuple[str, ...] | None:
     return tuple(map(str, names))
 
 
-def _max_length_of_run(folder: Path) -> int:
-    """--max-length of the run that a finished model or a checkpoint lies in; the recipe's where it lies in none."""
-    if not (folder.is_dir() or is_path(str(folder))):  # a Hub id
+def _max_length_of_run(directory: Path) -> int:
+    """--max-length of the run that a model or checkpoint is in; the default if it is not in a run directory."""
+    if not (directory.is_dir() or is_path(str(directory))):  # a Hub id
         return Config.max_length
     try:
-        length = json.loads(read_regular(folder.parent / "config.json"))["max_length"]
+        length = json.loads(read_regular(directory.parent / "config.json"))["max_length"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         length = None
     return length if type(length) is int and length >= 2 else Config.max_length
@@ -140,19 +140,28 @@ def predict(
     max_length: int,
     batch_size: int = 64,
 ) -> Tensor:
-    """The probability of each label for each text, shape (texts, labels): the label tokens' logits through softmax.
+    """Compute the probability of each label for each text: a softmax over the logits of the label tokens only.
 
-    No other token's logit is computed. The model is left in the mode it was found in.
+    Args:
+        model: in training or evaluation mode, which is restored afterwards.
+        tokenizer: that of the model.
+        texts: the texts to classify.
+        label_ids: the token of each label.
+        max_length: tokens of an example, end-of-text and label included; of a longer text the end is kept.
+        batch_size: texts per forward pass.
+
+    Returns:
+        (len(texts), len(label_ids)) probabilities in fp32 on the CPU.
 
     Raises:
-        FtError: a text cannot be written as UTF-8.
+        FtError: a text is not valid UTF-8.
     """
     if not texts:
         return torch.empty(0, len(label_ids))
     for number, text in enumerate(texts, start=1):
         require_utf8(text, f"text {number:,}")
     device = model.wte.weight.device
-    # The label of an example is only its target, so that any will do here.
+    # The label of an example is only its target and never an input: any label will do.
     examples = encode(Split("given", list(texts), [0] * len(texts)), tokenizer, label_ids, max_length)
     candidates = torch.tensor(label_ids, device=device)
     order = by_length(examples)

@@ -1,4 +1,4 @@
-"""A text continued, token by token: the model says what follows, one token is chosen, and is read in its turn."""
+"""Text generation: compute the logits of the next token, choose a token, append it, repeat."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,33 +9,37 @@ from ft.data.examples import END_OF_TEXT, require_utf8
 from ft.errors import FtError, UsageError
 from ft.inference.kv_cache import Continuation
 from ft.inference.sampling import Sampling
-from ft.model.gpt2 import GPT2, Linear
-from ft.model.matmul import laid_out_for_one_row
+from ft.model.gpt2 import GPT2
 from ft.model.packing import Selection
-from ft.model.transfer import send
+from ft.model.transfer import to_device
 
 
 class Generation:
-    """A continuation of a prompt. Iterate over it for the text, which comes in pieces as it is written.
+    """The continuation of a prompt: an iterator over pieces of text, generated as they are read.
 
     Attributes:
-        prompt_ids: the tokens of the prompt; an empty one is end-of-text, after which a new text begins.
-        token_ids: the tokens generated so far, without the end-of-text that ends them.
-        stopped_by: what ended it, in words: end-of-text, `max_new_tokens`, or the last of the model's positions. Empty
+        prompt_ids: the tokens of the prompt; an empty prompt becomes end-of-text, after which a new text begins.
+        token_ids: the tokens generated so far, without the final end-of-text.
+        stopped_by: why generation ended: end-of-text, `max_new_tokens`, or the last of the model's positions. Empty
             until then.
     """
 
     def __init__(
         self, model: GPT2, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, sampling: Sampling
     ) -> None:
-        """Read the prompt; nothing is generated yet.
+        """Tokenize the prompt. Generation starts with the first iteration.
 
-        The model must be in evaluation mode.
+        Args:
+            model: in evaluation mode.
+            tokenizer: that of the model.
+            prompt: the text to continue.
+            max_new_tokens: the most tokens to generate, at least 1.
+            sampling: how tokens are chosen.
 
         Raises:
             UsageError: `max_new_tokens` is less than 1.
-            FtError: the prompt is no UTF-8 or has more tokens than the model has positions, or the tokenizer knows no
-                end-of-text.
+            FtError: the prompt is not valid UTF-8 or has more tokens than the model has positions, or the tokenizer has
+                no end-of-text.
         """
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens is {max_new_tokens}, it must be at least 1")
@@ -53,10 +57,10 @@ class Generation:
         self.stopped_by = ""
         self._model, self._sampling = model, sampling
         self._end_of_text, self._max_new_tokens = end_of_text, max_new_tokens
-        self._pieces = whole_characters(tokenizer, self._tokens())
+        self._pieces = decode_stream(tokenizer, self._tokens())
 
     def __iter__(self) -> Iterator[str]:
-        """The text, in pieces of whole characters; once, as from a file."""
+        """Pieces of text that end at character boundaries; can be iterated over once."""
         return self._pieces
 
     @torch.inference_mode()
@@ -64,15 +68,12 @@ class Generation:
         model, length = self._model, len(self.prompt_ids)
         device = model.wte.weight.device
         generator = torch.Generator().manual_seed(self._sampling.seed)
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.weight.data = laid_out_for_one_row(module.weight.data)
 
-        # The last token chosen is not read any more, so that there may be one more than positions.
-        room = min(length - 1 + self._max_new_tokens, model.config.n_positions)
-        rows = Continuation.of_prompt(length, room, device)
+        # The last token is not an input, so that there may be one more token than positions.
+        capacity = min(length - 1 + self._max_new_tokens, model.config.n_positions)
+        rows = Continuation.of_prompt(length, capacity, device)
         input_ids = torch.tensor(self.prompt_ids, device=device)
-        logits = model(input_ids, rows, send(Selection.last([length], [1]), device))  # (1, V), of the last row only
+        logits = model(input_ids, rows, to_device(Selection.last([length], [1]), device))  # (1, V), for the last token
         while (token := self._sampling.choose(logits[0], generator)) != self._end_of_text:
             self.token_ids.append(token)
             yield token
@@ -87,20 +88,21 @@ class Generation:
         self.stopped_by = "end-of-text"
 
 
-def whole_characters(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come. Bytes of a character that is not complete wait for the others.
+def decode_stream(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
+    """Decode a stream of tokens into pieces of text that end at character boundaries.
 
-    A token of byte-level BPE may end in the middle of a character, which then decodes to the replacement character.
+    A token of byte-level BPE may end inside a UTF-8 character, which then decodes to the replacement character; it is
+    held back until the following tokens complete it.
     """
-    waiting: list[int] = []
-    shown = 0  # characters of what is waiting
+    pending: list[int] = []
+    num_yielded = 0  # characters of `pending` that have been yielded
     text = ""
     for token in token_ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting, skip_special_tokens=False)
-        whole = text.removesuffix("\ufffd")
-        yield whole[shown:]
-        shown = len(whole)
-        if whole == text:
-            waiting, shown, text = [], 0, ""
-    yield text[shown:]
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False)
+        complete = text.removesuffix("\ufffd")
+        yield complete[num_yielded:]
+        num_yielded = len(complete)
+        if complete == text:
+            pending, num_yielded, text = [], 0, ""
+    yield text[num_yielded:]

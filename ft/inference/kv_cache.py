@@ -1,13 +1,13 @@
-"""Keys and values of the tokens so far are kept, so that each further token costs the work of one row.
+"""KV cache: keep the keys and values of all tokens so far, so that each new token costs the work of one row.
 
-A causal model never looks ahead: what a layer computed for a token stays as it is, whatever follows. All that a new
-token needs of the tokens before it are their keys and values, in every layer. It is then the only row of its call:
+With causal attention, the activations of a token do not depend on later tokens. Of the earlier tokens a new one needs
+only their keys and values, in each layer, and is itself the only row of its forward pass:
 
-    first call     rows  a0 a1 a2 a3    their keys and values are kept
-    second call    row   a4             its own are added, and it attends to those of a0 a1 a2 a3 a4
-    third call     row   a5             and so on
+    prompt          rows  a0 a1 a2 a3    their keys and values are cached
+    first token     row   a4             appends its own, and attends to those of a0 a1 a2 a3 a4
+    second token    row   a5             and so on
 
-Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need" (2019), writes this out and counts its cost.
+Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need" (2019), describes this and analyzes its cost.
 """
 
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ from ft.model.packing import Packing
 
 @dataclass(frozen=True)
 class Continuation(Packing):
-    """The rows of one sequence that the model sees in one call, and what is kept of the calls before.
+    """The packing of the rows of one forward pass over one sequence, and the cache of the earlier passes.
 
-    Begin with `of_prompt` and take `next` for every further token.
+    Begin with `of_prompt`; `next` gives the packing of each further token.
 
     Attributes:
-        start: the number of rows of earlier calls.
-        capacity: how many rows all calls together may have.
-        cache: of each attention layer the keys and the values, (1, capacity, C) each; filled up to this call's rows.
+        start: the number of cached rows before these.
+        capacity: the most rows of all passes together.
+        cache: for each attention layer its keys and values, (1, capacity, C) each; shared by all passes.
     """
 
     start: int
@@ -36,12 +36,12 @@ class Continuation(Packing):
 
     @classmethod
     def of_prompt(cls, length: int, capacity: int, device: torch.device) -> "Continuation":
-        """The first `length` rows, which have no past."""
+        """The packing of a prompt of `length` tokens, with an empty cache."""
         rows = torch.arange(length, device=device)
         return cls(shape=(1, length), positions=rows, slots=rows, start=0, capacity=capacity)
 
     def next(self) -> "Continuation":
-        """The row after these, by itself."""
+        """The packing of the one row after these."""
         return Continuation(
             shape=(1, 1),
             positions=self.positions[-1:] + 1,
@@ -52,7 +52,7 @@ class Continuation(Packing):
         )
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(T, C) -> (1, T, C): a sequence alone has no padding."""
+        """(T, C) -> (1, T, C): a single sequence has no padding."""
         return packed.unsqueeze(0)
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -60,10 +60,10 @@ class Continuation(Packing):
         return padded.squeeze(0)
 
     def with_past(self, attention: object, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values of these rows, (1, T, C) each; returns those of all rows so far."""
+        """Cache the keys and values of these rows, (1, T, C) each; returns those of all rows so far."""
         if attention not in self.cache:
-            room = (1, self.capacity, keys.shape[-1])
-            self.cache[attention] = keys.new_empty(room), values.new_empty(room)
+            shape = (1, self.capacity, keys.shape[-1])
+            self.cache[attention] = keys.new_empty(shape), values.new_empty(shape)
         all_keys, all_values = self.cache[attention]
         end = self.start + self.shape[1]
         all_keys[:, self.start : end] = keys

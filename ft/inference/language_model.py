@@ -1,4 +1,4 @@
-"""A model with its tokenizer, wherever it lies: found, loaded, and asked to continue a text."""
+"""A GPT-2 with its tokenizer, loaded from a run, a checkpoint, a directory or the Hub, that generates text."""
 
 import os
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from ft.model.pretrained import load_weights
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A GPT-2 with what is needed to have it write.
+    """A GPT-2 and its tokenizer, ready to generate text.
 
     Attributes:
-        source: where it was loaded from.
-        published: its config.json.
+        source: the directory or Hub id that it was loaded from.
+        published: the content of its config.json.
         model: on its device, in evaluation mode.
         tokenizer: that of the model.
     """
@@ -38,19 +38,24 @@ class LanguageModel:
     tokenizer: Tokenizer
 
     def stream(self, prompt: str, *, max_new_tokens: int = 100, sampling: Sampling | None = None) -> Generation:
-        """What follows `prompt`, to be iterated over as it is written; the likeliest tokens if no `sampling` is given.
+        """Continue `prompt`, one piece of text at a time.
 
-        It ends at end-of-text, at `max_new_tokens`, or when all positions of the model are filled.
+        Generation ends at end-of-text, after `max_new_tokens`, or at the last position of the model.
+
+        Args:
+            prompt: the text to continue.
+            max_new_tokens: the most tokens to generate.
+            sampling: how tokens are chosen. Default: greedy decoding.
 
         Raises:
             UsageError: `max_new_tokens` is less than 1.
-            FtError: the prompt is no UTF-8, or has more tokens than the model has positions.
+            FtError: the prompt is not valid UTF-8, or has more tokens than the model has positions.
         """
         sampling = sampling or Sampling()
         return Generation(self.model, self.tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 100, **sampling: Any) -> str:  # noqa: ANN401
-        """What follows `prompt`, as a whole: `stream`, with the attributes of `Sampling` as keywords."""
+        """Continue `prompt` and return all generated text: `stream`, with the attributes of `Sampling` as keywords."""
         return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=Sampling(**sampling)))
 
 
@@ -58,37 +63,38 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
     """Load a GPT-2, fine-tuned or not.
 
     Args:
-        source: a run, whose finished model or else newest checkpoint is taken; a checkpoint; any folder or Hub id with
-            config.json, tokenizer.json and model.safetensors of a GPT-2.
-        device: as for `--device`; the best present when left out. A CUDA device becomes the current one.
+        source: a run directory, of which `final/` or else the newest checkpoint is loaded; a checkpoint; or any
+            directory or Hub id with config.json, tokenizer.json and model.safetensors of a GPT-2.
+        device: as for `--device`. Default: the best that is available. A CUDA device becomes the current one.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        FtError: there is no such model, it is damaged, or its tokenizer is that of another.
+        FtError: there is no such model, it is damaged, or its tokenizer does not fit it.
     """
     chosen_device = use_device(device)
     source = expand_home(str(source))
     while True:
-        folder = _model_folder(Path(source))
-        before = _identity(folder)
+        directory = _model_directory(Path(source))
+        before = _device_and_inode(directory)
         try:
-            return _load(folder, source, chosen_device, revision)
+            return _load(directory, source, chosen_device, revision)
         except (FtError, OSError):
-            if folder is None or (before is not None and _identity(folder) == before):
-                raise  # and otherwise the run has deleted or replaced it meanwhile, and has another
+            # A run in progress may have deleted or replaced the checkpoint while it was read, and has a newer one then.
+            if directory is None or (before is not None and _device_and_inode(directory) == before):
+                raise
 
 
-def _identity(folder: Path | None) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name; None if there is none."""
+def _device_and_inode(directory: Path | None) -> tuple[int, int] | None:
+    """Numbers that identify a directory whatever its name; None if it does not exist."""
     try:
-        status = os.stat(folder or "")
+        status = os.stat(directory or "")
     except OSError:
         return None
     return status.st_dev, status.st_ino
 
 
-def _load(folder: Path | None, source: str | Path, device: torch.device, revision: str | None) -> LanguageModel:
-    files = pretrained.model_files(folder or str(source), revision)
+def _load(directory: Path | None, source: str | Path, device: torch.device, revision: str | None) -> LanguageModel:
+    files = pretrained.model_files(directory or str(source), revision)
     described = read_description(files)
     try:
         model = GPT2(described.config)
@@ -96,22 +102,22 @@ def _load(folder: Path | None, source: str | Path, device: torch.device, revisio
         raise FtError(f"{files.config}: so large a model does not fit into memory: {error}") from error
     load_weights(model, files.weights)
     model.to(device).eval()
-    return LanguageModel(str(folder or source), described.published, model, described.tokenizer.tokenizer)
+    return LanguageModel(str(directory or source), described.published, model, described.tokenizer.tokenizer)
 
 
-def _model_folder(source: Path) -> Path | None:
-    """The folder of the model that `source` means; None where it is no folder, but perhaps a Hub id.
+def _model_directory(source: Path) -> Path | None:
+    """The directory of the model that `source` names; None if it is not a directory, but perhaps a Hub id.
 
     Raises:
-        FtError: a file, a name beside runs that is none of theirs, a run without a whole model in it, a damaged
+        FtError: `source` is a file, an unknown name beside other runs, a run without a complete model, or a damaged
             checkpoint.
     """
     if source.is_file():
-        raise FtError(f"{source} is a file: a run, a checkpoint or a model is a folder")
+        raise FtError(f"{source} is a file: a run, a checkpoint or a model is a directory")
     if not source.is_dir():
-        beside = () if source.parent == Path() else source.parent.glob("*/metrics.jsonl")
-        runs = sorted(file.parent.name for file in beside)
-        if runs:  # a slip of the hand, for which the Hub need not be asked
+        siblings = () if source.parent == Path() else source.parent.glob("*/metrics.jsonl")
+        runs = sorted(file.parent.name for file in siblings)
+        if runs:  # most likely a misspelled run, not a Hub id
             raise FtError(f"there is no run {source}; in {source.parent} are {listed(runs)}")
         return None
     if is_checkpoint(source):
@@ -122,9 +128,10 @@ def _model_folder(source: Path) -> Path | None:
         return source / "final"
     if not (source / "metrics.jsonl").exists():
         return source
-    judged: set[Path] = set()
-    while newer := [folder for folder in checkpoints(source) if folder not in judged]:  # a run may delete and add some
-        if verify_checkpoint(newer[-1]) is None:
-            return newer[-1]
-        judged.add(newer[-1])
-    raise FtError(f"the run {source} has no finished model and no whole checkpoint yet")
+    damaged: set[Path] = set()
+    # Listed anew each time, as a run in progress deletes and adds checkpoints.
+    while candidates := [checkpoint for checkpoint in checkpoints(source) if checkpoint not in damaged]:
+        if verify_checkpoint(candidates[-1]) is None:
+            return candidates[-1]
+        damaged.add(candidates[-1])
+    raise FtError(f"the run {source} has no finished model and no complete checkpoint yet")

@@ -1,4 +1,4 @@
-"""torch.compile for the blocks of a model."""
+"""`torch.compile` for the transformer blocks."""
 
 import os
 import shutil
@@ -14,13 +14,18 @@ from ft.errors import UsageError
 
 
 def compile_blocks(blocks: Iterable[nn.Module], mode: str, device: torch.device) -> None:
-    """Have each block of a model compiled at its first call; all but the last share one compilation.
+    """Compile each block at its first call; all blocks but the last share one compilation.
 
-    Only the blocks: they are where the time goes, and a single block compiles in a twelfth of the time of all. Shapes
-    are taken as fixed, so that a batch of another shape would compile anew, and after eight shapes not any more.
+    Only the blocks are compiled: they take most of the time, and one block compiles in a twelfth of the time of twelve.
+    Shapes are static: a batch of a new shape recompiles, and after eight shapes PyTorch falls back to eager mode.
+
+    Args:
+        blocks: the blocks, compiled in place.
+        mode: a mode of `torch.compile`, or "none".
+        device: the device of the blocks.
 
     Raises:
-        UsageError: what PyTorch needs to compile for this device is not there, or CUDA graphs without CUDA.
+        UsageError: what `torch.compile` needs on this device is not installed, or CUDA graphs without CUDA.
     """
     if mode == "none":
         return
@@ -33,7 +38,7 @@ def compile_blocks(blocks: Iterable[nn.Module], mode: str, device: torch.device)
 
 
 def _missing_to_compile(device: torch.device) -> str | None:
-    """What `torch.compile` needs on this device and does not find; None if all is there."""
+    """What `torch.compile` needs on this device and is not installed; None if nothing is missing."""
     cxx = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if device.type == "cpu" and not shutil.which(cxx):
         return f"a C++ compiler on a CPU, and {cxx} is not installed here (CXX names another)"
@@ -43,8 +48,8 @@ def _missing_to_compile(device: torch.device) -> str | None:
         return "Triton on a GPU, and the package triton is not installed here"
     if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (7, 0):
         return f"a GPU of compute capability 7.0 or later, which Triton compiles for, and {device} is an earlier one"
-    # Triton compiles the C function that launches each kernel: by $CC alone where that is set. On Windows its package
-    # brings a compiler along.
+    # Triton compiles the C function that launches each kernel, with $CC if it is set. On Windows, its package
+    # includes a compiler.
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     if sys.platform != "win32" and not any(map(shutil.which, compilers)):
         return f"a C compiler on a GPU, and {' or '.join(compilers)} is not installed here"
@@ -52,5 +57,5 @@ def _missing_to_compile(device: torch.device) -> str | None:
 
 
 def eager_mode(mode: str) -> AbstractContextManager[object]:
-    """A context in which compiled blocks run as they are written: for batches of other shapes than the training's."""
+    """A context in which compiled blocks run eagerly, for batches of other shapes than those of training."""
     return torch.compiler.set_stance("force_eager") if mode != "none" else nullcontext()

@@ -1,4 +1,4 @@
-"""Dropout, most of whose time on a CPU goes into drawing random numbers."""
+"""Dropout with fewer random numbers, which take most of its time on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ LEVELS = 2**16
 
 
 class Dropout(nn.Module):
-    """Sets each element to 0 with probability p while training, and scales the others so that the mean stays.
+    """During training, sets each element to 0 with probability p and scales the others by 1 / (1 - p).
 
     Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (2014).
     """
@@ -18,7 +18,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
+        """Any shape -> the same shape."""
         if not self.training or self.p == 0.0:
             return x
         if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -27,10 +27,10 @@ class Dropout(nn.Module):
 
 
 def dropout_by_16_bits(x: Tensor, p: float) -> Tensor:
-    """Dropout that takes 16 random bits an element, four times as fast on a CPU as `F.dropout`.
+    """Dropout from 16 random bits per element, four times as fast on a CPU as `F.dropout`.
 
-    PyTorch draws a number from its generator for every element; here one of 64 bits serves four. The probability is
-    rounded to a multiple of 1/65536, and the scale belongs to the rounded one.
+    `F.dropout` draws a random number for each element; here one 64-bit number serves four elements. The probability is
+    rounded to a multiple of 1/65536, and the scale is that of the rounded probability.
     """
     dropped = min(round(p * LEVELS), LEVELS - 1)
     numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

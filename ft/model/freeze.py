@@ -1,11 +1,11 @@
-"""Which parameters are trained: those that patterns of names choose, the others stay as they are.
+"""Freezing: train only the parameters that name patterns select.
 
-A frozen parameter has no gradient and none of AdamW's moments, in memory or in a checkpoint; only its weight is saved.
-Below the lowest trained layer nothing asks for a gradient, so that autograd keeps no activations there and the backward
-pass ends above it. The forward pass stays whole: dropout acts in frozen layers too, as it does when all are trained.
+A frozen parameter has no gradient and no AdamW moments, in memory or in a checkpoint; only its weight is saved. Below
+the lowest trained layer nothing requires a gradient, so that autograd stores no activations there and the backward pass
+stops above it. The forward pass does not change: dropout is active in frozen layers too.
 
-Two choices that others have tried: the last layers only (Lee et al., "What Would Elsa Do? Freezing Layers During
-Transformer Fine-Tuning", 2019), and the biases only (Ben Zaken et al., "BitFit", 2022).
+Published choices: only the last layers (Lee et al., "What Would Elsa Do? Freezing Layers During Transformer
+Fine-Tuning", 2019), and only the biases (Ben Zaken et al., "BitFit", 2022).
 """
 
 import difflib
@@ -22,20 +22,25 @@ LAST = "last:"
 
 
 def freeze(model: GPT2, train_only: Sequence[str], frozen: Sequence[str]) -> None:
-    """Have `model` train the parameters that `train_only` names (none named: all) and `frozen` does not.
+    """Set `requires_grad` of the parameters: those in `train_only` and not in `frozen` are trained.
 
-    Patterns are those of a shell, `*` for any characters, dots included. `last:N` stands for the last N blocks and the
-    final norm. The tied embedding `wte.weight` is both the look-up and the head: both are trained or neither is.
+    The tied embedding `wte.weight` is both the look-up and the head: both are trained or neither is.
+
+    Args:
+        model: the model, changed in place.
+        train_only: shell patterns of parameter names, where `*` matches any characters, dots included; `last:N` selects
+            the last N blocks and the final layer norm. Empty: all parameters.
+        frozen: patterns of the parameters to freeze.
 
     Raises:
-        UsageError: a pattern matches no parameter, or nothing is left to train; a sentence for each.
+        UsageError: a pattern matches no parameter, or nothing is left to train; lists all problems.
     """
     names = [name for name, _ in model.named_parameters()]
     problems, chosen = [], {}
     for flag, patterns in (("--train-only", train_only), ("--freeze", frozen)):
         matched = [_matching(pattern, names, model.config.n_layer) for pattern in patterns]
         problems += [
-            f"{flag} is {shown(pattern)}, {_nothing(pattern, names, model.config.n_layer)}"
+            f"{flag} is {shown(pattern)}, {_explain_no_match(pattern, names, model.config.n_layer)}"
             for pattern, found in zip(patterns, matched, strict=True)
             if not found
         ]
@@ -51,12 +56,12 @@ def freeze(model: GPT2, train_only: Sequence[str], frozen: Sequence[str]) -> Non
 
 
 def num_trainable_parameters(model: nn.Module) -> int:
-    """How many numbers of a model are trained; tied weights count once."""
+    """The number of trainable parameters of a model; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _matching(pattern: str, names: Sequence[str], n_layer: int) -> set[str]:
-    """The names that a pattern means."""
+    """The names that a pattern matches."""
     if not pattern.startswith(LAST):
         return {name for name in names if fnmatchcase(name, pattern)}
     count = pattern.removeprefix(LAST)
@@ -66,13 +71,13 @@ def _matching(pattern: str, names: Sequence[str], n_layer: int) -> set[str]:
     return {name for name in names if name.startswith(prefixes)}
 
 
-def _nothing(pattern: str, names: Sequence[str], n_layer: int) -> str:
-    """Why a pattern matches nothing, with patterns nearby that match something."""
+def _explain_no_match(pattern: str, names: Sequence[str], n_layer: int) -> str:
+    """Why a pattern matches nothing, with similar patterns that match."""
     if pattern.startswith(LAST):
         return f"it must be {LAST}1 to {LAST}{n_layer}, as the model has {n_layer} blocks"
     parts = [name.split(".") for name in names]
-    beginnings = (".".join([*each[:end], "*"]) for each in parts for end in range(1, len(each)))
-    endings = (".".join(["*", *each[start:]]) for each in parts for start in range(1, len(each)))
-    known = dict.fromkeys([*names, *beginnings, *endings])  # each once
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or [names[0], "*.bias", f"{LAST}1"]
-    return f"which matches no parameter of this model; there are {', '.join(near)}, for instance"
+    by_prefix = (".".join([*name[:end], "*"]) for name in parts for end in range(1, len(name)))
+    by_suffix = (".".join(["*", *name[start:]]) for name in parts for start in range(1, len(name)))
+    patterns = dict.fromkeys([*names, *by_prefix, *by_suffix])  # without duplicates
+    similar = difflib.get_close_matches(pattern, patterns, n=3, cutoff=0.4) or [names[0], "*.bias", f"{LAST}1"]
+    return f"which matches no parameter of this model; there are {', '.join(similar)}, for instance"

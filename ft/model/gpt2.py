@@ -1,16 +1,21 @@
-"""GPT-2, as published: a decoder-only transformer with layer norm before each sub-layer and tied embeddings.
+"""GPT-2: a decoder-only transformer with layer norm before each sub-layer and tied embeddings.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3, on top of the decoder of
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3; the decoder itself is from
 Vaswani et al., "Attention Is All You Need" (2017). Parameter names and shapes are those of the published weights, so
-that loading and saving map tensors by name and transpose nothing.
+that tensors are loaded and saved by name and none is transposed.
 
-Letters in shapes: B sequences, T tokens of the longest, N real tokens of the whole batch (packed), S selected rows,
-C = n_embd, H = n_head, D = C / H, V = vocab_size.
+The sequences of a batch are packed: concatenated along one dimension, without padding (see `packing.py`). Shapes in
+comments use these letters:
+
+    B  sequences in the batch               C  n_embd, the width of the hidden states
+    T  tokens of the longest sequence       H  n_head
+    N  tokens of all sequences together     D  C / H, the width of a head
+    S  rows selected for the loss           V  vocab_size
+    Q  selected rows of one sequence, at most
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -29,26 +34,17 @@ from ft.model.packing import Packing, Selection
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
-# What DistributedDataParallel, `torch.compile` and `transformers` put before the names of tensors.
-_PREFIXES = re.compile(r"^((module|_orig_mod|transformer)\.)+")
-# The heads that `transformers` puts on a GPT-2 in place of the language model's.
-_OTHER_HEADS = {
-    "score": "GPT2ForSequenceClassification",
-    "classifier": "GPT2ForTokenClassification",
-    "qa_outputs": "GPT2ForQuestionAnswering",
-    "multiple_choice_head": "GPT2DoubleHeadsModel",
-}
-
-# Up to so many rows the head computes in fp32 under autocast too. For each number of the (V, C) table, forward and
-# backward move 12 bytes in fp32 (read, read, write the gradient), and 18 with a cast (read 4, write 2, read 2, read 2,
-# write 2, and the gradient's cast 6). With S rows they compute 6 S operations per number, which the 12 bytes hide up to
-# S = 2 x operations per byte of the device: 40 on an H100, 20 on an A100; both are equal at 1.5 times as many rows.
+# Up to this many rows the head computes in fp32 under autocast too: with few rows its time is that of moving the
+# (V, C) table, and casting moves more. Per element of the table, forward and backward move 12 bytes in fp32 (read,
+# read, write the gradient) and 18 bytes with a cast (read 4, write 2, read 2, read 2, write 2, and 6 to cast the
+# gradient). S rows take 6 S operations per element. Memory traffic hides them up to S = 2 x the device's operations per
+# byte, about 40 on an H100 and 20 on an A100; the cast pays off from 1.5 times as many rows.
 FP32_HEAD_ROWS = 32
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The numbers that make a GPT-2, named as in a published `config.json`; defaults are those of the 124M model."""
+    """Hyperparameters, named as in a published `config.json`; the defaults are those of the 124M model."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -62,8 +58,8 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
 
-    # What the published configuration may say of variants, and the values that this module computes: a model trained
-    # another way would load without complaint and predict nonsense. GELU's tanh approximation has several names.
+    # Options of `transformers` that change the computation, and the values that this module implements. A model trained
+    # with another value would load without an error and predict nonsense. GELU's tanh approximation has several names.
     FIXED = {  # noqa: RUF012
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
@@ -74,7 +70,7 @@ class GPT2Config:
         "tie_word_embeddings": (True,),
     }
 
-    # Far above any GPT-2: what lies beyond is a mistake, and is to be told before memory is asked for.
+    # Far above any GPT-2. A larger value is a mistake, to be reported before memory is allocated.
     LARGEST = {  # noqa: RUF012
         "vocab_size": 2**22,
         "n_positions": 2**20,
@@ -89,7 +85,7 @@ class GPT2Config:
         """Reads a published `config.json`.
 
         Raises:
-            FtError: it is not a GPT-2 that this module computes, or a size is impossible.
+            FtError: it is not a GPT-2 that this module implements, or a value is out of range; lists all problems.
         """
         problems = [
             f"{key} is {published[key]!r}, this program computes {values[0]!r}"
@@ -113,16 +109,16 @@ class GPT2Config:
 
 
 class Linear(nn.Module):
-    """y = x W + b with W kept as (in, out), the layout of the published files (`nn.Linear` keeps the transpose)."""
+    """y = x W + b with W stored as (in, out), as in the published files; `nn.Linear` stores the transpose."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
-        self.half_copies: tuple[Tensor, Tensor] | None = None  # what `HalfWeights` puts in place of the two
+        self.half_copies: tuple[Tensor, Tensor] | None = None  # set by `HalfWeights` under autocast
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
-        """W (in, out) and b (out,), in the dtype to multiply in."""
+        """W (in, out) and b (out,), in the dtype of the matrix product."""
         return self.half_copies or (self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: softmax(Q K^T / sqrt(D)) V, each row seeing itself and the rows before it."""
+    """Causal multi-head self-attention: softmax(Q K^T / sqrt(D)) V, where a row attends to itself and earlier rows."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -142,7 +138,8 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, packing: Packing, selection: Selection | None = None) -> Tensor:
-        """(N, C) -> (N, C), or (S, C) for a selection: its queries against everybody's keys and values."""
+        """(N, C) -> (N, C); with a selection (S, C): queries of the selected rows, keys and values of all rows."""
+        # Attention is the only layer that mixes rows of a sequence, and so the only one that needs the padded form.
         if selection is None:
             queries, keys, values = packing.unpack(self.c_attn(hidden_states)).chunk(3, dim=-1)  # (B, T, C) each
         else:
@@ -154,8 +151,9 @@ class Attention(nn.Module):
             keys, values = packing.unpack(affine(hidden_states, key_value_weight, key_value_bias)).chunk(2, dim=-1)
         keys, values = packing.with_past(self, keys, values)
 
-        # Padding stands behind every real row, so that the causal mask alone keeps real rows from seeing it. A row by
-        # itself has nothing behind it, but perhaps a past, all of which it sees.
+        # Padding follows the real rows, so that the causal mask alone hides it from them. With a KV cache a single new
+        # row attends to all cached rows and needs no mask. Selected rows have a mask of their own: `is_causal` would
+        # take them for the first rows of their sequences.
         attended = F.scaled_dot_product_attention(
             self._by_head(queries),
             self._by_head(keys),
@@ -174,7 +172,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GPT-2's tanh approximation of GELU between them (Hendrycks & Gimpel, 2016)."""
+    """Two linear layers with the tanh approximation of GELU between them (Hendrycks & Gimpel, 2016)."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -189,7 +187,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """One transformer block: x = x + attention(norm(x)), then x = x + MLP(norm(x))."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -199,42 +197,44 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden_states: Tensor, packing: Packing, selection: Selection | None = None) -> Tensor:
-        """(N, C) -> (N, C), or (S, C) for the rows of a selection only."""
+        """(N, C) -> (N, C); with a selection (S, C), the selected rows only."""
         residual = hidden_states if selection is None else hidden_states.index_select(0, selection.rows)
         residual = residual + self.attn(self.ln_1(hidden_states), packing, selection)
         return residual + self.mlp(self.ln_2(residual))
 
 
 class TiedEmbedding(torch.autograd.Function):
-    """The look-up of tokens, and the same table once more for the head, whose two gradients become one array.
+    """Embedding look-up and head weight from one table, with one gradient tensor for both.
 
-    That of the head is dense, (V, C). Of the look-up's only N rows are not 0: they are added into the head's where it
-    lies. Without this, autograd makes a second (V, C) array, 154 MB for the 124M model, and a third for the sum.
+    The head's gradient is dense, (V, C). The look-up's gradient has at most N non-zero rows, which are added to the
+    head's in place. Without this, autograd allocates a second (V, C) tensor, 154 MB for the 124M model, to sum the two.
     """
 
     @staticmethod
     def forward(context: Any, table: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        """(V, C) and (N,) -> the tokens' rows (N, C), and the table (V, C) as the head is to take it."""
+        """(V, C) table and (N,) tokens -> (N, C) token embeddings and (V, C) head weight, a view of the table."""
         context.save_for_backward(input_ids)
         return table.index_select(0, input_ids), table.view_as(table)
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, of_rows: Tensor, of_head: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        """(N, C) and (V, C), an array that the head's backward pass has made for this and nobody else has -> (V, C)."""
+    def backward(context: Any, grad_tokens: Tensor, grad_head: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        """(N, C) and (V, C) gradients of the two outputs -> (V, C) gradient of the table."""
         (input_ids,) = context.saved_tensors
-        return of_head.index_add_(0, input_ids, of_rows), None
+        # In place: `grad_head` is fresh from the head's backward pass, and nothing else refers to it.
+        return grad_head.index_add_(0, input_ids, grad_tokens), None
 
 
 class GPT2(nn.Module):
-    """Token and position embeddings, `n_layer` blocks, a last layer norm, and the token embeddings once more as head.
+    """Token and position embeddings, `n_layer` blocks, a final layer norm, and the token embeddings again as the head.
 
-    The parameters are left uninitialised: fill them with `init_weights` or with published ones.
+    The constructor leaves the parameters uninitialized: call `init_weights` or load published weights.
     """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
+        # Token table, look-up and head at once, and position table. `_weight` skips PyTorch's own initialization.
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd))
         self.wpe = nn.Embedding(
             config.n_positions, config.n_embd, _weight=torch.empty(config.n_positions, config.n_embd)
@@ -246,9 +246,9 @@ class GPT2(nn.Module):
         self.half_weights: HalfWeights | None = None
 
     def keep_half_weights(self, dtype: torch.dtype) -> None:
-        """Keep copies of the blocks' weights in `dtype` from now on, to be used under autocast to that dtype.
+        """Keep copies of the blocks' weights in `dtype` and use them under autocast to that dtype.
 
-        The weights must lie on their device. Who changes them calls `half_weights.refresh`, as `AdamW` does.
+        The weights must be on their final device. Call `half_weights.refresh` after each update, as `AdamW` does.
         """
         layers = {block: [m for m in block.modules() if isinstance(m, Linear)] for block in self.h}
         self.half_weights = HalfWeights(layers, dtype)
@@ -260,40 +260,44 @@ class GPT2(nn.Module):
         selection: Selection | None = None,
         candidates: Tensor | None = None,
     ) -> Tensor:
-        """The logits of the token that follows each row.
+        """Compute the logits of the next token at each row.
 
         Args:
             input_ids: (N,) int64, the tokens of all sequences, packed.
-            packing: which row belongs to which sequence.
-            selection: the rows whose logits are wanted; all when left out.
-            candidates: (K,) int64, the tokens whose logits are wanted; the whole vocabulary when left out.
+            packing: the sequence and position of each row.
+            selection: the S rows to compute logits for. Default: all N rows.
+            candidates: (K,) int64, the tokens to compute logits for. Default: the full vocabulary.
 
         Returns:
-            (S, V) logits of the selected rows, or (N, V) of all; with candidates K columns instead of V.
+            (S, V) logits, or (N, V) without a selection; with candidates K columns instead of V.
         """
         tokens, table = TiedEmbedding.apply(self.wte.weight, input_ids)  # (N, C), (V, C)
+        # Positions count from 0 in each sequence, although all sequences are in one tensor.
         hidden_states = self.drop(tokens + self.wpe(packing.positions))  # (N, C)
-        call = self._checkpointed_call()
+        run_block = self._block_runner()
         for block in self.h[:-1]:
-            hidden_states = call(block, hidden_states, packing)
-        hidden_states = call(self.h[-1], hidden_states, packing, selection)  # (S, C)
+            hidden_states = run_block(block, hidden_states, packing)  # (N, C)
+        # Nothing after the last block mixes rows, so that from its queries on only the selected rows are computed.
+        hidden_states = run_block(self.h[-1], hidden_states, packing, selection)  # (S, C)
         return self.logits(hidden_states, table if candidates is None else table[candidates])
 
     def logits(self, hidden_states: Tensor, table: Tensor) -> Tensor:
-        """The last norm and the head: (S, C) and the rows of the token table, (V, C) -> (S, V)."""
+        """Final layer norm and head: hidden_states (S, C), rows of the token table (V, C) -> (S, V)."""
         hidden_states = self.ln_f(hidden_states)
+        # The head has no weight of its own: a logit is the dot product of a hidden state and a token embedding.
         device_type = hidden_states.device.type
         if len(hidden_states) <= FP32_HEAD_ROWS and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return affine(hidden_states.float(), table.T)
         return affine(hidden_states, table.T)
 
-    def _checkpointed_call(self) -> Callable[..., Tensor]:
-        """How to call a block: as it is, or so that its activations are recomputed in the backward pass.
+    def _block_runner(self) -> Callable[..., Tensor]:
+        """The function that runs a block: directly, or with activation checkpointing.
 
-        Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016) keeps each block's
-        input and computes the rest anew; `selective` also keeps the results of matrix products, the dear part. The
-        random state is restored for the second pass, so that dropout drops the same and gradients are the same.
+        Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016) stores only the
+        input of each block and recomputes its activations in the backward pass; `selective` also stores the results of
+        matrix products, the most expensive to recompute. PyTorch restores the random state for the recomputation, so
+        that dropout drops the same elements and the gradients are equal.
         """
         run = _run if self.half_weights is None else self.half_weights.run
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
@@ -308,59 +312,12 @@ class GPT2(nn.Module):
         )
 
     @torch.no_grad()
-    def load_published(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies published weights into the parameters, one tensor at a time, converted to the parameters' dtype.
-
-        Published files differ: some prefix every name (`_PREFIXES`), some carry the causal masks that the first code
-        kept as buffers (`h.0.attn.bias`, `h.0.attn.masked_bias`), some the head, which must be the embedding.
-
-        Raises:
-            FtError: a tensor is missing, superfluous or of another shape than the configuration says.
-        """
-        missing, problems = dict(self.named_parameters()), []
-        head: Tensor | None = None
-        for published_name, tensor in tensors:
-            name = _PREFIXES.sub("", published_name)
-            other = _OTHER_HEADS.get(name.partition(".")[0])
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue
-            if name == "lm_head.weight":
-                head = tensor
-            elif other is not None:
-                problems.append(
-                    f"{published_name} is the head of a {other}, where this program needs the language model's: load "
-                    "the folder by AutoModelForCausalLM in transformers, which leaves it out, and save_pretrained"
-                )
-            elif name not in missing:
-                problems.append(f"{published_name} is no tensor of a GPT-2 with {self.config.n_layer} layers")
-            else:
-                problems += self._fill(missing.pop(name), tensor, published_name)
-        if head is not None and "wte.weight" in missing:  # safetensors' save_model keeps one name of a shared tensor
-            problems += self._fill(missing.pop("wte.weight"), head, "lm_head.weight")
-        problems += [f"{name} is missing" for name in missing]
-        if head is not None and not problems and not torch.equal(head.to(self.wte.weight), self.wte.weight):
-            problems.append("lm_head.weight differs from wte.weight: the head is not tied to the embeddings")
-        if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise FtError("the weights do not fit the configuration: " + "; ".join(problems[:5]) + more)
-
-    def _fill(self, parameter: Tensor, tensor: Tensor, published_name: str) -> list[str]:
-        """Copy a published tensor into a parameter; returns what is wrong with it, if anything is."""
-        if tensor.shape != parameter.shape:
-            shapes = tuple(tensor.shape), tuple(parameter.shape)
-            return [f"{published_name} has shape {shapes[0]}, the configuration says {shapes[1]}"]
-        if not tensor.is_floating_point():
-            return [f"{published_name} holds {tensor.dtype}, not floating-point numbers"]
-        if not torch.isfinite(parameter.copy_(tensor).sum()):  # a sum is finite only if all its terms are
-            return [f"{published_name} holds infinities or values that are no numbers"]
-        return []
-
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fills every parameter with GPT-2's initialisation (section 2.3 of the paper; 0.02 is from its released code).
+        """Initialize all parameters as GPT-2 does (section 2.3 of the paper; 0.02 is from its released code).
 
-        Weights and embeddings are normal with standard deviation `initializer_range`; those that write into the
-        residual stream are scaled by 1/sqrt(2 n_layer), as that many are added up there. Biases are 0, norms 1 and 0.
+        Weights and embeddings are drawn from a normal distribution with standard deviation `initializer_range`. The
+        2 n_layer projections that add to the residual stream are scaled by 1/sqrt(2 n_layer), which keeps the variance
+        of their sum independent of depth. Biases are 0, layer norm weights 1.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -378,10 +335,10 @@ class GPT2(nn.Module):
 
 
 def _run(block: nn.Module, *inputs: Any) -> Tensor:  # noqa: ANN401
-    """`block(*inputs)`."""
+    """Run a block without half-precision copies."""
     return block(*inputs)
 
 
 def _keep_matrix_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ANN401
-    """What selective activation checkpointing keeps of a block."""
+    """Policy of selective activation checkpointing: store results of matrix products, recompute all else."""
     return CheckpointPolicy.MUST_SAVE if op in matrix_products() else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,7 +1,7 @@
-"""Matrix products, where four fifths of a training step go, by the faster of PyTorch's two CPU libraries.
+"""Matrix products, four fifths of a training step, by the faster of PyTorch's two CPU libraries.
 
-For fp32 on x86, PyTorch calls Intel's MKL. On AMD processors with 512-bit instructions oneDNN, which PyTorch contains
-too and which `torch.compile` takes for linear layers, computes most of the same products faster.
+For fp32 on x86, PyTorch calls Intel's MKL. On AMD processors with 512-bit instructions, oneDNN computes most of the
+same products faster. PyTorch includes it too: `torch.compile` uses it for linear layers.
 """
 
 import functools
@@ -16,32 +16,23 @@ from torch.autograd.function import once_differentiable
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The linear map x W + b: (N, in) and (in, out) -> (N, out)."""
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    # A slice of columns, neither (in, out) nor its transpose, would take oneDNN's reference code: 500 times as slow.
+    # For a slice of columns, where neither W nor W^T is contiguous, oneDNN falls back to its reference implementation,
+    # which is 500 times as slow.
     sliced = not (weight.is_contiguous() or weight.T.is_contiguous())
     if plain or sliced or torch.compiler.is_compiling() or not onednn_is_faster():
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     return OneDNNAffine.apply(x, weight, bias)
 
 
-def laid_out_for_one_row(weight: Tensor) -> Tensor:
-    """The same (in, out) numbers, laid out in memory as (out, in) where one row times them is then faster.
-
-    Such a product takes as long as reading the weight once; oneDNN reads it faster in this order.
-    """
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not onednn_is_faster():
-        return weight
-    return weight.T.contiguous().T
-
-
 def matrix_products() -> set[Any]:
-    """The operations of PyTorch that compute the products of this model."""
+    """The PyTorch operators that compute the matrix products of this model."""
     plain = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
     return plain | {torch.ops.mkldnn._linear_pointwise.default} if onednn_is_faster() else plain
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with 512-bit instructions, and PyTorch has oneDNN."""
+    """Whether this is an AMD processor with 512-bit instructions and PyTorch includes oneDNN."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or not torch.backends.mkldnn.is_available():
         return False
@@ -50,16 +41,16 @@ def onednn_is_faster() -> bool:
 
 
 class OneDNNAffine(torch.autograd.Function):
-    """The linear map x W + b, with the products of the forward pass and of the gradient of x computed by oneDNN.
+    """The linear map y = x W + b, with the forward pass and the gradient of x computed by oneDNN.
 
-    For y = x W + b and the gradient g of y: the gradient of x is g W^T, of W it is x^T g, of b the sum of g's rows.
-    MKL computes x^T g as fast as oneDNN does, and keeps it.
+    With the gradient g of y, the gradient of x is g W^T, that of W is x^T g, and that of b is the sum of the rows of g.
+    MKL computes x^T g as fast as oneDNN.
     """
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN401
         """(N, in), (in, out), (out) -> (N, out)."""
-        needs_weight = context.needs_input_grad[1]  # a frozen weight has no use for x, which can then be freed
+        needs_weight = context.needs_input_grad[1]  # otherwise x can be freed
         context.save_for_backward(x if needs_weight else None, weight)
         return _product(x, weight, bias)
 
@@ -77,11 +68,11 @@ class OneDNNAffine(torch.autograd.Function):
 
 
 def _weight_gradient(x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """(in, out) in the memory layout of `weight`, so that autograd need not copy the 154 MB of the head's."""
+    """The product x^T g in the memory layout of `weight`: autograd would copy any other, 154 MB for the head."""
     is_transposed_view = weight.stride(0) == 1
     return (gradient.T @ x).T if is_transposed_view else x.T @ gradient
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The linear map x W + b by oneDNN, whose linear layer takes W transposed, as a view or not."""
+    """Compute x W + b by oneDNN, whose linear operator takes W^T; a transposed view is fine."""
     return torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")

@@ -1,13 +1,15 @@
-"""Sequences of unequal length, end to end in one array, so that no layer computes padding.
+"""Packed batches: sequences of different lengths concatenated into one tensor, so that no layer computes padding.
 
-A batch of three sequences of 4, 2 and 3 tokens is held as one array of N = 9 rows, not as a (3, 4) grid with three
-padded places:
+A batch of B = 3 sequences of 4, 2 and 3 tokens is a tensor of N = 9 rows, not a padded (3, 4) grid of 12:
 
     packed    a0 a1 a2 a3 | b0 b1 | c0 c1 c2           (N, C)
     padded    a0 a1 a2 a3 / b0 b1 .. .. / c0 c1 c2 ..  (B, T, C)
 
-Every position-wise layer (embeddings, layer norms, linear layers, GELU, dropout) treats rows alike and never learns
-of the packing. Only attention mixes rows of one sequence; it asks for the padded form and goes back at once.
+    positions  0  1  2  3   0  1    0  1  2            (N,) index into the position embeddings
+    slots      0  1  2  3   4  5    8  9 10            (N,) index into the flattened grid
+
+Position-wise layers (embeddings, layer norms, linear layers, GELU, dropout) treat each row independently and need not
+know the packing. Only attention mixes the rows of a sequence: it unpacks to the padded form and packs the result.
 """
 
 from collections.abc import Sequence
@@ -20,12 +22,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each of N packed rows belongs in the padded (B, T) grid.
+    """The place of each of N packed rows in the padded (B, T) grid.
 
     Attributes:
         shape: (B, T), the number of sequences and the length of the longest.
-        positions: (N,) int64, each row's position within its own sequence, from 0.
-        slots: (N,) int64, each row's index in the flattened (B * T) grid.
+        positions: (N,) int64, the position of each row in its sequence, from 0.
+        slots: (N,) int64, the index of each row in the flattened (B * T) grid.
     """
 
     shape: tuple[int, int]
@@ -34,7 +36,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Packing":
-        """The packing of `len(lengths)` sequences, each of at least one token."""
+        """The packing of B sequences with these lengths, each of at least one token."""
         batch_size, max_length = len(lengths), max(lengths)
         positions = torch.tensor(list(chain.from_iterable(map(range, lengths))))
         starts = torch.tensor(
@@ -43,34 +45,41 @@ class Packing:
         return cls(shape=(batch_size, max_length), positions=positions, slots=starts + positions)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(N, C) -> (B, T, C), with zeros in the padded places."""
+        """(N, C) -> (B, T, C), with zeros as padding."""
         batch_size, max_length = self.shape
         padded = packed.new_zeros(batch_size * max_length, packed.shape[-1])
         return padded.index_copy_(0, self.slots, packed).unflatten(0, self.shape)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """(B, T, C) -> (N, C), dropping the padded places."""
+        """(B, T, C) -> (N, C), without the padding."""
         return padded.flatten(0, 1).index_select(0, self.slots)
 
     def with_past(self, attention: object, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values, (B, T, C) each, that these rows attend to in one layer: their own.
+        """The keys and values, (B, T, C) each, that the rows attend to in the layer `attention`: their own.
 
-        Whole sequences have no past. Rows that continue one do, and `ft/inference/kv_cache.py` puts it in front.
+        `Continuation` in `ft/inference/kv_cache.py` overrides this to prepend the cached keys and values.
         """
         return keys, values
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a packed batch: those whose logits somebody will read.
+    """The S rows of a packed batch whose logits are needed.
 
-    Fine-tuning on a label needs one row of each sequence, the last. Where only the selected rows are needed, the last
-    block computes its queries, its attention output and its MLP for them alone; keys and values still come from all.
+    Fine-tuning on a label needs one row per sequence, the last. The last block computes queries, attention output and
+    MLP for the selected rows only; keys and values still come from all rows.
+
+    For the batch above, with the last row of each sequence selected:
+
+        rows      3 5 8              (S,)
+        mask      1 1 1 1            (B, 1, Q, T), here Q = 1
+                  1 1 0 0
+                  1 1 1 0
 
     Attributes:
         rows: (S,) int64, indices into the packed rows, ascending.
-        packing: the packing of the S selected rows by themselves, in a (B, Q) grid.
-        mask: (B, 1, Q, T) bool, which of the T keys each selected row may attend to: those up to itself.
+        packing: the packing of the S selected rows in a (B, Q) grid.
+        mask: (B, 1, Q, T) bool, the keys that each selected row attends to: itself and earlier rows.
     """
 
     rows: Tensor
@@ -79,9 +88,12 @@ class Selection:
 
     @classmethod
     def last(cls, lengths: Sequence[int], counts: Sequence[int], pad_to: int | None = None) -> "Selection":
-        """The last `counts[b]` rows, at least one, of each sequence b of `lengths[b]` rows.
+        """Select the last rows of each sequence.
 
-        With `pad_to`, each sequence is followed by padding rows up to that length.
+        Args:
+            lengths: the rows of each sequence.
+            counts: the rows to select of each, at least one.
+            pad_to: length that each sequence is padded to in the packed batch itself. Default: no padding.
         """
         max_length = pad_to or max(lengths)
         packing = Packing.of(counts)
@@ -89,6 +101,7 @@ class Selection:
         query_positions = [range(length - count, length) for length, count in zip(lengths, counts, strict=True)]
         rows = [start + p for start, positions in zip(starts, query_positions, strict=False) for p in positions]
         flat_positions = torch.tensor(list(chain.from_iterable(query_positions)))
-        positions = packing.unpack(flat_positions.unsqueeze(-1))  # (B, Q, 1); 0 in padded places
-        mask = torch.arange(max_length) <= positions  # (B, Q, T); a padded query sees key 0, so no row is all masked
+        positions = packing.unpack(flat_positions.unsqueeze(-1))  # (B, Q, 1); 0 as padding
+        mask = torch.arange(max_length) <= positions  # (B, Q, T)
+        # A padding query attends to key 0: softmax over a fully masked row would be NaN.
         return cls(rows=torch.tensor(rows), packing=packing, mask=mask.unsqueeze(1))

@@ -1,9 +1,11 @@
-"""Pretrained weights: which files a model has, its configuration, and loading the tensors."""
+"""Pretrained weights: the files of a model, its configuration, and loading its tensors."""
 
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -13,57 +15,128 @@ from ft.io.hub import Source, find_files
 from ft.io.model_layout import CONFIG, INDEX, WEIGHTS, choose_model_files, require_files, shard_names
 from ft.model.gpt2 import GPT2, GPT2Config
 
+# Prefixes that DistributedDataParallel, `torch.compile` and `transformers` add to tensor names.
+_PREFIXES = re.compile(r"^((module|_orig_mod|transformer)\.)+")
+# Heads that `transformers` puts on a GPT-2 in place of the language modeling head, and the classes that have them.
+_OTHER_HEADS = {
+    "score": "GPT2ForSequenceClassification",
+    "classifier": "GPT2ForTokenClassification",
+    "qa_outputs": "GPT2ForQuestionAnswering",
+    "multiple_choice_head": "GPT2DoubleHeadsModel",
+}
+_MOST_PROBLEMS = 5  # listed in one error
+
 
 def read_tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of safetensors files, one after the other, each mapped from the file and not yet copied.
+    """Yield the tensors of safetensors files one at a time, memory-mapped, not copied.
 
     Raises:
-        FtError: a file is no safetensors file, is cut off, or cannot be read.
+        FtError: a file is not a safetensors file, is truncated, or cannot be read.
     """
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, as the file is no mapping
+                for name in file.keys():  # noqa: SIM118, as `file` is not a mapping
                     yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise FtError(f"cannot read the weights in {path}: {error}") from error
 
 
 def load_weights(model: GPT2, paths: Sequence[Path]) -> None:
-    """Fill the model from published weights.
+    """Load published weights into the model.
 
     Raises:
-        FtError: a file is unreadable, or a tensor is missing, superfluous, of another shape, or holds what is no
-            number; names the file.
+        FtError: a file is unreadable, or a tensor is missing, unexpected, of the wrong shape, or holds NaN or inf;
+            names the file.
     """
     try:
-        model.load_published(read_tensors(paths))
+        load_published(model, read_tensors(paths))
     except FtError as error:
         raise FtError(f"{', '.join(map(str, paths))}: {error}") from error
 
 
+@torch.no_grad()
+def load_published(model: GPT2, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy published tensors into the parameters, one at a time, converted to the dtype of the parameters.
+
+    Published files differ. Some prefix all names (`_PREFIXES`). Some hold the causal masks that the first GPT-2 code
+    kept as buffers (`h.0.attn.bias`, `h.0.attn.masked_bias`). Some hold the head, which must equal the embedding.
+
+    Raises:
+        FtError: a tensor is missing, unexpected, not of the configured shape, or holds NaN or inf.
+    """
+    missing, problems = dict(model.named_parameters()), []
+    head: Tensor | None = None
+    for published_name, tensor in tensors:
+        name = _PREFIXES.sub("", published_name)
+        other_model = _OTHER_HEADS.get(name.partition(".")[0])
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if name == "lm_head.weight":
+            head = tensor
+        elif other_model is not None:
+            problems.append(
+                f"{published_name} is the head of a {other_model}, where this program needs the language model's: load "
+                "the directory by AutoModelForCausalLM in transformers, which leaves it out, and save_pretrained"
+            )
+        elif name not in missing:
+            problems.append(f"{published_name} is not a tensor of a GPT-2 with {model.config.n_layer} layers")
+        else:
+            problems += _copy_tensor(missing.pop(name), tensor, published_name)
+    if head is not None and "wte.weight" in missing:  # safetensors' save_model keeps one name of a shared tensor
+        problems += _copy_tensor(missing.pop("wte.weight"), head, "lm_head.weight")
+    problems += [f"{name} is missing" for name in missing]
+    if head is not None and not problems and not torch.equal(head.to(model.wte.weight), model.wte.weight):
+        problems.append("lm_head.weight differs from wte.weight: the head is not tied to the embeddings")
+    if problems:
+        more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+        raise FtError("the weights do not fit the configuration: " + "; ".join(problems[:_MOST_PROBLEMS]) + more)
+
+
+def _copy_tensor(parameter: Tensor, tensor: Tensor, published_name: str) -> list[str]:
+    """Copy a published tensor into a parameter; returns at most one problem."""
+    if tensor.shape != parameter.shape:
+        shapes = tuple(tensor.shape), tuple(parameter.shape)
+        return [f"{published_name} has shape {shapes[0]}, the configuration says {shapes[1]}"]
+    if not tensor.is_floating_point():
+        return [f"{published_name} holds {tensor.dtype}, not floating-point numbers"]
+    if not torch.isfinite(parameter.copy_(tensor).sum()):  # a sum is finite only if all its terms are
+        return [f"{published_name} holds NaN or inf"]
+    return []
+
+
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model's files are. `source` is what the user named, for messages."""
+    """The files of a model.
+
+    Attributes:
+        source: the name that the user gave, for messages.
+        config: config.json.
+        tokenizer: by name: tokenizer.json, else vocab.json and merges.txt, and other files of the tokenizer.
+        weights: the safetensors file, or its shards in the order of their names; empty if not requested.
+    """
 
     source: str
     config: Path
     tokenizer: dict[str, Path]
-    """By name: tokenizer.json, else vocab.json and merges.txt, and what else is said of the tokenizer."""
     weights: tuple[Path, ...]
-    """The safetensors file, or its shards in the order of their names; empty where not asked for."""
 
 
 def model_files(model: str | Path, revision: str | None = None, *, with_weights: bool = True) -> ModelFiles:
-    """Find a model's files: in the folder `model`, else, if it is no `Path`, in the cache or on the Hub under that id.
+    """Find the files of a model in a directory, in the Hub's cache or on the Hub.
 
     Weights are `model.safetensors`, else the shards that `model.safetensors.index.json` names.
 
+    Args:
+        model: a directory or a Hub id; a `Path` is always a directory.
+        revision: branch, tag or commit on the Hub.
+        with_weights: whether to find (and on the Hub, download) the weights too.
+
     Raises:
-        FtError: no such folder, repository, revision or file; no connection; a file that is not what it should be.
+        FtError: no such directory, repository, revision or file; no connection; a malformed file.
     """
-    is_folder, model = isinstance(model, Path), str(model)
-    source = Source("model", model, revision, is_folder)
+    is_directory, model = isinstance(model, Path), str(model)
+    source = Source("model", model, revision, is_directory)
 
     def needed(names: Collection[str]) -> list[str]:
         return choose_model_files(names, model, with_weights=with_weights)
@@ -78,10 +151,10 @@ def model_files(model: str | Path, revision: str | None = None, *, with_weights:
 
 
 def model_config_of(model_config: GPT2Config, config: Config) -> GPT2Config:
-    """The model's configuration with the run's dropout.
+    """The configuration of the model with the dropout of the run.
 
     Raises:
-        FtError: it has fewer positions than --max-length asks for.
+        FtError: the model has fewer positions than `config.max_length`.
     """
     if config.max_length > model_config.n_positions:
         raise FtError(

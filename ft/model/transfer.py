@@ -1,13 +1,13 @@
-"""Everything that a batch needs on the GPU, sent by one copy.
+"""Move all tensors of a batch to the GPU in one copy.
 
-A copy to a GPU costs the host about ten microseconds whatever its size, and a batch consists of eight small tensors. So
-they are laid one behind the other in one buffer, which is copied, and what arrives is cut into views:
+Each copy to a GPU has a fixed cost on the host, whatever its size, and a batch consists of eight small tensors. They
+are concatenated in one buffer, which is copied, and the copy is split into views:
 
-    on the CPU      input_ids  target_ids  positions  slots  ...      a tensor each
-    buffer          |input_ids..|target_ids..|positions..|slots..|    bytes in page-locked memory
+    on the CPU      input_ids  target_ids  positions  slots  ...      separate tensors
+    buffer          |input_ids..|target_ids..|positions..|slots..|    bytes in pinned memory
     on the GPU      |input_ids..|target_ids..|positions..|slots..|    one copy, and a view for each tensor
 
-Only page-locked memory can be copied while both sides go on working.
+Only copies from pinned (page-locked) memory are asynchronous.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +19,20 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-ALIGNMENT = 16  # bytes: a view as another type must begin at a multiple of that type's size
+ALIGNMENT = 16  # bytes: a view as another dtype must start at a multiple of its item size
 
 
-def send(value: T, device: torch.device) -> T:
-    """The same value with its tensors on `device`; the copy to a GPU neither waits for queued work nor holds it up.
+def to_device(value: T, device: torch.device) -> T:
+    """Move the tensors of a value to `device`; the copy to a GPU is asynchronous.
 
     Args:
-        value: a tensor, or a dataclass whose fields are tensors, such dataclasses, or anything else, which is kept.
-        device: where the tensors are to lie.
+        value: a tensor, or a dataclass whose fields are tensors, such dataclasses, or other values, which are kept.
+        device: the device to copy to.
+
+    Returns:
+        The same value with its tensors on `device`.
     """
-    return _with_tensors(value, iter(_send_together(list(_tensors_of(value)), device)))
+    return _with_tensors(value, iter(_copy_together(list(_tensors_of(value)), device)))
 
 
 def _tensors_of(value: object) -> Iterator[Tensor]:
@@ -41,7 +44,7 @@ def _tensors_of(value: object) -> Iterator[Tensor]:
 
 
 def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:  # noqa: ANN401
-    """The value with other tensors, in the order of `_tensors_of`."""
+    """The value with its tensors replaced, in the order of `_tensors_of`."""
     if isinstance(value, Tensor):
         return next(tensors)
     if is_dataclass(value) and not isinstance(value, type):
@@ -49,17 +52,17 @@ def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:  # noqa: ANN401
     return value
 
 
-def _send_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def _copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    for part, tensor in zip(_cut(buffer, sizes, tensors), tensors, strict=True):
-        part.copy_(tensor)
-    return _cut(buffer.to(device, non_blocking=True), sizes, tensors)
+    for view, tensor in zip(_split(buffer, sizes, tensors), tensors, strict=True):
+        view.copy_(tensor)
+    return _split(buffer.to(device, non_blocking=True), sizes, tensors)
 
 
-def _cut(buffer: Tensor, sizes: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a buffer, of so many bytes each, with the types and shapes of other tensors."""
+def _split(buffer: Tensor, sizes: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of consecutive parts of a buffer, `sizes` bytes each, with the dtypes and shapes of the tensors `like`."""
     parts = zip(buffer.split(list(sizes)), like, strict=True)
     return [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, tensor in parts]

@@ -241,8 +241,8 @@ def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
     if not many:
         return _card("Confusion matrix", "", matrix)
     pairs = [
-        [labels[pair.true], labels[pair.said], f"{pair.texts:,}", f"{pair.texts / sum(confusion[pair.true]):.0%}"]
-        for pair in most_confused(confusion, CONFUSIONS)
+        [labels[true], labels[predicted], f"{examples:,}", f"{examples / sum(confusion[true]):.0%}"]
+        for true, predicted, examples in most_confused(confusion, CONFUSIONS)
     ]
     confused = _table(["true", "predicted", "examples", "share of class"], pairs, "Most confused", "pairs")
     return _card("Confusion matrix", "a column for each label's number", matrix, "wide") + _card(

@@ -90,7 +90,7 @@ def test_every_place_of_a_model_is_found(finished, inputs, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_refused(finished, inputs, tmp_path):
-    with pytest.raises(FtError, match=r"does not say what its labels are called; say it by --label-names neg,pos"):
+    with pytest.raises(FtError, match=r"does not name its labels: name them by --label-names neg,pos"):
         load(inputs[1]).predict(TEXTS)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -99,7 +99,7 @@ def test_what_cannot_be_loaded_is_refused(finished, inputs, tmp_path):
         (folder / "state.json").unlink()
         with pytest.raises(FtError, match=r"is damaged: state.json is missing"):
             load(folder)
-    with pytest.raises(FtError, match=r"no finished model and no whole checkpoint yet"):
+    with pytest.raises(FtError, match=r"no finished model and no complete checkpoint yet"):
         load(run)
     with pytest.raises(FtError, match=r"begin with the same token"):
         load(finished, label_names=["pos", "positive"])
@@ -179,8 +179,8 @@ class Terminal(Pipe):
         (["{run}", "a", "--output", "x.txt"], 2, "--output is 'x.txt', it must end in .csv or .jsonl"),
         (["./absent", "a"], 1, "./absent"),
         (["{run}s", "a"], 1, "there is no run "),
-        (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a folder"),
-        (["{unnamed}", "a"], 1, "does not say what its labels are called; say it by --label-names neg,pos"),
+        (["{latin}", "a"], 1, "latin.txt is a file: a run, a checkpoint or a model is a directory"),
+        (["{unnamed}", "a"], 1, "does not name its labels: name them by --label-names neg,pos"),
         (["{run}", "good", "sch\udcf6n"], 1, "text 2 is not UTF-8: it holds '\\udcf6' at character 3"),
         (["{run}", "a", "--label-names", "good,goodness"], 1, "begin with the same token"),
     ],

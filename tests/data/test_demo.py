@@ -1,4 +1,4 @@
-"""The demo's inputs: the same for the same seed, whole, readable by the libraries, and no matter of single words."""
+"""The inputs of the demo: reproducible, complete, readable by the libraries, and not separable by single words."""
 
 import json
 import os

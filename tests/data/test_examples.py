@@ -124,7 +124,7 @@ REMEDY = ": name them by --text-column and --label-column, or --prompt-column an
         ({"sentence": ["a"]}, "{path} has no column 'text'; its columns are sentence" + REMEDY),
         ({"text": [7], "label": [0]}, "the text in row 0 of {path} is 7, it must be text"),
         ({"text": [b"a"], "label": [0]}, "the text in row 0 of {path} is b'a', it must be text"),
-        ({"text": [None], "label": [0]}, "the text in row 0 of {path} is empty; fill it or leave the row out"),
+        ({"text": [None], "label": [0]}, "the text in row 0 of {path} is missing; fill it in or leave the row out"),
         (
             {"text": ["a"], "label": [0.5]},
             "the label in row 0 of {path} is 0.5, it must be a whole number or a word",
@@ -135,11 +135,11 @@ REMEDY = ": name them by --text-column and --label-column, or --prompt-column an
         ),
         (
             {"text": ["a", "b", None, None], "label": [0, 1, 0, 1]},
-            "the text in 2 rows of {path} (rows 2, 3) is empty; fill it or leave the rows out",
+            "the text in 2 rows of {path} (rows 2, 3) is missing; fill it in or leave the rows out",
         ),
         (
             {"text": ["a", "b"], "label": [0, None]},
-            "the label in row 1 of {path} is empty; fill it or leave the row out",
+            "the label in row 1 of {path} is missing; fill it in or leave the row out",
         ),
         (
             {"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())},
@@ -167,7 +167,7 @@ def test_a_text_that_is_not_utf8_is_refused_by_row(tmp_path):
 def test_the_file_named_is_the_one_that_is_wrong(tmp_path):
     good = write_parquet(tmp_path / "good.parquet", ["a", "b"], [0, 1])
     bad = write_parquet(tmp_path / "bad.parquet", ["c", None], [0, 1])
-    with pytest.raises(FtError, match=re.escape(f"the text in row 1 of {bad} is empty")):
+    with pytest.raises(FtError, match=re.escape(f"the text in row 1 of {bad} is missing")):
         read_split("train", [good, bad])
 
 
@@ -249,7 +249,7 @@ def test_the_label_tokens_of_the_demo(demo_tokenizer):
         ),
     ],
 )
-def test_labels_that_cannot_be_told_apart_are_refused(demo_tokenizer, names, message):
+def test_labels_with_the_same_first_token_are_refused(demo_tokenizer, names, message):
     with pytest.raises(FtError) as raised:
         label_tokens(names, demo_tokenizer)
     assert str(raised.value) == message

@@ -17,15 +17,16 @@ import transformers
 from ft.cli.main import main
 from ft.config import Config
 from ft.data.batches import collate
+from ft.data.dataset_files import sort_into_splits
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.load import read_splits
-from ft.data.split_files import sort_into_splits
 from ft.data.splits import Split, stratified
 from ft.data.tables import Columns, read_split
 from ft.errors import FtError
 from ft.io.formats import SUFFIXES
 from ft.io.json_file import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
+from ft.model.pretrained import load_published
 from tests.conftest import write_parquet
 from tests.reference.synthetic import write_model
 
@@ -152,34 +153,42 @@ def test_words_are_numbered_by_the_names_given(tmp_path):
             "has no column 'label'; its columns are text, mark: try --label-column mark$",
         ),
         ("x.csv", b"text,label,text\na,1,b\n", "has several columns 'text': rename all but one"),
-        ("x.csv", b"text,label\na,\nb,pos\n", r"the label in row 0 of .*x.csv \(line 2\) is empty; fill it or leave"),
+        (
+            "x.csv",
+            b"text,label\na,\nb,pos\n",
+            r"the label in row 0 of .*x.csv \(line 2\) is missing; fill it in or leave",
+        ),
         ("x.csv", b"text,label\n\xff,1\n", "x.csv is not UTF-8: invalid start byte in line 2, byte 11; name its enc"),
-        ("x.csv", b'text,label\n"a,b,1\nc,0\n', "the row that begins in line 2 is not whole"),
+        ("x.csv", b'text,label\n"a,b,1\nc,0\n', "the row that begins in line 2 is not complete"),
         ("x.csv", b'text,label\n"a, b" c,1\n', "line 2 has a quote that neither ends a value nor is doubled"),
         ("x.csv", b"t\0e\0x\0t\0\n\0", "holds NUL characters: try --encoding utf-16-le"),
         ("x.jsonl", b"", "x.jsonl is empty"),
-        ("x.jsonl", b'{"text": "a", "label": 1}\n{"text"', r"in line 2 JSON is broken off .*\(line 1, column 8\)"),
+        ("x.jsonl", b'{"text": "a", "label": 1}\n{"text"', "invalid JSON in line 2, column 8: "),
         ("x.jsonl", b'{"text": 3, "label": 1}\n', r"the text in row 0 of .*x.jsonl \(line 1\) is 3, it must be text"),
         (
             "x.jsonl",
             b'{"text": "a", "label": [1]}\n',
             r"label in row 0 .* is \[1\], it must be a whole number or a word",
         ),
-        ("x.jsonl", b'{"text": null, "label": 1}\n', "the text in row 0 of .*x.jsonl .line 1. is empty"),
-        ("x.jsonl", b'{"text": "a", "label": 1}\n\n{"label": 1}\n', "the text in row 1 of .*x.jsonl .line 3. is empty"),
+        ("x.jsonl", b'{"text": null, "label": 1}\n', "the text in row 0 of .*x.jsonl .line 1. is missing"),
+        (
+            "x.jsonl",
+            b'{"text": "a", "label": 1}\n\n{"label": 1}\n',
+            "the text in row 1 of .*x.jsonl .line 3. is missing",
+        ),
         (
             "x.jsonl",
             b'{"text": "a", "label": 1}\nnull\n',
             r'line 2 of .*x.jsonl is null, it must be an object such as \{"',
         ),
         ("x.jsonl", b'{"text": "\\ud800", "label": 1}\n', "the text in row 0 of .* is not UTF-8"),
-        ("x.jsonl", b'{"text": 1}\n' + b"[" * 20_000 + b"]" * 20_000, "in line 2 JSON is nested too deeply"),
+        ("x.jsonl", b'{"text": 1}\n' + b"[" * 20_000 + b"]" * 20_000, "JSON in line 2 is nested too deeply"),
         ("x.json", b"[" * 20_000 + b"]" * 20_000, "cannot read .*x.json: JSON is nested too deeply"),
-        ("x.json", b'[{"text": "a", "label": 1},\n{"text"]', r"broken off or wrong: .*\(line 2, column 8\)"),
+        ("x.json", b'[{"text": "a", "label": 1},\n{"text"]', "invalid JSON in line 2, column 8: "),
         ("x.json", b'["a"]', 'row 0 of .*x.json is "a", it must be an object'),
         ("x.json", b'{"text": {"0": "a"}, "label": {"0": 1, "1": 0}}', "its columns have different lengths"),
         ("x.jsonl.gz", b"no gzip", "cannot read .*x.jsonl.gz as jsonl: "),
-        ("x.csv.gz", gzip.compress(b"text,label\na,1\n")[:-9], "cannot read .*x.csv.gz: it is damaged or cut off"),
+        ("x.csv.gz", gzip.compress(b"text,label\na,1\n")[:-9], "cannot read .*x.csv.gz: it is damaged or truncated"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_with_the_reason(tmp_path, name, content, message):
@@ -283,9 +292,9 @@ def test_one_of_several_data_sets_is_chosen_by_its_folder():
     assert sort_into_splits(names, "x", "cola") == {"train": names[1:]}
     with pytest.raises(FtError, match="in cola, sst2: choose one by --dataset-config cola"):
         sort_into_splits(names, "x")
-    with pytest.raises(FtError, match="no data set in a folder 'rte', it has one at its top: correct"):
+    with pytest.raises(FtError, match="no data set in a directory 'rte', it has one at its top: correct"):
         sort_into_splits(["train.parquet"], "x", "rte")
-    with pytest.raises(FtError, match="no data set in a folder 'rte', it has cola, sst2"):
+    with pytest.raises(FtError, match="no data set in a directory 'rte', it has cola, sst2"):
         sort_into_splits(names, "x", "rte")
 
 
@@ -335,7 +344,7 @@ def test_rows_keep_the_numbers_of_the_file():
 # --- labels and completions as tokens ---------------------------------------------------------------------------------
 
 
-def test_labels_that_begin_alike_are_told_apart_by_numbers(demo_inputs):
+def test_labels_that_begin_alike_are_represented_by_numbers(demo_inputs):
     tokenizer = read_tokenizer(demo_inputs[0] / "tokenizer.json")
     names = ["positive", "posh", "negative"]
     assert label_tokens(names, tokenizer, or_numbers=True) == [tokenizer.token_to_id(digit) for digit in "012"]
@@ -381,7 +390,7 @@ def test_targets_are_the_completion_and_a_closing_end_of_text(demo_inputs):
 def test_the_loss_on_completions_is_transformers(demo_inputs):
     reference = transformers.AutoModelForCausalLM.from_pretrained(demo_inputs[0]).double().eval()
     model = GPT2(GPT2Config.from_dict(read_json(demo_inputs[0] / "config.json"))).double().eval()
-    model.load_published(reference.state_dict().items())
+    load_published(model, reference.state_dict().items())
     tokenizer = read_tokenizer(demo_inputs[0] / "tokenizer.json")
     split = Split(
         "train", ["the plot", "", "in the end , the acting"], [0] * 3, completions=[" is dull", "a", " is fine"]
@@ -502,7 +511,7 @@ def test_settings_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, 
     ("dataset", "message"),
     [
         ("absent.csv", "there is no file 'absent.csv': check --dataset"),
-        ("notes.txt", "whose format is not read: it must be one of .parquet, .arrow, .csv"),
+        ("notes.txt", "whose format is not supported: it must be one of .parquet, .arrow, .csv"),
         ("page.csv", "begins with b'<!DOCTYPE html>': put the file itself there"),
         ("pointer.csv", "is a Git LFS pointer"),
         ("one.csv", "no validation split, and its 1 training rows are too few"),

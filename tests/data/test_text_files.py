@@ -175,10 +175,17 @@ def test_the_delimiter_that_is_given_decides(tmp_path):
 
 def test_a_line_that_tells_excel_the_delimiter_is_no_header(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"sep=;\r\ntext;label\r\na, b;pos\r\nc;\r\n")
-    with pytest.raises(FtError, match=r"row 1 of .*x.csv \(line 4\) is empty"):
+    with pytest.raises(FtError, match=r"row 1 of .*x.csv \(line 4\) is missing"):
         split_of(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_bytes(b"sep=;\r\ntext;label\r\na, b;pos\r\nc;neg\r\n")
     assert split_of(tmp_path / "x.csv").texts == ["a, b", "c"]
+
+
+def test_lines_of_blanks_are_not_rows(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\na,1\n   \nb,0\n\n")
+    theirs = pandas.read_csv(tmp_path / "x.csv")
+    split = split_of(tmp_path / "x.csv")
+    assert (split.texts, split.labels) == (theirs["text"].tolist(), theirs["label"].tolist()) == (["a", "b"], [1, 0])
 
 
 def test_a_delimiter_at_the_end_of_each_row_is_no_column(tmp_path):
@@ -255,11 +262,60 @@ def test_the_flags_that_an_error_proposes_are_right(demo_inputs, tmp_path, capsy
     assert f"{path}: 27 train, 3 validation rows" in capsys.readouterr().out
 
 
-def test_a_file_without_a_header_is_told_so(tmp_path):
-    """As AG News comes: class, title, description."""
-    (tmp_path / "x.csv").write_text('"3","Wall St. Bears Claw Back Into the Black","Reuters - Short-sellers"\n')
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"3","Wall St. Bears Claw Back Into the Black","Reuters - Short-sellers"\n',  # as AG News
+        "a film I liked,pos\nawful,neg\nfine,pos\n",
+        '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n',
+    ],
+)
+def test_a_file_without_a_header_is_reported(tmp_path, content):
+    (tmp_path / "x.csv").write_text(content)
     with pytest.raises(FtError, match="its first line must name the columns, as in text,label"):
         split_of(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("na_rep", ["NA", "#N/A", "NaN", "null"])
+def test_missing_labels_among_numbers_are_not_a_class(tmp_path, na_rep):
+    frame = pandas.DataFrame({"text": list("abcd"), "label": pandas.array([1, None, 0, 1], dtype="Int64")})
+    frame.to_csv(tmp_path / "x.csv", index=False, na_rep=na_rep)
+    with pytest.raises(FtError, match=r"the label in row 1 of .*x.csv \(line 3\) is missing"):
+        split_of(tmp_path / "x.csv")
+    assert split_of(tmp_path / "x.csv", label_names=["0", "1", na_rep]).labels == [1, 2, 0, 1]
+    (tmp_path / "y.csv").write_text(f"text,label\na,yes\nb,{na_rep}\nc,no\n")
+    assert words_of(split_of(tmp_path / "y.csv")) == ["yes", na_rep, "no"], "among words it is a word"
+
+
+@pytest.mark.parametrize("after", ["", " "])
+def test_blanks_between_quotes_and_delimiters_are_left_out(tmp_path, after):
+    texts = ["a, b", 'c ""d""', "e\nf", "", "g"]
+    rows = [f'{label}, "{text}"{after}, x' for text, label in zip(texts, "01010", strict=True)]
+    (tmp_path / "x.csv").write_text("\n".join(["label, text,other", *rows]) + "\n")
+    split = split_of(tmp_path / "x.csv")
+    assert split.texts == ["a, b", 'c "d"', "e\nf", "", "g"]
+    assert split.notes[0] == "blanks around quotes in x.csv are left out"
+    if not after:
+        theirs = pandas.read_csv(tmp_path / "x.csv", skipinitialspace=True, keep_default_na=False)
+        assert (split.texts, split.labels) == (theirs["text"].tolist(), theirs["label"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda frame, path: frame.to_excel(path, engine="openpyxl"), "x.csv is a ZIP archive, as Excel workbooks are"),
+        (lambda frame, path: frame.to_parquet(path), "x.csv is a parquet file: name it .parquet"),
+        (
+            lambda frame, path: frame.to_csv(path, compression="gzip"),
+            "x.csv is compressed by gzip: add .gz to its name",
+        ),
+    ],
+)
+def test_a_binary_file_under_a_text_name_is_named(tmp_path, write, message):
+    with (tmp_path / "x.csv").open("wb") as file:
+        write(pandas.DataFrame({"text": ["a"], "label": [1]}), file)
+    with pytest.raises(FtError, match=message):
+        split_of(tmp_path / "x.csv", form=TextFormat(encoding="cp1252"))
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -267,7 +323,15 @@ def test_a_file_without_a_header_is_told_so(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz"])
 @pytest.mark.parametrize(
-    "options", [{"orient": "records"}, {"orient": "records", "lines": True}, {}, {"orient": "table", "index": False}]
+    "options",
+    [
+        {"orient": "records"},
+        {"orient": "records", "lines": True},
+        {},
+        {"orient": "table", "index": False},
+        {"orient": "split"},
+        {"orient": "index"},
+    ],
 )
 def test_json_as_pandas_writes_it(tmp_path, suffix, options):
     texts = ["a", 'b "c"', "2001-01-01", "\u2028", "null", "é"]
@@ -337,14 +401,16 @@ def test_categories_of_pandas_are_words_and_numbers(tmp_path):
 def test_all_empty_labels_are_counted_with_their_lines(tmp_path):
     frame = pandas.DataFrame({"text": ["two\nlines", "b", "c", "d"], "label": ["pos", None, "neg", None]})
     frame.to_csv(tmp_path / "x.csv", index=False)
-    with pytest.raises(FtError, match=r"the label in 2 rows of .*x.csv \(lines 4, 6\) is empty; fill it or leave the"):
+    with pytest.raises(
+        FtError, match=r"the label in 2 rows of .*x.csv \(lines 4, 6\) is missing; fill it in or leave the"
+    ):
         split_of(tmp_path / "x.csv")
     frame.to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(FtError, match=r"the label in 2 rows of .*x.parquet \(rows 1, 3\) is empty"):
+    with pytest.raises(FtError, match=r"the label in 2 rows of .*x.parquet \(rows 1, 3\) is missing"):
         split_of(tmp_path / "x.parquet")
     frame["label"] = [1.0, None, 0.0, 1.0]
     frame.to_json(tmp_path / "x.jsonl", orient="records", lines=True)
-    with pytest.raises(FtError, match=r"the label in row 1 of .*x.jsonl \(line 2\) is empty"):
+    with pytest.raises(FtError, match=r"the label in row 1 of .*x.jsonl \(line 2\) is missing"):
         split_of(tmp_path / "x.jsonl")
 
 
@@ -374,7 +440,7 @@ def test_numbers_without_names_are_labels_as_they_are(tmp_path, labels):
     names = tuple(str(number) for number in sorted({int(float(label)) for label in labels}))
     assert all(split.label_names == names for split in splits.values())
     assert words_of(splits["test"]) == [str(int(float(label))) for _, label in rows[:3]]
-    assert any(f"the labels are the numbers {', '.join(names)} as they are" in note for note in notes)
+    assert any(f"the labels are the numbers {', '.join(names)} themselves" in note for note in notes)
     pandas.DataFrame([("a", 77)], columns=["text", "label"]).to_json(tmp_path / "test.json", orient="records")
     with pytest.raises(FtError, match=f"label in row 0 of the test split is 77, those to train on are {names[0]}, "):
         read_splits(Config(dataset=str(tmp_path)))
@@ -504,7 +570,7 @@ def test_a_parquet_file_that_memory_does_not_hold_is_refused(tmp_path):
             print(error)
     """
     done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True)
-    assert "needs more memory than there is; split the file into several" in done.stdout, done.stderr[-2000:]
+    assert "does not fit into memory; split the file into several" in done.stdout, done.stderr[-2000:]
 
 
 def test_lines_of_a_text():

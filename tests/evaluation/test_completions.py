@@ -1,4 +1,4 @@
-"""Completions judged against `transformers`: its losses, its likeliest tokens, and what it writes by itself."""
+"""Scores of completions against `transformers`: losses, most likely tokens, and greedy decoding."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(demo_inputs, data, tmp_path_factory):
-    """A run on completions that has learnt what it was taught."""
+    """A run on completions that has memorized its training data."""
     run = tmp_path_factory.mktemp("runs") / "run"
     flags = ["--model", str(demo_inputs[0]), "--dataset", str(data), "--device", "cpu", "--precision", "fp32"]
     columns = ["--prompt-column", "question", "--completion-column", "answer"]
@@ -60,8 +60,8 @@ def tokens_of(tokenizer, prompt, completion):
 
 
 @torch.inference_mode()
-def judged_by_reference(reference, prompt, completion):
-    """The summed loss, the number of tokens that are the likeliest, and what is written greedily."""
+def scored_by_reference(reference, prompt, completion):
+    """The summed loss, the number of most likely tokens, and the text of greedy decoding."""
     model, tokenizer = reference
     before, after = tokens_of(tokenizer, prompt, completion)
     ids = torch.tensor([[*before, *after]])
@@ -78,18 +78,18 @@ def judged_by_reference(reference, prompt, completion):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_each_completion_is_judged_as_transformers_does(finished, reference, batch_size):
+def test_each_completion_is_scored_as_by_transformers(finished, reference, batch_size):
     loaded = load_language_model(finished, device="cpu")
     pairs = [tokens_of(reference[1], *row) for row in TESTED]
     examples = [Example([*before, *after[:-1]], after) for before, after in pairs]
-    judged = score_completions(loaded.model, examples, batch_size)
-    expected = [judged_by_reference(reference, *row) for row in TESTED]
-    assert judged.losses.tolist() == pytest.approx([loss for loss, *_ in expected], rel=1e-4, abs=1e-5)
-    assert judged.hits.tolist() == [hits for _, hits, *_ in expected]
+    scored = score_completions(loaded.model, examples, batch_size)
+    expected = [scored_by_reference(reference, *row) for row in TESTED]
+    assert scored.losses.tolist() == pytest.approx([loss for loss, *_ in expected], rel=1e-4, abs=1e-5)
+    assert scored.hits.tolist() == [hits for _, hits, *_ in expected]
     whole = [written == after for _, _, written, after in expected]
-    assert (judged.hits == judged.counts).tolist() == whole, "wholly right is what is written greedily"
+    assert (scored.hits == scored.counts).tolist() == whole, "an exact match is what greedy decoding generates"
     assert 0 < sum(whole) < len(whole), "right and wrong must occur for this test to say anything"
-    assert judged.scores().exact_match == pytest.approx(sum(whole) / len(whole))
+    assert scored.scores().exact_match == pytest.approx(sum(whole) / len(whole))
 
 
 def test_the_logits_of_a_batch_are_bounded(finished, monkeypatch):
@@ -114,7 +114,7 @@ def test_evaluate_agrees_with_the_run_and_with_transformers(finished, reference,
     logged = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]
     assert main(["evaluate", str(finished), "--device", "cpu", "--json", "--mistakes", "3"]) == 0
     result = json.loads(capsys.readouterr().out)
-    expected = [judged_by_reference(reference, *row) for row in TESTED]
+    expected = [scored_by_reference(reference, *row) for row in TESTED]
     counts = [len(after) for *_, after in expected]
     assert (result["split"], result["completions"], result["tokens"]) == ("test", len(TESTED), sum(counts))
     assert result["loss"] == pytest.approx(sum(loss for loss, *_ in expected) / sum(counts), rel=1e-4)
@@ -146,7 +146,7 @@ def test_evaluate_prints_a_summary_and_the_worst(finished, capsys):
     assert "validation: 18 completions" in capsys.readouterr().out
 
 
-def test_completions_that_are_cut_are_told(finished, capsys):
+def test_truncated_completions_are_reported(finished, capsys):
     assert main(["evaluate", str(finished), "--device", "cpu", "--max-length", "3", "--json"]) == 0
     out, error = capsys.readouterr()
     assert "Note: " in error
@@ -156,8 +156,8 @@ def test_completions_that_are_cut_are_told(finished, capsys):
     assert "longer" not in capsys.readouterr().err
 
 
-def test_any_model_is_judged_on_completions(finished, tmp_path, capsys):
-    """A model that lies in no run, and columns that are named."""
+def test_any_model_is_scored_on_completions(finished, tmp_path, capsys):
+    """A model outside a run directory, and columns named by flags."""
     shutil.copytree(finished / "final", tmp_path / "moved" / "model")
     path = write_rows(tmp_path / "own.jsonl", [("goal 1", " is sport")] * 20, columns=("q", "a"))
     flags = ["--dataset", str(path), "--prompt-column", "q", "--completion-column", "a", "--split", "train"]
@@ -165,7 +165,7 @@ def test_any_model_is_judged_on_completions(finished, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["exact_match"] == 1.0
     assert result["mistakes"] == []
-    assert result["completions"] == 18, "without those that are set aside for validation"
+    assert result["completions"] == 20, "all rows of a file that the model was not trained on"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_any_model_is_judged_on_completions(finished, tmp_path, capsys):
         (["predict", "{run}", "a text"], 2, "was trained on completions and has no labels: use python run.py generate"),
     ],
 )
-def test_mistakes_are_told_in_one_line(finished, demo_inputs, capsys, arguments, status, message):
+def test_mistakes_are_reported_in_one_line(finished, demo_inputs, capsys, arguments, status, message):
     places = {"run": finished, "model": demo_inputs[0]}
     assert main([*(argument.format(**places) for argument in arguments), "--device", "cpu"]) == status
     error = capsys.readouterr().err

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ft.cli.main import main
 from ft.device import choose_precision
-from ft.errors import FtError
+from ft.errors import FtError, Stopped
 from ft.evaluation import perplexity as perplexity_module
 from ft.evaluation.evaluate import evaluate
 from ft.evaluation.general_text import GENERAL_TEXT
@@ -90,7 +90,7 @@ def test_measuring_draws_nothing_keeps_the_mode_and_bounds_the_logits(model, tok
     assert max(rows) == 4 * 63
 
 
-def test_a_file_is_read_as_utf8_up_to_a_bound_that_is_told(tokenizer, tmp_path, monkeypatch):
+def test_a_file_is_read_as_utf8_up_to_a_reported_bound(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("Äpfel und Birnen", encoding="utf-8-sig")
     text = read_general_text(str(path), tokenizer, 64)
@@ -151,7 +151,7 @@ def write_without_text(folder):
     [
         (
             lambda folder: folder / "absent" / "notes.txt",
-            "which is no text file, and as a data set: there is no f",
+            "which is not a text file, and as a data set: there is no f",
         ),
         (
             lambda folder: (folder / "latin1.txt").write_bytes(b"caf\xe9") and folder / "latin1.txt",
@@ -162,7 +162,7 @@ def write_without_text(folder):
         (write_without_text, "has no column 'text'"),
     ],
 )
-def test_a_text_that_cannot_be_read_is_told_before_anything_is_done(inputs, tmp_path, prepare, message, capsys):
+def test_an_unreadable_text_is_reported_before_anything_is_done(inputs, tmp_path, prepare, message, capsys):
     (tmp_path / "texts").mkdir()
     source = prepare(tmp_path / "texts")
     assert main([*inputs, "--forgetting", str(source), "--output-dir", str(tmp_path / "run")]) == 1
@@ -222,7 +222,7 @@ def test_a_resumed_run_writes_the_same_lines_each_once(inputs, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("ft.session.evaluate", stop_in)
         patch.setattr(StopRequest, "__call__", lambda self: bool(request))
-        patch.setattr(StopRequest, "stopped", lambda self, message: KeyboardInterrupt(message))
+        patch.setattr(StopRequest, "stopped", lambda self, message: Stopped(message, status=130))
         assert main([*flags, "--output-dir", str(broken)]) == 130
     assert [line["step"] for line in lines(broken)] == [[], [0]][at]
     capsys.readouterr()

@@ -196,12 +196,12 @@ MODEL = [
     (
         "NaN weights",
         lambda i: i.weights(lambda t: t["wpe.weight"].fill_(float("nan"))),
-        "wpe.weight holds infinities or",
+        "wpe.weight holds NaN or inf",
     ),
     (
         "one infinity",
         lambda i: i.weights(lambda t: t["ln_f.bias"][:1].fill_(float("inf"))),
-        "ln_f.bias holds infinities",
+        "ln_f.bias holds NaN or inf",
     ),
     (
         "whole numbers",

@@ -52,7 +52,7 @@ def gpu(monkeypatch, tmp_path):
             patch.setattr(torch.cuda, "is_available", lambda: True)
             return described()
 
-    def choose_device(name):
+    def choose_device(name, local_rank=None):
         chosen.append(name)
         return CPU
 
@@ -86,7 +86,7 @@ def gpu(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr("sys.argv", [name, "--device", "cuda", "--size", "tiny", *flags])
             module.main()
-        assert set(chosen) == {"cuda"}
+        assert chosen[0] == "cuda"  # later ones name the device that this stood for
         assert drawn in ([], [f"{name}-cuda"])
         table = (tmp_path / f"{name}-cuda.md").read_text()
         assert "Pretended H100, 80.0 GiB" in table
@@ -177,6 +177,7 @@ class Inline:
     """A process pool without a process."""
 
     def __enter__(self):
+        ablation.build.cache_clear()  # a new process has no model yet
         return self
 
     def __exit__(self, *_):
@@ -190,11 +191,12 @@ class Inline:
 def test_ablation(gpu, monkeypatch, demo_inputs, inputs):
     monkeypatch.setattr(ablation, "process", Inline)
     monkeypatch.setattr(ablation, "LOSS_STEPS", 1)
+    monkeypatch.setattr(ablation, "BLOCK", 1)
+    wanted = ("all savings", "PyTorch's own dropout", "weights cast at each use")
+    monkeypatch.setattr(ablation, "VARIANTS", tuple(each for each in ablation.VARIANTS if each.name in wanted))
     flags = ["--tokenizer", str(demo_inputs[0]), "--dataset", inputs[3], "--steps", "1", "--precision", "bf16"]
     table, figures = gpu(ablation, "ablation", *flags)
-    names = set(figures["variants"])
-    assert "weights cast at each use" in names
-    assert not names & {"freed memory handed back", "PyTorch's own dropout", "matrix products by MKL alone"}
+    assert list(figures["variants"]) == ["all savings", "weights cast at each use"], "not what is for CPUs"
     assert figures["variants"]["weights cast at each use"]["loss_difference"] < 1e-2
     assert {figure["peak_bytes"] for figure in figures["variants"].values()} == {PEAK}
     assert "bf16" in table

@@ -165,7 +165,7 @@ def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_an_error(tmp_path, m
     name = name.replace("file", str(tmp_path / "file"))
     with pytest.raises(FtError, match=r"there is no directory .* check --model"):
         model_files(name)
-    refused = "whose format is not read" if name.endswith("file") else "there is no directory .* check --dataset"
+    refused = "whose format is not supported" if name.endswith("file") else "there is no directory .* check --dataset"
     with pytest.raises(FtError, match=refused):
         dataset_files(name)
 

@@ -90,7 +90,7 @@ def test_without_patterns_all_is_trained_even_after_less():
         (["last:1"], ["h.*", "ln_f.*"], ["with --train-only last:1 and --freeze h.\\* ln_f.\\* nothing is left"]),
     ],
 )
-def test_patterns_that_choose_nothing_are_told_with_others_nearby(train_only, frozen, problems):
+def test_patterns_without_a_match_are_reported_with_similar_ones(train_only, frozen, problems):
     with pytest.raises(UsageError) as raised:
         freeze(GPT2(TINY), train_only, frozen)
     assert len(raised.value.problems) == len(problems)
@@ -367,7 +367,7 @@ def test_moments_of_other_parameters_than_the_run_trains_are_refused(run, capsys
         assert problem in capsys.readouterr().err
 
 
-def test_the_room_that_is_told_is_what_a_checkpoint_takes(inputs, tmp_path, capsys, monkeypatch):
+def test_the_reported_disk_space_is_the_size_of_a_checkpoint(inputs, tmp_path, capsys, monkeypatch):
     from ft.checkpoint import run_dir
 
     told = []

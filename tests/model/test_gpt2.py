@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ft.errors import FtError
 from ft.model.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.model.packing import Packing, Selection
+from ft.model.pretrained import load_published
 
 TINY = GPT2Config(vocab_size=211, n_positions=40, n_embd=48, n_layer=3, n_head=4)
 LENGTHS = [7, 1, 12, 5]
@@ -256,14 +257,14 @@ def published(model, prefix="", masks=False, head=False):
 def test_every_published_layout_loads(prefix, masks, head):
     model = make_model(dtype=torch.float32)
     loaded = GPT2(TINY)
-    loaded.load_published(published(model, prefix, masks, head).items())
+    load_published(loaded, published(model, prefix, masks, head).items())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
 def test_half_precision_weights_are_upcast():
     model = make_model(dtype=torch.float32)
     loaded = GPT2(TINY)
-    loaded.load_published((name, tensor.bfloat16()) for name, tensor in published(model, head=True).items())
+    load_published(loaded, ((name, tensor.bfloat16()) for name, tensor in published(model, head=True).items()))
     assert loaded.wte.weight.dtype == torch.float32
     assert torch.equal(loaded.wte.weight, model.wte.weight.bfloat16().float())
 
@@ -274,7 +275,7 @@ def test_half_precision_weights_are_upcast():
         (lambda t: t.pop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
         (
             lambda t: t.update({"h.3.ln_1.weight": torch.ones(48)}),
-            "h.3.ln_1.weight is no tensor of a GPT-2 with 3 layers",
+            "h.3.ln_1.weight is not a tensor of a GPT-2 with 3 layers",
         ),
         (lambda t: t.update({"wpe.weight": torch.ones(41, 48)}), r"wpe.weight has shape \(41, 48\).*\(40, 48\)"),
         (lambda t: t.update({"lm_head.weight": torch.ones(211, 48)}), "lm_head.weight differs from wte.weight"),
@@ -285,7 +286,7 @@ def test_loading_is_strict_and_names_the_tensor(change, message):
     tensors = published(make_model(dtype=torch.float32))
     change(tensors)
     with pytest.raises(FtError, match=message):
-        GPT2(TINY).load_published(tensors.items())
+        load_published(GPT2(TINY), tensors.items())
 
 
 @pytest.mark.parametrize(

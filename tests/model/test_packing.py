@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
 from ft.model.packing import Packing, Selection
-from ft.model.transfer import send
+from ft.model.transfer import to_device
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 FEATURES = 3
@@ -149,13 +149,13 @@ def test_a_selection_needs_one_count_per_sequence():
 
 def test_moving_keeps_everything_but_the_device():
     selection = Selection.last([4, 2], [2, 1])
-    moved = send(selection, torch.device("meta"))
+    moved = to_device(selection, torch.device("meta"))
     assert moved.packing.shape == selection.packing.shape
     arrays = [(moved.rows, selection.rows), (moved.mask, selection.mask)]
     arrays += [(getattr(moved.packing, name), getattr(selection.packing, name)) for name in ("positions", "slots")]
     for there, here in arrays:
         assert (there.device.type, there.shape, there.dtype) == ("meta", here.shape, here.dtype)
-    same = send(selection, torch.device("cpu"))
+    same = to_device(selection, torch.device("cpu"))
     assert torch.equal(same.rows, selection.rows)
     assert torch.equal(same.mask, selection.mask)
     assert torch.equal(same.packing.slots, selection.packing.slots)

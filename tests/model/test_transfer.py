@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ft.data.batches import collate, collate_padded
 from ft.data.examples import Example
-from ft.model.transfer import send
+from ft.model.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def assert_same(sent, value):
 
 @pytest.mark.parametrize("value", [VALUE, *BATCHES])
 def test_what_arrives_is_what_was_sent_in_one_copy(copies, value):
-    sent = send(value, torch.device("cuda", 0))
+    sent = to_device(value, torch.device("cuda", 0))
     assert_same(sent, value)
     assert len(copies) == 1
     assert copies[0].dtype == torch.uint8
@@ -79,17 +79,17 @@ def test_what_arrives_is_what_was_sent_in_one_copy(copies, value):
 
 def test_a_tensor_by_itself(copies):
     tensor = torch.tensor([[1.5, 2.5]])
-    sent = send(tensor, torch.device("cuda", 0))
+    sent = to_device(tensor, torch.device("cuda", 0))
     assert torch.equal(sent, tensor)
     assert len(copies) == 1
 
 
 def test_on_the_cpu_nothing_is_copied():
     (batch, *_) = BATCHES
-    assert send(batch, torch.device("cpu")).selection.mask is batch.selection.mask
+    assert to_device(batch, torch.device("cpu")).selection.mask is batch.selection.mask
 
 
 def test_a_device_that_is_no_gpu():
-    sent = send(VALUE, torch.device("meta"))
+    sent = to_device(VALUE, torch.device("meta"))
     assert {sent.numbers.device.type, sent.inner.mask.device.type, sent.scalar.device.type} == {"meta"}
     assert sent.inner.shape == (1, 3)

@@ -1,36 +1,36 @@
-"""Which splits of a data set a finished model is judged by."""
+"""The splits of a data set that a finished model is evaluated on."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ft.config import Config
 from ft.data import dataset_files
+from ft.data.dataset_files import NoSplitError
 from ft.data.load import columns_of, read_splits
-from ft.data.split_files import NoSplitError
 from ft.data.splits import Split
 from ft.data.tables import NoLabelsError, read_split
 from ft.data.text_files import TextFormat
 from ft.errors import FtError
 
 
-def splits_to_judge(
+def read_evaluation_splits(
     config: Config, split: str | None, label_names: Sequence[str] | None, *, of_run: bool
 ) -> tuple[dict[str, Split], list[str]]:
-    """The splits that a finished model is judged by; no other is fetched and read.
+    """Read the splits to evaluate a model on; other splits are not downloaded or read.
 
     Args:
-        config: which data are meant.
-        split: train, validation or test; "all" for each that there is; None for test, else validation, else train.
-        label_names: the words of the model's labels; None where it is judged by completions.
-        of_run: whether these are the data of the run, of which one file is training and validation rows; any other file
-            is judged whole.
+        config: names the data set and its columns.
+        split: train, validation or test; "all" for all that exist; None for test, else validation, else train.
+        label_names: the label names of the model; None to evaluate completions.
+        of_run: whether this is the data set that the model was trained on: a single file was then split into training
+            and validation rows. Of any other single file all rows are read.
 
     Returns:
-        The splits, and what the user should know of how they were read.
+        The splits, and notes for the user on how they were read.
 
     Raises:
-        NoSplitError: none of them is there.
-        FtError: they cannot be read, or have no labels.
+        NoSplitError: none of the splits exists.
+        FtError: a split cannot be read, or none has labels.
     """
     order = {None: ("test", "validation", "train"), "all": ("train", "validation", "test")}
     wanted: Sequence[str] = order.get(split, (str(split),))
@@ -42,8 +42,8 @@ def splits_to_judge(
     failures: list[FtError] = []
     for name in wanted:
         try:
-            splits[name], told = _split_to_judge(config, name, label_names, of_run=of_run)
-            notes += told
+            splits[name], new_notes = _read_split(config, name, label_names, of_run=of_run)
+            notes += new_notes
         except (NoSplitError, NoLabelsError) as error:
             failures.append(error)
             if isinstance(error, NoLabelsError):
@@ -56,12 +56,12 @@ def splits_to_judge(
     return splits, notes
 
 
-def _split_to_judge(
+def _read_split(
     config: Config, name: str, label_names: Sequence[str] | None, *, of_run: bool
 ) -> tuple[Split, Sequence[str]]:
     try:
         if of_run and name == "train":
-            raise NoSplitError("it may have lost rows to validation")
+            raise NoSplitError("some of its rows may be the validation split")
         files = dataset_files.dataset_files(
             config.dataset, config.dataset_revision, config.dataset_config, first_of=(name,)
         )
@@ -75,7 +75,7 @@ def _split_to_judge(
         splits, notes = read_splits(config, label_names)
         return splits[name], notes
     (paths,) = files.values()
-    remedy = "write the labels of the model into the data"
+    remedy = "use the labels of the model in the data"
     form = TextFormat(config.delimiter, config.encoding)
     split = read_split(name, paths, columns_of(config), label_names, form, remedy=remedy)
     return split, split.notes
