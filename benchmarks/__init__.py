@@ -1,1 +1,1 @@
-"""What `ft` is measured against, and the made-up weights it is measured with."""
+"""Benchmarks of `ft`, each a command: `python -m benchmarks.NAME --help`."""

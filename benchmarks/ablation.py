@@ -1,9 +1,9 @@
-"""What each saving is worth: `ft`'s training step with all of them, with each one left out, and with none.
+"""Ablation: `ft`'s training step with all optimizations, with each one left out, and with none.
 
     python -m benchmarks.ablation --dataset DIR --tokenizer DIR
 
-The program has no switches for these; the step is written out here once more, with switches. A first pass shows that
-it is the program's step, and that no saving changes a loss; a second one times all variants in turns.
+The program has no switches for these: the step is implemented here again, with switches. A first pass verifies that
+its losses are those of `ft.train.loop.train` for every variant; a second one times all variants in turns.
 """
 
 import math
@@ -57,15 +57,15 @@ class Variant:
     """A training step; the defaults are the program's.
 
     Attributes:
-        label_is_input: the label is fed too, though nothing reads what the model says after it.
+        label_is_input: the label is an input too, though its logits are not used.
         padded: every sequence has the length of the batch's longest.
-        selected_before: from where on only the supervised rows are computed.
-        dense_lookup: the gradient of the token look-up is a second (V, C) array.
-        adamw: which of PyTorch's three implementations; the program calls the fused one's kernel itself.
+        selected_before: the part from which on only the supervised rows are computed.
+        dense_lookup: the gradient of the token embedding's look-up is a second (V, C) tensor.
+        adamw: which of PyTorch's three implementations; the program calls the fused kernel itself.
         clips_in_optimizer: AdamW scales the gradients as it reads them; only the fused one can.
-        keeps_memory: freed memory stays with the process.
+        keeps_memory: the process keeps freed memory (malloc_trim is disabled).
         dropout_by_element: PyTorch's own dropout, which draws a random number for each element.
-        mkl_only: no matrix product goes to oneDNN. Where the program sends none there, nothing changes.
+        mkl_only: no matrix product uses oneDNN.
         casts_at_use: autocast casts each weight where it is used, in half precision.
     """
 
@@ -82,7 +82,7 @@ class Variant:
     casts_at_use: bool = False
 
     def changes_something(self, precision: Precision) -> bool:
-        """Whether it is another step than the program's on this device and in this format."""
+        """Whether it differs from the program's step on this device and in this precision."""
         if self in (VARIANTS[0], VARIANTS[-1]):
             return True
         if self.casts_at_use:
@@ -102,7 +102,7 @@ VARIANTS = (
     Variant("AdamW foreach, clipping as its own pass", adamw="foreach", clips_in_optimizer=False),
     Variant("AdamW for-loop, clipping as its own pass", adamw="for-loop", clips_in_optimizer=False),
     Variant("clipping as its own pass", clips_in_optimizer=False),
-    Variant("freed memory handed back", keeps_memory=False),
+    Variant("freed memory returned to the system", keeps_memory=False),
     Variant("PyTorch's own dropout", dropout_by_element=True),
     Variant("matrix products by MKL alone", mkl_only=True),
     Variant("weights cast at each use", casts_at_use=True),
@@ -164,7 +164,7 @@ def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
     if variant.clips_in_optimizer:
         clip_in_optimizer(optimizer, MAX_GRAD_NORM)
     else:
-        optimizer.grad_scale = None  # what another variant has left there
+        optimizer.grad_scale = None  # set by another variant
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -173,7 +173,7 @@ def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
 def step(
     model: GPT2, optimizer: torch.optim.AdamW, examples: Sequence[Example], variant: Variant, precision: Precision
 ) -> float:
-    """One optimiser step, `train_step` in `ft/train/loop.py` for one batch; returns the loss."""
+    """One optimizer step, `train_step` in `ft/train/loop.py` for one batch; returns the loss."""
     batch = build_batch(examples, variant).to(precision.device)
     half_weights, model.half_weights = model.half_weights, None if variant.casts_at_use else model.half_weights
     with ExitStack() as patches:
@@ -194,7 +194,7 @@ def step(
 
 @cache
 def read_examples(inputs: Inputs) -> list[Example]:
-    """The training reviews."""
+    """The training examples."""
     split = read_split("train", [inputs.dataset / "train.parquet"])
     tokenizer = read_tokenizer(inputs.model / "tokenizer.json")
     return encode(split, tokenizer, label_tokens(split.label_names or ("neg", "pos"), tokenizer), MAX_LENGTH)
@@ -202,7 +202,7 @@ def read_examples(inputs: Inputs) -> list[Example]:
 
 @cache
 def build(inputs: Inputs, precision: Precision, keeps_memory: bool, dropout: float) -> tuple[GPT2, torch.optim.AdamW]:
-    """Model and optimiser of this process, which all variants in it share: their speed does not depend on values."""
+    """Model and optimizer of this process, which all variants in it share: their speed does not depend on values."""
     if keeps_memory:
         disable_malloc_trim()
     config = GPT2Config.from_dict(read_json(inputs.model / "config.json"))
@@ -218,7 +218,7 @@ def batches(inputs: Inputs, first_step: int, steps: int) -> list[list[Example]]:
     """The examples of some steps, in the order of the program."""
     examples = read_examples(inputs)
     order = epoch_order(len(examples), SEED, epoch=0)
-    # A run of more steps than an epoch has begins anew.
+    # After an epoch the order starts again.
     starts = [step * BATCH_SIZE % (len(order) - BATCH_SIZE) for step in range(first_step, first_step + steps)]
     return [[examples[row] for row in order[start : start + BATCH_SIZE]] for start in starts]
 
@@ -242,7 +242,7 @@ def first_losses(inputs: Inputs, precision: Precision, variant: Variant) -> tupl
 
 
 def first_losses_of_the_program(inputs: Inputs, precision: Precision) -> list[float]:
-    """The same losses from `ft.train.train`, against which those of the variants are held."""
+    """The same losses from `ft.train.train`, the reference for those of the variants."""
     model, _ = build(inputs, precision, keeps_memory=True, dropout=0.0)
     config = Config(
         batch_size=BATCH_SIZE,
@@ -262,12 +262,12 @@ def first_losses_of_the_program(inputs: Inputs, precision: Precision) -> list[fl
 
 
 def variants_of(precision: Precision) -> tuple[Variant, ...]:
-    """Those that change something on this device and in this format."""
+    """The variants that change something on this device and in this precision."""
     return tuple(variant for variant in VARIANTS if variant.changes_something(precision))
 
 
 def process() -> ProcessPoolExecutor:
-    """One fresh process, which does what is submitted to it and sleeps in between."""
+    """A pool of one new process, which is idle between submissions."""
     return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
 
 
@@ -287,8 +287,8 @@ def compare_losses(inputs: Inputs, precision: Precision) -> dict[str, dict[str, 
 def time_in_turns(inputs: Inputs, precision: Precision, steps: int) -> dict[str, list[float]]:
     """The seconds of `steps` steps or a few more of each variant.
 
-    The allocator is set for a whole process, so that there are two of them; only one works at a time. Every round
-    begins with another variant and is on other reviews, the same ones for all. The first round is not counted.
+    The allocator is set per process, so there are two processes, of which one works at a time. Every round starts with
+    another variant and has other examples, the same for all variants. The first round is not counted.
     """
     variants = variants_of(precision)
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
@@ -311,15 +311,15 @@ def draw(medians: dict[str, float], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    colours = ["C2", *["C0"] * (len(medians) - 2), "C3"]
-    bars = axes.barh(list(medians), list(medians.values()), color=colours)
+    colors = ["C2", *["C0"] * (len(medians) - 2), "C3"]
+    bars = axes.barh(list(medians), list(medians.values()), color=colors)
     fastest = medians[ALL_ON.name]
     axes.bar_label(bars, [f"{seconds / fastest:.2f} x" for seconds in medians.values()], padding=4)
     axes.axvline(fastest, color="grey", linestyle=":")
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(
-        xlabel="seconds per step (median)", title="One optimiser step: with all savings, with one left out, with none"
+        xlabel="seconds per step (median)", title="One optimizer step: with all savings, with one left out, with none"
     )
     figure.savefig(path, dpi=120)
 
@@ -346,7 +346,7 @@ def main() -> None:
         ]
         for name, figure in figures.items()
     ]
-    header = ["instead of the saving", "step (s)", "against all savings", "peak memory (GiB)", "loss difference"]
+    header = ["instead of the optimization", "step (s)", "against all savings", "peak memory (GiB)", "loss difference"]
     largest = max(figure["loss_difference"] for figure in figures.values())
     table = markdown_table(header, rows) + (
         f"\n\nBatch {BATCH_SIZE} of at most {MAX_LENGTH} tokens, {precision.name}. Step: median of "

@@ -1,13 +1,13 @@
-"""How long the training stands still for a checkpoint, and what that costs in memory.
+"""How long a checkpoint stalls training, and how much memory it takes.
 
     python -m benchmarks.checkpoint --tokenizer DIR
 
-Every way of saving runs twice, each time in a process of its own, on a model of random weights with its optimiser's
-state: once with all cores training, and once with a single thread, so that a core is spare, as there is beside a GPU.
+Every way of saving runs twice, each time in its own process, on a model with random weights and its optimizer state:
+once with all cores training, and once with a single thread, so that a core is free, as it is beside a GPU.
 
-The stall of a save is the time of the call, and what the steps that run while it is written in the background take more
-than others: those before and after, and for `ft`, whose thread takes longer, those in between for which it is held; the
-time until it holds counts as stall too.
+The stall of a save is the time of the call, plus the extra time of the steps that run while the background thread
+writes. The baseline is the steps before and after; for `ft`, whose thread writes for longer, the steps in between for
+which the thread is paused. The time until it has paused counts as stall too.
 """
 
 import argparse
@@ -50,16 +50,16 @@ GPU_CASES = {"the GPU trains": 0}
 WAYS = {
     "ft": "ft, in the background",
     "ft blocking": "ft, --save-blocking",
-    "torch.save": "torch.save, not forced to the disk",
+    "torch.save": "torch.save, without fsync",
     "async_save": "torch.distributed.checkpoint.async_save",
-    "trainer": "Trainer, not forced to the disk",
+    "trainer": "Trainer, without fsync",
 }
 
 
 def main() -> None:
     """Measure every way in every case and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--saves", type=int, default=3, help="of each way, after one that does not count")
     parser.add_argument("--steps", type=int, default=6, help="before and after each save")
@@ -84,7 +84,7 @@ def main() -> None:
     text = markdown_table(header, [row(way, figures) for way in WAYS]) + (
         f"\n\n{options.size}, batches of {BATCH_SIZE}, {precision.name}, weights and AdamW's moments. "
         f"Medians of {options.saves} saves after a first that does not count. "
-        f"{told_of('ft', figures)} The Trainer's stall is its call, and "
+        f"{describe_times('ft', figures)} The Trainer's stall is its call, and "
         "its memory that of a process which has its own libraries loaded."
     )
     write_result("checkpoint", {"size": options.size, "cases": figures}, text, precision=precision)
@@ -100,8 +100,8 @@ def row(way: str, figures: dict[str, dict[str, Any]]) -> list[str]:
     return [*cells, f"{max(ways[way]['peak_bytes'] for ways in figures.values()) / GIB:.2f}"]
 
 
-def told_of(way: str, figures: dict[str, dict[str, Any]]) -> str:
-    """How long a step takes, and when a snapshot is on the disk, in a sentence for each case."""
+def describe_times(way: str, figures: dict[str, dict[str, Any]]) -> str:
+    """The time of a step and of a write in the background, in a sentence for each case."""
     return " ".join(
         f"Where {case}, a step takes {ways[way]['step_seconds']:.2f} s, and what ft writes in the background is on the "
         f"disk after {ways[way]['written_seconds']:.0f} s."
@@ -172,34 +172,34 @@ class Gate:
         self.open()
 
     def open(self) -> None:
-        """Let the thread go on; it counts as going on at once, even if it wakes later."""
+        """Let the thread continue; it counts as running at once, even if it wakes up later."""
         self.holds = False
         self._open.set()
 
-    def before(self, do: Executor) -> Executor:
-        """What does a piece of work as `do` does, when the gate is open."""
+    def before(self, executor: Executor) -> Executor:
+        """An executor that waits for the gate to be open, then runs the work by `executor`."""
 
-        def wait_and_do(work: Callable[[], None]) -> None:
+        def wait_and_run(work: Callable[[], None]) -> None:
             self.holds = not self._open.is_set()
             self._open.wait()
             self.holds = False
-            do(work)
+            executor(work)
 
-        return wait_and_do
+        return wait_and_run
 
 
-# Saves after a step; says whether that is still being written; can hold the writing.
+# Saves after a step; returns whether it is still being written; pauses the writing.
 Way = tuple[Callable[[int], None], Callable[[], bool], Gate | None]
 
 
 def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
-    """The program's own way."""
+    """The saver of `ft`."""
     source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"), {})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     gate = Gate()
 
-    def write(snapshot: Snapshot, do: Executor) -> None:
-        write_checkpoint(folder, snapshot, source, keep=2, keep_best=False, do=gate.before(do))
+    def write(snapshot: Snapshot, executor: Executor) -> None:
+        write_checkpoint(folder, snapshot, source, keep=2, keep_best=False, do=gate.before(executor))
 
     saver = Saver(write, print, blocking=blocking)
 
@@ -211,7 +211,7 @@ def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folde
 
 
 def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
-    """A pickle of both, as most scripts write it."""
+    """`torch.save` of both state dicts, as in most scripts."""
 
     def save(step: int) -> None:
         moments = dict(enumerate(optimizer.state.values()))
@@ -250,7 +250,7 @@ SAVERS = {
 
 
 def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int, precision: Precision) -> dict[str, float]:
-    """The Trainer's own save, which its training waits for."""
+    """The Trainer's save, which blocks training."""
     from tests.reference.trainer import build_trainer
 
     torch.backends.cuda.enable_cudnn_sdp(True)  # as by default, which ft changes
@@ -293,7 +293,7 @@ def draw(figures: dict[str, dict[str, Any]], stem: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.legend(loc="lower right", frameon=False)
-    axes.set(xlabel="seconds that a checkpoint holds the training up (median)")
+    axes.set(xlabel="seconds that a checkpoint stalls training (median)")
     figure.savefig(RESULTS / f"{stem}.png", dpi=120)
 
 

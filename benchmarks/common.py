@@ -1,6 +1,7 @@
-"""What every benchmark shares: the device and its clock, a description of the machine, and where results are written.
+"""Shared by all benchmarks: the device and its clock, a description of the machine, and the result files.
 
-On a GPU work is queued, and is not done when a call returns. Moments are CUDA events there, which are queued with it.
+On a GPU a call returns before its work is done. There, times are taken with CUDA events, which are queued with the
+work.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def precision_of(options: argparse.Namespace) -> "Precision":
-    """Device and number format that the flags name; a GPU becomes the current one."""
+    """The device and precision that the flags select; a GPU becomes the current device."""
     from ft.device import choose_precision, use_device  # here, as the Trainer's process needs none of it
 
     device = use_device(options.device)  # as the program: without cuDNN's attention
@@ -53,12 +54,12 @@ def require_one_gpu(parser: argparse.ArgumentParser, device: torch.device) -> No
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether the device has a clock, a memory and a queue of its own."""
+    """Whether the device is a GPU, with its own clock, memory and queue."""
     return device.type in GPU_TYPES
 
 
 def moment(device: torch.device) -> Moment:
-    """Now, in the work of the device."""
+    """The current time in the work of the device."""
     if not is_gpu(device):
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -67,7 +68,7 @@ def moment(device: torch.device) -> Moment:
 
 
 def seconds_between(start: Moment, end: Moment) -> float:
-    """The time from one moment to a later one, which it waits for."""
+    """Seconds between two moments; waits for the later one."""
     if isinstance(start, float):
         return end - start
     end.synchronize()
@@ -75,14 +76,14 @@ def seconds_between(start: Moment, end: Moment) -> float:
 
 
 def wall_clock(device: torch.device) -> float:
-    """Seconds at which the device has done all that it was given."""
+    """The time in seconds when the device has finished its queued work."""
     if is_gpu(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def median_seconds_of(function: Callable[[], Any], repetitions: int, device: torch.device) -> float:
-    """The median seconds of a call, after one that does not count."""
+    """The median seconds of a call, after one warm-up call."""
     function()
     seconds = []
     for _ in range(repetitions):
@@ -101,9 +102,9 @@ def matmul_rate(precision: "Precision") -> float:
 
 
 def peak_memory(device: torch.device = CPU) -> int:
-    """The most bytes that this process ever held: of a GPU's memory what PyTorch allocated, else of the system's.
+    """The peak memory of this process in bytes: on a GPU what PyTorch allocated, else resident memory.
 
-    `ru_maxrss` will not do: it begins with the parent's (Linux only).
+    Not `ru_maxrss`, which starts with the parent's peak (Linux only).
     """
     if is_gpu(device):
         return torch.cuda.max_memory_allocated(device)
@@ -111,14 +112,14 @@ def peak_memory(device: torch.device = CPU) -> int:
 
 
 def current_memory(device: torch.device = CPU) -> int:
-    """Bytes that this process holds now, where `peak_memory` counts them."""
+    """The current memory of this process in bytes, as `peak_memory` counts it."""
     if is_gpu(device):
         return torch.cuda.memory_allocated(device)
     return _kibibytes("/proc/self/status", "VmRSS") * 1024
 
 
 def available_memory() -> int:
-    """Bytes that the machine can give without swapping (Linux only)."""
+    """Bytes that are available without swapping (Linux only)."""
     return _kibibytes("/proc/meminfo", "MemAvailable") * 1024
 
 
@@ -128,17 +129,17 @@ def _kibibytes(path: str, key: str) -> int:
 
 
 def launches(profiler: torch.profiler.profile) -> int:
-    """How often the host started work on a GPU while it was profiled."""
+    """The number of launches on a GPU while it was profiled."""
     return sum(event.count for event in profiler.key_averages() if event.key.startswith(LAUNCHES))
 
 
 def result_name(name: str, device: torch.device) -> str:
-    """The name of a result's files: those of GPUs stand beside those of CPUs."""
+    """The stem of a result's files, which differs between CPU and GPU."""
     return f"{name}-cuda" if is_gpu(device) else name
 
 
 def machine() -> dict[str, Any]:
-    """The machine, versions and date that a figure belongs to."""
+    """The machine, package versions and date of a measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     names = (
         [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]

@@ -1,4 +1,4 @@
-"""What several processes gain on this machine, what their exchange costs, and how much of it the backward pass hides.
+"""Speed-up by several processes, the cost of their communication, and its overlap with the backward pass.
 
     python -m benchmarks.distributed
 
@@ -11,7 +11,7 @@ torchrun would start them, and are new for each measurement. The cases take turn
     ddp      several that exchange their gradients (DistributedDataParallel)
     bf16     the same, with gradients sent as bf16
     shard    several that hold a part of the weights, gradients and moments each (fully_shard)
-    release  the same, with memory that is freed handed back to the system (--release-memory)
+    release  the same, with freed memory returned to the system (--release-memory)
     threads  one process with as many threads as the others are processes, on all their reviews
 
 In every case a process reads the same reviews in the same order, so that differences of time are not of the data.
@@ -22,7 +22,7 @@ of its blocks for the forward pass and again for the backward pass, and sends it
 times (p - 1) / p of their bytes. What is in no block, the embeddings, stays after the forward pass: 2 times. gloo,
 which connects CPUs, sends gradients to where they belong by an all-reduce, of which each process keeps its part: once
 more in both cases. What the processes really send is what the kernel counts on the loopback interface (Linux only),
-through which all of it goes; what other programs say over it meanwhile is counted too.
+through which all of it goes; the traffic of other programs is counted too.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def measure(case: Case, together: int, size: str, steps: int) -> list[dict[str, 
 
 
 def free_port() -> int:
-    """The number of a TCP port at which nobody listens."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -191,7 +191,7 @@ def run(rank: int, case: Case, together: int, size: str, steps: int, port: int) 
         torch.manual_seed(42 + rank)
         examples = own_reviews(case, rank, together, steps, config.vocab_size)
 
-        ranks.all_reduce_max(0)  # which all must have come to before one goes on
+        ranks.all_reduce_max(0)  # a barrier
         sent_before = sent_bytes()
         seconds = timed_steps(parallel, optimizer, examples, case.reviews, trained_by)
         ranks.all_reduce_max(0)
@@ -225,7 +225,7 @@ def own_reviews(case: Case, rank: int, together: int, steps: int, vocab_size: in
 
 
 def sent_bytes() -> int:
-    """Bytes that the loopback interface has carried so far, for whomever (Linux only)."""
+    """Bytes that the loopback interface has sent so far, of all programs (Linux only)."""
     lines = Path("/proc/net/dev").read_text().splitlines()
     counters = next(line for line in lines if line.strip().startswith("lo:")).partition(":")[2].split()
     return int(counters[8])  # the first of what was transmitted
@@ -333,7 +333,7 @@ def table(figures: dict[str, Any], cases: Sequence[Case]) -> str:
     apart = summaries["apart"]
     waiting = apart["step_seconds"] - apart["process_step_seconds"]
     return (
-        markdown_table(["", "step (ms)", *PARTS, "reviews/s", "efficiency", "peak (GiB)"], times)
+        markdown_table(["", "step (ms)", *PARTS, "examples/s", "efficiency", "peak (GiB)"], times)
         + "\n\n"
         + markdown_table(
             ["", "sent (MB)", "needed (MB)", "exchange alone (ms)", "exposed (ms)", "overlap"],
@@ -341,11 +341,11 @@ def table(figures: dict[str, Any], cases: Sequence[Case]) -> str:
         )
         + f"\n\n{figures['size']}, {figures['reviews_per_process']} reviews per process and step, fp32, one thread per "
         f"process but in the last row. Medians of {figures['rounds']} x {figures['timed_steps']} steps.\n\n"
-        "- step: of the slowest process, for which the others wait. Where nothing is exchanged nobody waits, but the "
+        "- step: of the slowest process, for which the others wait. Without communication no process waits, but the "
         f"slowest counts there too, which makes {1e3 * waiting:.0f} ms of that row: batches are not equally long. The "
         "parts, in ms, are those of all processes. backward has the exchange as far as it is waited for; of the "
         "sharded model forward has it too.\n"
-        "- efficiency: reviews/s, divided by the number of cores and by the reviews/s of 1 process.\n"
+        "- efficiency: examples/s, divided by the number of cores and by the examples/s of 1 process.\n"
         "- peak: the most memory that any process held, from its start to its last step.\n"
         "- sent: what the loopback interface carried per step and process, in the round with the least. needed: what "
         f"a ring needs, 2 (p - 1) / p times the gradients' {figures['gradient_bytes'] / MB:.1f} MB, half of that in "
@@ -374,7 +374,7 @@ def draw(figures: dict[str, Any], cases: Sequence[Case]) -> None:
         axes.barh([case.label for case in cases], widths, left=lefts, label=part)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     for place, (end, own) in enumerate(zip(lefts, summaries, strict=True)):
-        axes.text(end, place, f" {own['reviews_per_second']:.1f} reviews/s, {own['efficiency']:.0%}", va="center")
+        axes.text(end, place, f" {own['reviews_per_second']:.1f} examples/s, {own['efficiency']:.0%}", va="center")
     axes.set(xlabel="ms per step", title=f"{figures['size']}, {figures['reviews_per_process']} reviews per process")
     axes.set_xlim(right=1.4 * max(lefts))  # room for what is written behind the bars
     axes.invert_yaxis()

@@ -1,10 +1,9 @@
-"""The whole job once: an epoch at 124M parameters on the real reviews, from random weights in the published layout.
+"""The full recipe once: an epoch at 124M parameters on the real reviews, from random weights in the published layout.
 
     python -m benchmarks.epoch --dataset DIR --tokenizer DIR --work DIR
 
-The published weights are a download of 548 MB, which this benchmark does without: it shows what the program does and
-how long it takes, and the accuracies are those of an untrained start, far below those of the published weights.
-Started again with the same `--work`, it continues where it broke off.
+It does not download the published weights (548 MB): it measures the time of the full run, and its accuracies are those
+of an untrained start, far below those of the published weights. Started again with the same `--work`, it resumes.
 """
 
 import argparse
@@ -19,11 +18,11 @@ from tests.reference.synthetic import write_model
 
 
 def main() -> None:
-    """Run the job as a user would, then write the table and the picture."""
+    """Run the program as a user would, then write table and chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, required=True, help="folder with the reviews as parquet")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the weights and the run, about 4 GB")
+    parser.add_argument("--dataset", type=Path, required=True, help="directory with the reviews as parquet")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the weights and the run, about 4 GB")
     options = parser.parse_args()
 
     model = options.work / "model"
@@ -48,7 +47,7 @@ def main() -> None:
         ]
         for event in training
     ]
-    table = markdown_table(["step", "training loss", "validation loss", "validation accuracy", "reviews/s"], rows)
+    table = markdown_table(["step", "training loss", "validation loss", "validation accuracy", "examples/s"], rows)
     last = training[-1]["step"]
     table += (
         f"\n\nFrom random weights: {last} steps in {seconds / 60:.1f} minutes, {len(evaluations)} evaluations and "
@@ -75,11 +74,11 @@ def draw(training: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> N
     steps = [event["step"] for event in evaluations]
     left.plot([event["step"] for event in training], [event["loss"] for event in training], "o-", label="training")
     left.plot(steps, [event["eval_loss"] for event in evaluations], "s-", label="validation")
-    left.set(xlabel="optimiser step", ylabel="loss (nats per label)")
+    left.set(xlabel="optimizer step", ylabel="loss (nats per label)")
     left.legend()
     right.plot(steps, [100 * event["eval_accuracy"] for event in evaluations], "s-", color="C1", label="validation")
     right.axhline(50, color="grey", linestyle=":", label="guessing")
-    right.set(xlabel="optimiser step", ylabel="accuracy (%)")
+    right.set(xlabel="optimizer step", ylabel="accuracy (%)")
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What it saves to train some parameters only, and what it costs in accuracy.
+"""Speed, memory and accuracy of training only some parameters.
 
     python -m benchmarks.freeze
 
@@ -96,7 +96,7 @@ def measure_in_turns(size: str, turns: int) -> dict[str, dict[str, Any]]:
 
 @cache
 def built(size: str, patterns: tuple[str, ...]) -> tuple[GPT2, AdamW]:
-    """Model and optimiser of this process, which never holds the moments of what is frozen."""
+    """Model and optimizer of this process, which never holds the moments of what is frozen."""
     disable_malloc_trim()
     model = GPT2(GPT2Config.from_dict(model_config(size)))
     model.init_weights(seed=42)

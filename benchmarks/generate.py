@@ -1,10 +1,10 @@
-"""Tokens per second of a continued text, beside `transformers`' own `generate` on the same weights.
+"""Tokens per second of greedy decoding, compared with `generate` of `transformers` on the same weights.
 
     python -m benchmarks.generate --tokenizer DIR
 
-Both continue the same prompts by as many likeliest tokens, in turns, from random weights of the 124M model's size: what
-a token costs does not depend on their values. Both come to the same tokens, which is checked. The time is that of the
-whole call: reading the prompt, every token, and for ft turning them into text as they come.
+Both continue the same prompts by the same number of tokens, in turns, with random weights of the 124M model's size: the
+time per token does not depend on their values. Both must generate the same tokens. The time is that of the full call:
+prefill, every token, and for ft decoding the tokens to text as they are generated.
 """
 
 import argparse
@@ -28,13 +28,18 @@ PROMPTS = (16, 512)
 def main() -> None:
     """Measure prompts of each length in turns, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens of each turn (default 100)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side, after one that warms up (default 7)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
     parser.set_defaults(precision="fp32")  # in which ft generates
     options = parser.parse_args()
+    n_positions = SIZES[options.size]["n_positions"]
+    if not 0 < options.tokens <= n_positions - min(PROMPTS):
+        parser.error(
+            f"--tokens must be from 1 to {n_positions - min(PROMPTS)}: {options.size} has {n_positions} positions"
+        )
     precision = precision_of(options)
     device = precision.device
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +48,8 @@ def main() -> None:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
     words = ours.tokenizer.encode(REVIEW * 60, add_special_tokens=False).ids
     figures = []
-    for length in [length for length in PROMPTS if length + options.tokens <= SIZES[options.size]["n_positions"]]:
+    lengths = [length for length in PROMPTS if length + options.tokens <= n_positions]
+    for length in lengths:
         prompt = ours.tokenizer.decode(words[:length])
         seconds: dict[str, list[float]] = {"ft": [], "transformers": []}
         for turn in range(options.rounds + 1):

@@ -1,11 +1,11 @@
-"""What activation checkpointing saves and costs, in `ft` and in the Hugging Face Trainer.
+"""Memory and time of activation checkpointing, in `ft` and in the Hugging Face Trainer.
 
     python -m benchmarks.memory --tokenizer DIR
 
-Batches of 8: short reviews, as long as the real ones, and long ones of exactly 512 tokens. Each case has a process to
-itself, whose peak memory is told, and what of it is neither the process without a model nor the 16 bytes per parameter
-of weights, gradients and AdamW's moments: activations and work space. It can come out near nothing, for the peak of a
-small batch falls into the optimiser's part of the step, when activations are gone.
+Batches of 8: short examples, as long as the real reviews, and long ones of exactly 512 tokens. Each case runs in its
+own process. Reported are its peak memory, and the activations: the peak less the process without a model, and less the
+16 bytes per parameter of weights, gradients and AdamW's moments. They can be near 0, since the peak of a small batch
+is in the optimizer step, when activations are freed.
 """
 
 import argparse
@@ -74,12 +74,12 @@ class Case:
 def main() -> None:
     """Measure every case, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--long", type=int, default=512, help="tokens of a long review, its label included")
+    parser.add_argument("--long", type=int, default=512, help="tokens of a long example, label included")
     parser.add_argument("--short-steps", type=int, default=6, help="timed steps at 32 tokens, after a warm-up")
-    parser.add_argument("--long-steps", type=int, default=2, help="timed steps with long reviews, after a warm-up")
+    parser.add_argument("--long-steps", type=int, default=2, help="timed steps with long examples, after a warm-up")
     add_device_flags(parser)
     options = parser.parse_args()
     precision = precision_of(options)

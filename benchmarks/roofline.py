@@ -1,4 +1,4 @@
-"""The step against the least time that this machine needs for the work that the loss needs.
+"""The time of a step compared with its lower bound on this machine (roofline).
 
     python -m benchmarks.roofline [--dataset DIR --tokenizer DIR]
 
@@ -85,8 +85,8 @@ class Layer:
 def main() -> None:
     """Measure the step, the products and the bandwidth, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, help="folder with the reviews as parquet")
-    parser.add_argument("--tokenizer", type=Path, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--dataset", type=Path, help="directory with the reviews as parquet")
+    parser.add_argument("--tokenizer", type=Path, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40, help="timed steps, after a warm-up")
@@ -273,7 +273,7 @@ def table(figures: dict[str, Any], layers: Sequence[Layer]) -> str:
     """Both tables and what they amount to."""
     taken, bounds = figures["step_seconds_by_part"], figures["bound_seconds_by_part"]
     rows = [[part, f"{1e3 * taken[part]:.1f}", f"{1e3 * bounds.get(part, 0.0):.1f}"] for part in PARTS]
-    rows.append(["whole step", f"{1e3 * figures['step_seconds']:.1f}", f"{1e3 * figures['bound_seconds']:.1f}"])
+    rows.append(["full step", f"{1e3 * figures['step_seconds']:.1f}", f"{1e3 * figures['bound_seconds']:.1f}"])
     products = [
         [
             layer.name,

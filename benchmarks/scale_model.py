@@ -1,4 +1,4 @@
-"""How many devices pay: a model of a step's time, checked on this machine's processes and applied to published figures.
+"""A model of the step time on many devices, checked on this machine's processes and applied to published figures.
 
     python -m benchmarks.scale_model          (after python -m benchmarks.distributed, for the check)
 
@@ -67,7 +67,7 @@ BUCKET_BYTES = 25 * 2**20
 BACKWARD = 2 / 3  # of both passes: two products for each of the forward pass
 FP32_BYTES, BF16_BYTES = 4, 2
 
-# ASSUMED, as nobody has measured it for this program: how much of the published figures is reached, and small times.
+# ASSUMED, not measured for this program: the achieved share of the published figures, and small times.
 USED_FLOPS = 0.4  # of the matrix products' peak
 USED_BANDWIDTH = 0.8  # of memory and of links
 QUEUE_SECONDS = 5e-6  # for PyTorch to queue a kernel
@@ -332,7 +332,7 @@ def prediction(size: str, model: Model, setting: Setting, cluster: Cluster) -> d
 
 
 def check_table(measured: dict[str, Any], checks: Sequence[dict[str, Any]]) -> str:
-    """What the model says of this machine's processes, and what they took."""
+    """Predicted and measured step times of this machine's processes."""
     cases = measured["cases"]
     labels = {"ddp": f"{measured['processes']} processes", "bf16": f"{measured['processes']} processes, bf16 gradients"}
     rows = [

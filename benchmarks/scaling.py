@@ -1,9 +1,9 @@
-"""How time and memory grow with the batch, the length, the model and the data.
+"""How time and memory scale with batch size, length, model size and data.
 
     python -m benchmarks.scaling --dataset DIR --tokenizer DIR
 
 A step is that of `ft.train.train`, on reviews of random tokens that are all of the full length; the data series
-tokenises real reviews and makes examples of them. Each point has a process to itself, so that its peak memory is its
+tokenizes and encodes real reviews. Each point has a process to itself, so that its peak memory is its
 own. Exponents are slopes of a least-squares line through the logarithms: 1 is linear growth, 0 none.
 """
 
@@ -69,8 +69,8 @@ class Point:
 def main() -> None:
     """Measure every point, fit the exponents, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, required=True, help="folder with the reviews as parquet")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--dataset", type=Path, required=True, help="directory with the reviews as parquet")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="model of the batch and length series")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=MODELS, help="models of the model series")
     add_device_flags(parser)

@@ -1,10 +1,10 @@
-"""What the learning rate, the batch size and the number of epochs do: the demo once for each value, and curves.
+"""The effect of learning rate, batch size and epochs: one run of the demo for each value, and curves.
 
     python -m benchmarks.settings --work DIR
 
-Every run is `python run.py --demo` with one flag more, on the same composed reviews, the same untrained small GPT-2 and
-the same seed: one run of each, so that differences of a per cent or two mean nothing. Runs that lie finished in DIR are
-not done again.
+Every run is `python run.py --demo` with one more flag, on the same generated reviews, the same untrained small GPT-2
+and the same seed. There is one run for each value, so differences of one or two percent are noise. Finished runs in DIR
+are not repeated.
 """
 
 import argparse
@@ -32,7 +32,7 @@ EVALUATIONS_PER_EPOCH = 4
 def main() -> None:
     """Run what has not run yet, then write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs, about 200 MB")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the runs, about 200 MB")
     options = parser.parse_args()
 
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}

@@ -1,8 +1,8 @@
-"""The product's own training step under a clock: what the benchmarks of its time and memory share.
+"""Time of the parts of a training step, shared by the benchmarks of time and memory.
 
     python -m benchmarks.step [--device cuda] [--cuda-graphs] [--profile trace.json]
 
-By itself it shows where a step's time goes, how much memory it takes, and on a GPU how often Python starts work there.
+As a command it reports the time of each part, the peak memory, and on a GPU the number of launches per step.
 """
 
 import argparse
@@ -73,7 +73,7 @@ ONEDNN_FLOPS = (
 
 
 class Clock(StepRecorder):
-    """The seconds of each part of each step; the loop calls it after every step."""
+    """Records the seconds of each part of each step."""
 
     def __init__(self, device: torch.device = CPU, after_step: Callable[[], None] = lambda: None) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Clock(StepRecorder):
         self._start = moment(device)
 
     def mark(self, part: str) -> None:
-        """The time since the last mark was spent on `part`."""
+        """Attribute the time since the last mark to `part`."""
         self._marks[-1].append((part, moment(self._device)))
 
     def step_done(self, num_examples: int, num_tokens: int) -> None:
@@ -92,7 +92,7 @@ class Clock(StepRecorder):
         self._after_step()
 
     def seconds(self) -> list[dict[str, float]]:
-        """Of each part of each whole step; on a GPU this waits for all of them."""
+        """The seconds of each part of each complete step; on a GPU this waits for all of them."""
         steps, before = [], self._start
         for marks in self._marks[:-1]:
             steps.append(dict.fromkeys(PARTS, 0.0))
@@ -132,7 +132,7 @@ def build(
     precision: Precision = FP32,
     **config_overrides: Any,
 ) -> tuple[GPT2, AdamW, GPT2Config]:
-    """A model of random weights and its optimiser, made as the job makes them (after `disable_malloc_trim`)."""
+    """A model of random weights and its optimizer, made as the job makes them (after `disable_malloc_trim`)."""
     config = GPT2Config.from_dict(model_config(size, **config_overrides))
     model = GPT2(config)
     model.init_weights(seed=42)
@@ -195,12 +195,12 @@ def timed_steps(
 
 
 def warm_up(device: torch.device) -> int:
-    """How many steps no figure counts."""
+    """The number of warm-up steps, which are not counted."""
     return GPU_WARM_UP if is_gpu(device) else WARM_UP
 
 
 def median_seconds(steps: Sequence[dict[str, float]], device: torch.device = CPU) -> float:
-    """The median time of a whole step, the warm-up left out."""
+    """The median time of a step, without the warm-up."""
     return statistics.median(sum(step.values()) for step in steps[warm_up(device) :])
 
 
@@ -237,14 +237,14 @@ def read_reviews(dataset: Path) -> Split:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """How many numbers are trained; tied weights count once."""
+    """The number of parameters; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def in_own_process(
     function: Callable[..., dict[str, float]], *arguments: Any, device: torch.device = CPU
 ) -> dict[str, float] | None:
-    """`function(*arguments)` in a fresh process, whose peak memory is its own; None if it needs more than there is.
+    """`function(*arguments)` in a new process, with its own peak memory; None if it runs out of memory.
 
     On a CPU the process may not take more than 95 % of the memory available at its start: a measurement that does not
     fit must fail by itself, not have the kernel end some other program. A GPU's driver refuses by itself.

@@ -1,8 +1,8 @@
-"""What the program survives: kills, file operations that fail, bad input. A table of what its tests did to it.
+"""Counts the faults that the tests inject: kills, failing file operations, bad input.
 
     python -m benchmarks.survival [--slow] [--tests io/test_direct_io ...]
 
-Runs those tests and counts. A single loss would be a test that fails, and with it this command.
+Runs those tests and writes a table. If a test fails, so does this command.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from benchmarks.common import markdown_table, write_result
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "integration/test_kill": "runs killed over and over, against calm ones",
-    "io/test_atomic": "folders written while an operation fails, and damaged ones",
-    "io/test_direct_io": "files on disks that refuse, move little at a time, or give back other bytes",
+    "integration/test_kill": "runs that are killed repeatedly, compared with undisturbed runs",
+    "io/test_atomic": "directories written while an operation fails, and damaged ones",
+    "io/test_direct_io": "files on disks that fail, transfer few bytes at a time, or return other bytes",
     "checkpoint/test_store": "checkpoints written and deleted while an operation fails, and damaged ones",
-    "checkpoint/test_async_writer": "disks that refuse, and saving beside the training",
-    "integration/test_real_disks": "full disks and missing permissions, as the system makes them",
+    "checkpoint/test_async_writer": "disks that fail, and saving in the background",
+    "integration/test_real_disks": "real full disks and missing permissions",
     "train/test_signals": "signals, in steps, evaluations and saves",
-    "train/test_nonfinite": "losses and gradients that are not finite",
+    "train/test_nonfinite": "non-finite losses and gradients",
     "integration/test_bad_input": "bad files, flags, checkpoints, and readers under random bytes",
     "integration/test_run_directory": "run directories moved, deleted and rearranged during a run",
-    "integration/test_run_directory_fuzz": "run directories whose files were changed or replaced by a seed",
+    "integration/test_run_directory_fuzz": "run directories whose files are changed or replaced at random",
 }
 
 
@@ -54,9 +54,9 @@ def main() -> None:
     skipped = sum(case.find("skipped") is not None for case in cases)
     rows = [[name, str(number)] for name, number in counts.items()]
     rows += [[f"tests: {what}", str(passed[Path(name).name])] for name, what in TESTS.items() if name in options.tests]
-    rows += [["tests skipped", str(skipped)], ["tests in which something was lost", str(failed)]]
+    rows += [["tests skipped", str(skipped)], ["tests failed", str(failed)]]
     figures = {"slow": options.slow, "counts": counts, "passed": passed, "skipped": skipped, "failed": failed}
-    write_result("survival", figures, markdown_table(["what was done to runs", "number"], rows))
+    write_result("survival", figures, markdown_table(["fault", "number"], rows))
     sys.exit(done.returncode)
 
 

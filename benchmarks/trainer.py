@@ -1,12 +1,11 @@
-"""How many times the Hugging Face Trainer's speed: the tutorial's script and `ft`, in turns on the same machine.
+"""Speed and memory compared with the Hugging Face Trainer: the tutorial's script and `ft`, in turns on one machine.
 
     python -m benchmarks.trainer --dataset DIR --tokenizer DIR
 
-Each runs in a process of its own, as its user would start it, with the same weights, reviews and order. The two take
-turns of a few steps: while one works, the other waits for a message and uses no processor time. A machine that slows
-down or speeds up in the meantime does so for both.
+Each runs in its own process, with the same weights, examples and order. The two take turns of a few steps: while one
+works, the other waits for a message and uses no processor time. So a change in the speed of the machine affects both.
 
-What is timed is the very loop of each: the clock runs from one log of the loss (written at every step) to the next.
+The time of a step is that from one log of the loss (at every step) to the next, in the training loop of each.
 """
 
 import argparse
@@ -68,7 +67,7 @@ class Row:
 
 
 ROWS = (
-    Row("a", "as each comes", 0.1, {"trainer": True, "ft": False}, trainer_eval_batch_size=8),
+    Row("a", "default settings", 0.1, {"trainer": True, "ft": False}, trainer_eval_batch_size=8),
     Row("b", "activation checkpointing in both", 0.1, {"trainer": True, "ft": True}),
     Row("c", "no checkpointing, no dropout", 0.0, {"trainer": False, "ft": False}),
     Row("d", "as (c), with bf16 autocast", 0.0, {"trainer": False, "ft": False}, bf16=True),
@@ -90,7 +89,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step; `tokens` are those of the reviews and end-of-text, without label or padding."""
+    """One optimizer step; `tokens` are those of the reviews and end-of-text, without label or padding."""
 
     seconds: float
     loss: float
@@ -111,7 +110,7 @@ class Finished(Exception):  # noqa: N818, as nothing is wrong
 
 
 class Turns:
-    """The worker's end of the pipe: its training loop goes on only as far as it is told to.
+    """The worker's end of the pipe: its training loop runs only the steps that the driver requests.
 
     The first step needs no permission, so that start-up is measured up to its end.
     """
@@ -125,7 +124,7 @@ class Turns:
         self.first_began: float | None = None
 
     def step_begins(self) -> None:
-        """Note when the first step begins: imports, weights and tokenising are done. The clock is the machine's."""
+        """Note when the first step begins: imports, weights and tokenization are done. The clock is the machine's."""
         if self.first_began is None:
             self.first_began = time.perf_counter()
 
@@ -201,7 +200,7 @@ def run_trainer(turns: Turns, row: Row, inputs: Inputs) -> None:
 
 
 def run_ft(turns: Turns, row: Row, inputs: Inputs) -> None:
-    """The program's own job and loop; only the report is another one, which takes turns."""
+    """`fine_tune` and its training loop, with hooks that take turns."""
     from ft import finetune
     from ft.config import Config
     from ft.session import Session
@@ -267,12 +266,12 @@ class Worker:
         self.seconds: dict[str, list[float]] = {"evaluate": [], "save": []}
 
     def train(self, steps: int) -> None:
-        """Have it do some steps, and wait for them."""
+        """Run `steps` steps, and wait for them."""
         self.connection.send(("steps", steps))
         self.blocks.append(self.connection.recv())
 
     def time(self, action: str) -> None:
-        """Have it evaluate or save a checkpoint, and wait for that."""
+        """Evaluate or save a checkpoint, and wait for it."""
         self.connection.send((action, 0))
         self.seconds[action].append(self.connection.recv())
 
@@ -340,11 +339,11 @@ SHOWN = (
     ("step", "step (s)", 1, ".3f", True),
     ("steps_per_second", "steps/s", 1, ".3f", False),
     ("tokens_per_second", "tokens/s", 1, ".0f", False),
-    ("evaluation_samples_per_second", "evaluation (samples/s)", 1, ".1f", False),
+    ("evaluation_samples_per_second", "evaluation (examples/s)", 1, ".1f", False),
     ("start_up", "process start to the first step (s)", 1, ".1f", True),
     ("first_step_done", "process start to the end of the first step (s)", 1, ".1f", True),
     ("save", "saving a checkpoint (s)", 1, ".2f", True),
-    ("whole_job", "whole job (min)", 1 / 60, ".1f", True),
+    ("whole_job", "full run (min)", 1 / 60, ".1f", True),
     ("peak_bytes", "peak memory (GiB)", 2**-30, ".2f", True),
 )
 
@@ -371,15 +370,15 @@ def row_table(figures: dict[str, Any]) -> str:
 
 
 def goals_table(results: dict[str, dict[str, Any]]) -> str:
-    """What the project set out to reach, and what it reached."""
+    """The goals of the project and the measured ratios."""
     goals = [
-        ("step time, as each comes", "a", "step", 4.0),
+        ("step time, with default settings", "a", "step", 4.0),
         ("step time, checkpointing in both", "b", "step", 2.8),
         ("step time, no checkpointing and no dropout", "c", "step", 2.7),
-        ("evaluation, as each comes", "a", "evaluation_samples_per_second", 2.5),
-        ("whole job, as each comes", "a", "whole_job", 3.5),
-        ("start-up, as each comes", "a", "start_up", 2.0),
-        ("peak memory, as each comes", "a", "peak_bytes", 1.0),
+        ("evaluation, with default settings", "a", "evaluation_samples_per_second", 2.5),
+        ("full run, with default settings", "a", "whole_job", 3.5),
+        ("start-up, with default settings", "a", "start_up", 2.0),
+        ("peak memory, with default settings", "a", "peak_bytes", 1.0),
     ]
     lines = [
         [what, f"{goal:.1f} x", f"{advantage(results[row], key):.2f} x"]
@@ -396,16 +395,16 @@ def notes(results: dict[str, dict[str, Any]], steps: int, rounds: int, device: t
     """How the figures came about."""
     titles = "; ".join(f"({name}) {figures['row']['title']}" for name, figures in results.items())
     return (
-        f"Rows: {titles}. As each comes, both drop out 0.1, the Trainer recomputes activations as the tutorial has it "
-        f"and evaluates in its batches of 8, `ft` does not recompute and evaluates in batches of 64; in the other rows "
+        f"Rows: {titles}. With default settings both have dropout 0.1; the Trainer checkpoints activations as the "
+        f"tutorial does and evaluates in batches of 8, `ft` does neither and evaluates in batches of 64; in other rows "
         f"both evaluate in batches of 64.\n\n"
         f"Batch 8 of at most 32 tokens, fp32 unless said otherwise. Medians of at least {steps} steps, "
         f"{steps_of_warm_up(device)} before them not counted, in turns of {BLOCK}; of {rounds} evaluations of the "
         f"{VALIDATION_REVIEWS} validation reviews and as many saves. Tokens are those of the reviews, without padding. "
         f"Peak memory is that of the {'device' if is_gpu(device) else 'process'} up to the last training step. A save "
-        f"of `ft` waits until the disk has it, one of the Trainer does not. Start-up is with all files in the page "
+        f"of `ft` includes fsync, one of the Trainer does not. Start-up is with all files in the page "
         f"cache; the first step is the slowest, as it takes its memory from the system.\n\n"
-        f"The whole job is calculated from these figures: the first step's end, {STEPS - 1} more steps, "
+        f"The time of the full run is calculated from these figures: the first step's end, {STEPS - 1} more steps, "
         f"{EVALUATIONS['trainer']} evaluations and {SAVES['trainer']} checkpoints; for `ft` one more of each, the test "
         f"split and the finished model."
     )
@@ -427,7 +426,7 @@ def draw(results: dict[str, dict[str, Any]], stem: str) -> None:
         axes.text(place + 0.2, height, f"{advantage(figures, 'step'):.1f} x", ha="center", va="bottom")
     axes.set_xticks(range(len(results)), [f"({name}) {figures['row']['title']}" for name, figures in results.items()])
     axes.tick_params(axis="x", labelsize=8)
-    axes.set(ylabel="seconds per step (median)", title="One optimiser step of the tutorial's job")
+    axes.set(ylabel="seconds per step (median)", title="One optimizer step of the tutorial's job")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(RESULTS / f"{stem}.png", dpi=120)
@@ -436,8 +435,8 @@ def draw(results: dict[str, dict[str, Any]], stem: str) -> None:
 def parser_of_inputs(description: str | None) -> argparse.ArgumentParser:
     """The flags that say what to run on."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, required=True, help="folder with the reviews as parquet")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's tokenizer.json")
+    parser.add_argument("--dataset", type=Path, required=True, help="directory with the reviews as parquet")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--work", type=Path, help="folder for weights and runs, kept; left out: a temporary one")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="of the model, whose weights are random")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each")

@@ -52,7 +52,7 @@ def test_the_program_from_start_to_end(small, tmp_path):
     assert "40 examples to train on, 20 examples to validate, 10 examples to test; labels neg, pos" in done.stdout
     assert "Plan: 5 steps of 8 examples" in done.stdout
     assert "Finished 5 steps in" in done.stdout
-    assert "samples/s" in done.stdout
+    assert "examples/s" in done.stdout
     assert "Three validation examples:" in done.stdout
     run = tmp_path / "run"
     names = [".lock", "checkpoint-5", "config.json", "final", "metrics.jsonl", "scores.json"]

@@ -14,7 +14,7 @@ from ft.data.load import with_demo_inputs
 from ft.distributed.ranks import Ranks
 from ft.errors import FtError, UsageError, shown
 from ft.io.atomic import remove_stale_staging
-from ft.io.lock import LOCK, FolderLock, locked
+from ft.io.lock import LOCK, DirectoryLock, locked
 from ft.io.plain_files import remove
 from ft.settings import read_config_file, run_directory_of
 from ft.train.state import State
@@ -48,7 +48,7 @@ class RunDirectory:
     path: Path
     config: Config
     resume_from: Path | None
-    lock: FolderLock | None
+    lock: DirectoryLock | None
     started: float
 
     def begin(self, state: State, num_parameters: int, num_trained: int, ranks: Ranks) -> str:
@@ -115,7 +115,7 @@ def open_run_directory(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
 
 
 @contextmanager
-def lock_run_directory(config: Config) -> Iterator[FolderLock]:
+def lock_run_directory(config: Config) -> Iterator[DirectoryLock]:
     """A context that holds the lock of the run directory; staging directories of a dead process are removed.
 
     Raises:

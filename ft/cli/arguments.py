@@ -1,4 +1,4 @@
-"""From a command line to a `Config`: one flag for each field, all problems reported at once."""
+"""Parse a command line into a `Config`: one flag for each field, all problems reported at once."""
 
 import argparse
 import difflib
@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 from ft.checks import field_types, flag
-from ft.cli.parsers import unknown_flag
+from ft.cli.parsers import CommandParser, describe_unknown_flag, without_values
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
@@ -17,19 +17,19 @@ from ft.settings import build_config, field_groups, field_help, parse_value, rea
 
 EXAMPLES = """\
 examples:
-  python run.py                          the published recipe, on the best device present
-  python run.py --demo                   the same program without the Hub, in half a minute
-  python run.py --resume                 continue where the last run broke off
+  python run.py                          the published recipe, on the best available device
+  python run.py --demo                   generated reviews and a small model: no network, half a minute
+  python run.py --resume                 continue the last run from its newest checkpoint
   python run.py --model ./my-gpt2 --dataset ./my-reviews --output-dir runs/mine
-  python run.py data --dataset ./my-reviews.csv        what a run would read
+  python run.py data --dataset ./my-reviews.csv        class counts, token lengths and duplicates of a data set
   python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
   python run.py evaluate runs/rotten_tomatoes --split test
-  python run.py explain --demo           one review on its way through one step
+  python run.py explain --demo           follow one example through one training step
   python run.py generate runs/rotten_tomatoes "the film"
   python run.py report runs/rotten_tomatoes     curves, mistakes and settings as one HTML file
 """
 
-# What the program can do besides the job, and the function that does it; imported only when asked for.
+# The commands beside training, each with its module and function, which are imported only when needed.
 COMMANDS = {
     "predict": ("ft.cli.predict", "predict"),
     "evaluate": ("ft.cli.evaluate", "evaluate"),
@@ -38,39 +38,38 @@ COMMANDS = {
     "report": ("ft.cli.report", "report"),
 }
 
-# What takes the flags of the job, and does something else with its configuration.
-WITH_THE_JOBS_FLAGS = {
+# The commands that take the flags of a training run; their function gets its `Config`.
+RUN_FLAG_COMMANDS = {
     "data": ("ft.cli.describe_data", "describe"),
 }
 
-# Stands for a flag that was given without its value, so that this too is told together with everything else.
+# The value of a flag that was given without one, so that this problem is reported together with all others.
 _NO_VALUE = "\0no value"
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that collects problems instead of stopping at the first.
+class _RunParser(CommandParser):
+    """A parser that collects problems instead of stopping at the first.
 
-    A flag without its value is let through, as `_NO_VALUE` or as an empty list; the help shows the value as required
-    all the same.
+    A flag without its value gets `_NO_VALUE` or an empty list; the help still shows the value as required.
     """
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401
-        super().__init__(**options)
+        super().__init__("", **options)
         self._takes_value: list[argparse.Action] = []
         self._groups: dict[str, argparse._ArgumentGroup] = {}
 
     def add_value(self, heading: str, name: str, *, if_absent: str = _NO_VALUE, **options: Any) -> None:  # noqa: ANN401
-        """Add a flag that takes one value, under a heading of the help."""
-        action = self.under(heading).add_argument(name, nargs="?", const=if_absent, **options)
+        """Add a flag that takes one value, in a group of the help."""
+        action = self.group(heading).add_argument(name, nargs="?", const=if_absent, **options)
         if if_absent == _NO_VALUE:
             self._takes_value.append(action)
 
     def add_values(self, heading: str, name: str, **options: Any) -> None:  # noqa: ANN401
-        """Add a flag that takes one value or several."""
-        self._takes_value.append(self.under(heading).add_argument(name, nargs="*", **options))
+        """Add a flag that takes one or more values."""
+        self._takes_value.append(self.group(heading).add_argument(name, nargs="*", **options))
 
-    def under(self, heading: str) -> "argparse._ArgumentGroup":
-        """The flags under a heading of the help."""
+    def group(self, heading: str) -> "argparse._ArgumentGroup":
+        """The group of flags under a heading of the help, added at first use."""
         if heading not in self._groups:
             self._groups[heading] = self.add_argument_group(heading)
         return self._groups[heading]
@@ -80,31 +79,24 @@ class _Parser(argparse.ArgumentParser):
             action.nargs = None
         return super().format_help()
 
-    def error(self, message: str) -> Never:
-        raise UsageError(message)
-
 
 def read_arguments(arguments: Sequence[str]) -> Config:
-    """The configuration that a command line describes.
+    """Parse the command line of a training run.
 
-    A flag given wins over --config FILE, that over what the resumed run or the demo sets, and that over the defaults.
+    A flag takes precedence over --config FILE, that over the settings of the resumed run or the demo, and those over
+    the defaults.
 
     Raises:
-        UsageError: with one sentence for every problem there is.
+        UsageError: with one sentence for each problem.
     """
-    words = _with_negative_numbers_joined(arguments)
+    words = _join_negative_numbers(arguments)
     switches = {flag(name) for name, (kind, _) in field_types(Config).items() if kind is bool}
     valued = [word for word in words if word.partition("=")[0] in switches and "=" in word]
     problems = [
         f"{word.partition('=')[0]} takes no value, leave {shown(word.partition('=')[2])} out" for word in valued
     ]
     parsed, rest = _parser().parse_known_args([word for word in words if word not in valued])
-    # What follows an unknown flag is taken for its value, which is no problem of its own.
-    problems += [
-        _unknown(argument)
-        for before, argument in zip(["", *rest], rest, strict=False)
-        if argument.startswith("-") or not before.startswith("-") or "=" in before
-    ]
+    problems += map(_describe_unknown, without_values(rest))
     config_file = vars(parsed).pop("config", None)
     settings: dict[str, Any] = {}
     for name, value in vars(parsed).items():
@@ -120,14 +112,14 @@ def read_arguments(arguments: Sequence[str]) -> Config:
             problems.append("--config needs a value")
         elif config_file is not None:
             settings = {**read_config_file(Path(expand_home(config_file)), may_be_pipe=True), **settings}
-        settings = {**_starting_point(settings), **settings}
+        settings = {**_base_settings(settings), **settings}
     except UsageError as error:
         problems += error.problems
     return build_config(settings, problems)
 
 
-def _with_negative_numbers_joined(arguments: Sequence[str]) -> list[str]:
-    """`--flag -1e-3` as `--flag=-1e-3`, since argparse takes most forms of a negative number for a flag."""
+def _join_negative_numbers(arguments: Sequence[str]) -> list[str]:
+    """Turn `--flag -1e-3` into `--flag=-1e-3`: argparse takes most forms of a negative number for a flag."""
     words: list[str] = []
     for word in arguments:
         if words and re.fullmatch(r"--[^=]+", words[-1]) and re.fullmatch(r"-([0-9.]|inf|nan).*", word, re.IGNORECASE):
@@ -137,12 +129,12 @@ def _with_negative_numbers_joined(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
-    """What --resume and --demo put in place of the defaults: the settings of the run that goes on, or the demo's."""
+def _base_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that --resume and --demo put in place of the defaults."""
     settings = {name: expand_home(value) for name, value in settings.items()}
     resume = settings.get("resume")
     if not isinstance(settings.get("output_dir", ""), str):
-        return {}  # which `Config` refuses
+        return {}  # `Config` raises for it
     if resume is not None and resume != NEWEST:
         run = run_directory_of(Path(resume))
         base: dict[str, Any] = {"output_dir": str(run)}
@@ -159,20 +151,19 @@ def _starting_point(settings: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _parser() -> _Parser:
-    """One flag for each field of `Config`; values stay text, to be read by `parse_value` one by one."""
-    parser = _Parser(
+def _parser() -> _RunParser:
+    """One flag for each field of `Config`; values stay strings, which `parse_value` parses one by one."""
+    parser = _RunParser(
+        description="Fine-tune GPT-2 in plain PyTorch; by default to classify film reviews as positive or negative.",
+        examples=EXAMPLES,
         usage="python run.py [FLAG ...]",
-        description=f"Fine-tune GPT-2 to say whether a film review is positive, in plain PyTorch.\n\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_value(
         next(iter(field_groups().values())),
         "--config",
         metavar="FILE",
-        help="take settings from a config.json, such as that of another run",
+        help="read settings from a config.json, such as that of another run",
     )
     for field in fields(Config):
         if field.name in NO_FLAGS:
@@ -181,7 +172,7 @@ def _parser() -> _Parser:
         text = field_help()[field.name]
         heading = field_groups()[field.name]
         if kind is bool:
-            parser.under(heading).add_argument(flag(field.name), action="store_true", help=text)
+            parser.group(heading).add_argument(flag(field.name), action="store_true", help=text)
             continue
         if kind is tuple:
             parser.add_values(heading, flag(field.name), metavar="PATTERN ...", help=text.replace("%", "%%"))
@@ -198,10 +189,10 @@ def _parser() -> _Parser:
     return parser
 
 
-def _unknown(argument: str) -> str:
-    """What to say of an argument that nobody knows, with the nearest flag or command if one is near."""
+def _describe_unknown(argument: str) -> str:
+    """The message for an unknown argument, with the nearest flag or command if there is one."""
     if not argument.startswith("-"):
-        near = difflib.get_close_matches(argument, [*COMMANDS, *WITH_THE_JOBS_FLAGS], n=1)
-        return f"{shown(argument)} belongs to no flag" + (f"; the command is {near[0]}" if near else "")
+        near = difflib.get_close_matches(argument, [*COMMANDS, *RUN_FLAG_COMMANDS], n=1)
+        return f"unexpected argument {shown(argument)}" + (f"; is it the command {near[0]}?" if near else "")
     flags = [flag(field.name) for field in fields(Config) if field.name not in NO_FLAGS]
-    return unknown_flag(argument, ["--config", *flags])
+    return describe_unknown_flag(argument, ["--config", *flags])

@@ -1,4 +1,4 @@
-"""The command `data`: what a run would read, before a minute is spent on training.
+"""The command `data`: class counts, token lengths and duplicates of a data set, before training on it.
 
 python run.py data --dataset ./my-reviews --max-length 64
 """
@@ -18,13 +18,16 @@ from ft.errors import one_line, printable, shown
 from ft.model import pretrained
 from ft.model.pretrained import model_config_of
 
-BARS = 12  # lines of a histogram at most
+BARS = 12  # maximum number of lines of the histogram
 WIDTH = 40  # characters of its longest bar
-UNCUT = 2**62  # a --max-length that cuts nothing
+UNLIMITED = 2**62  # a --max-length that truncates nothing
 
 
 def describe(config: Config) -> None:
-    """Print the rows of each class and split, how many tokens they have, and how many are cut off or occur twice.
+    """Print the examples per class and split, a histogram of their lengths, and the truncated and repeated ones.
+
+    Args:
+        config: the settings of the run that would read the data.
 
     Raises:
         FtError: the data or the tokenizer cannot be read, or do not fit each other.
@@ -38,16 +41,17 @@ def describe(config: Config) -> None:
             config = with_demo_inputs(config, Path(folder))
         files = pretrained.model_files(config.model, config.model_revision, with_weights=False)
         described = read_description(files)
-        model_config_of(described.config, config)  # refuses a --max-length that is beyond the model's positions
+        model_config_of(described.config, config)  # raises if --max-length exceeds the model's n_positions
         tokenizer = described.tokenizer.tokenizer
-        data = read_data(replace(config, max_length=UNCUT), tokenizer)
+        data = read_data(replace(config, max_length=UNLIMITED), tokenizer)
     splits = data.splits
     lengths = {
         name: [len(example.input_ids) + len(example.target_ids) for example in examples]
         for name, examples in data.examples.items()
     }
 
-    print(f"{printable(source)}: {', '.join(f'{len(split.texts):,} {name}' for name, split in splits.items())} rows")
+    sizes = ", ".join(f"{len(split.texts):,} {name}" for name, split in splits.items())
+    print(f"{printable(source)}: {sizes} examples")
     for note in (*described.tokenizer.notes, *data.notes):
         print(f"Note: {printable(note)}.")
     if data.label_names:
@@ -57,14 +61,14 @@ def describe(config: Config) -> None:
     for name, counts in lengths.items():
         cut = sum(length > config.max_length for length in counts)
         print(
-            f"{name}: {sum(counts):,} tokens; {cut:,} of {len(counts):,} rows ({cut / len(counts):.1%}) have more than "
-            f"--max-length {config.max_length} and lose their beginning"
+            f"{name}: {sum(counts):,} tokens; {cut:,} of {len(counts):,} examples ({cut / len(counts):.1%}) are longer "
+            f"than --max-length {config.max_length} and lose their beginning"
         )
-    print(_repeated(splits))
+    print(_duplicates(splits))
 
 
 def _class_table(splits: dict[str, Split], names: Sequence[str], words: Sequence[str]) -> str:
-    """Rows per class and split, and the token that stands for each class."""
+    """Examples per class and split, and the label token of each class."""
     counts = {name: Counter(split.labels) for name, split in splits.items()}
     names = [one_line(name) for name in names]
     width = max(5, *map(len, names))
@@ -77,36 +81,36 @@ def _class_table(splits: dict[str, Split], names: Sequence[str], words: Sequence
         lines.append("  ".join([name.ljust(width), repr(word).ljust(10), *cells]))
     absent = [name for label, name in enumerate(names) if counts["train"][label] == 0]
     if absent:
-        lines.append(f"WARNING: no training row is labelled {', '.join(absent)}: that cannot be learnt.")
+        lines.append(f"WARNING: no training example has the label {', '.join(absent)}: it cannot be learned.")
     return "\n".join(lines)
 
 
 def _histogram(lengths: Sequence[int], max_length: int) -> str:
-    """Tokens per row of the training split, with what a row is cut to."""
+    """A histogram of the tokens per training example, which marks --max-length."""
     ranked = sorted(lengths)
     step = max(1, -(-ranked[-1] // BARS))
     bins = Counter((length - 1) // step for length in lengths)
     top = max(bins.values())
-    lines = ["tokens per training row, end-of-text and what follows it included"]
+    lines = ["tokens per training example, end-of-text and targets included"]
     for i in range(min(bins), max(bins) + 1):
         first, last = i * step + 1, (i + 1) * step
         mark = "  <- --max-length" if first <= max_length <= last else ""
         bar = "#" * -(-bins[i] * WIDTH // top)
         lines.append(f"{first:>6,} to {last:<6,} {bins[i]:>8,} {bar}{mark}")
     half, most = (ranked[(len(ranked) * share - 1) // 100] for share in (50, 95))
-    lines.append(f"half have at most {half:,}, 95 % at most {most:,}, the longest {ranked[-1]:,}")
+    lines.append(f"median {half:,}, 95th percentile {most:,}, maximum {ranked[-1]:,}")
     return "\n".join(lines)
 
 
-def _repeated(splits: dict[str, Split]) -> str:
-    """Texts that occur more than once, and those that a run would be trained on and judged by."""
+def _duplicates(splits: dict[str, Split]) -> str:
+    """The number of texts that are repeated in train, and of those of other splits that are also in train."""
     train = Counter(splits["train"].texts)
-    lines = [f"texts that occur more than once in train: {sum(count > 1 for count in train.values()):,}"]
+    lines = [f"texts that are repeated in train: {sum(count > 1 for count in train.values()):,}"]
     for name, split in splits.items():
         if name != "train":
             both = sum(text in train for text in split.texts)
             lines.append(
-                f"texts of {name} that are in train too: {both:,}"
-                + ("" if both == 0 else "; its accuracy will look better than it is")
+                f"examples of {name} whose text is also in train: {both:,}"
+                + ("" if both == 0 else "; they inflate its accuracy")
             )
     return "\n".join(lines)

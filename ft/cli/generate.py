@@ -1,4 +1,4 @@
-"""The command that has a model write: `python run.py generate RUN [PROMPT]`."""
+"""The command `generate`: continue a prompt with a model: `python run.py generate RUN [PROMPT]`."""
 
 import sys
 import time
@@ -18,57 +18,56 @@ examples:
 
 
 def generate(arguments: Sequence[str]) -> None:
-    """Read the command line and the prompt, and print what follows it, as it is written.
+    """Parse the command line, read the prompt, and print its continuation token by token.
 
     Raises:
         UsageError: the command line is wrong, or there is no prompt.
         FtError: the model cannot be read, or the prompt is too long for it.
     """
-    parser = CommandParser("generate", "What a model writes after a prompt.", EXAMPLES)
+    parser = CommandParser("generate", "Continue a prompt, by greedy decoding or sampling.", EXAMPLES)
     parser.add_argument(
-        "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a folder or Hub id of a GPT-2"
+        "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a directory or Hub id of a GPT-2"
     )
     parser.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="left out: the input, without the newline at its end"
+        "prompt", metavar="PROMPT", nargs="?", help="default: standard input, without the newline at its end"
     )
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=100, help="stop after N tokens at the latest (default 100)"
+        "--max-new-tokens", metavar="N", type=int, default=100, help="generate at most N tokens (default 100)"
     )
     parser.add_argument(
         "--temperature",
         metavar="X",
         type=float,
         default=0.0,
-        help="0 takes the likeliest token each time, 1 draws as the model says, less draws the likely ones more often "
-        "(default 0)",
+        help="0 is greedy decoding; otherwise sampling, with the logits divided by X (default 0)",
     )
-    parser.add_argument("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens only")
+    parser.add_argument("--top-k", metavar="N", type=int, help="sample from the N most probable tokens only")
     parser.add_argument(
-        "--top-p", metavar="X", type=float, help="draw from as few tokens as together have the probability X"
+        "--top-p", metavar="X", type=float, help="sample from the fewest tokens whose probabilities sum to X"
     )
-    parser.add_argument("--seed", metavar="N", type=int, help="draw the same again (default: another each time)")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; left out: the best present")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed for sampling (default: a new one each time)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
     options = parser.parse_args(arguments)
     problems = []
     if options.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {options.max_new_tokens}, it must be at least 1")
     if options.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
-        problems.append("there is no prompt: give it as an argument, or through a pipe")
-    chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        problems.append("there is no prompt: pass it as an argument, or through a pipe")
+    flags = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
     try:
-        sampling = Sampling(**{name: value for name, value in chosen.items() if value is not None})
+        sampling = Sampling(**{name: value for name, value in flags.items() if value is not None})
     except UsageError as error:
         problems += error.problems
     if problems:
         raise UsageError(*problems)
-    prompt = _piped_prompt() if options.prompt is None else options.prompt
+    prompt = _read_prompt() if options.prompt is None else options.prompt
 
     from ft.checkpoint.error_hints import (
-        explain_out_of_memory,  # here, since --help and a mistake need not wait for PyTorch
+        explain_out_of_memory,  # here, so that --help and usage errors do not wait for torch
     )
     from ft.inference.language_model import load_language_model
 
-    on_terminal = sys.stdout.isatty()  # elsewhere the text is wanted as it is
+    on_terminal = sys.stdout.isatty()  # control characters are escaped on a terminal only
     remedy = "a shorter prompt, a smaller --max-new-tokens, a smaller model or another --device"
     with explain_out_of_memory(f"--max-new-tokens {options.max_new_tokens}", remedy):
         model = load_language_model(options.model, device=options.device)
@@ -79,25 +78,25 @@ def generate(arguments: Sequence[str]) -> None:
     seconds = time.perf_counter() - started
     print()
     count = len(generation.token_ids)
-    drawn = f", drawn with --seed {sampling.seed}" if sampling.temperature else ""
+    seed = f", sampled with --seed {sampling.seed}" if sampling.temperature else ""
     print(
-        f"{count:,} tokens{drawn}, stopped by {generation.stopped_by}; {count / seconds:,.1f} tokens/s, by "
+        f"{count:,} tokens{seed}, stopped by {generation.stopped_by}; {count / seconds:,.1f} tokens/s, by "
         f"{printable(model.source)}",
         file=sys.stderr,
     )
 
 
-def _piped_prompt() -> str:
-    """The standard input as a prompt.
+def _read_prompt() -> str:
+    """Read the prompt from standard input.
 
     Raises:
-        FtError: it is empty, or no UTF-8.
+        FtError: it is empty, or not valid UTF-8.
     """
     try:
         prompt = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FtError(f"the prompt from the input is not UTF-8: {error.reason} in byte {error.start}") from error
+        raise FtError(f"standard input is not valid UTF-8: {error.reason} at byte {error.start}") from error
     prompt = prompt.removesuffix("\n").removesuffix("\r")
     if not prompt:
-        raise FtError("the input is empty, so that there is no prompt")
+        raise FtError("standard input is empty: there is no prompt")
     return prompt

@@ -1,4 +1,4 @@
-"""The command line: flags made from `Config`, and every problem with them told at once."""
+"""Entry point of the command line: dispatch to a command, print errors, return the exit status."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from ft.cli.arguments import COMMANDS, WITH_THE_JOBS_FLAGS, read_arguments
+from ft.cli.arguments import COMMANDS, RUN_FLAG_COMMANDS, read_arguments
 from ft.cli.parsers import CommandParser
 from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
 from ft.io.standard_streams import standard_streams
@@ -21,15 +21,22 @@ examples:
   python run.py explain --config runs/rotten_tomatoes/config.json --model runs/rotten_tomatoes/final
 """
 
-# What the commands beside the job, which has better advice, say when memory runs out.
-LESS_MEMORY = "shorter texts need less, and fewer at once (--max-length and --batch-size, where the command has them)"
+# The remedy when memory runs out where no `memory_advice` has a better one.
+LESS_MEMORY = "use fewer or shorter examples at once (--batch-size and --max-length, where the command has them)"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the program; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 128 + n for signal n."""
+    """Run the program.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        The exit status: 0 for success, 1 for a failure, 2 for wrong usage, 128 + n for signal n.
+    """
     with standard_streams() as make_output_optional, interrupts_on_signals():
         try:
-            status = _run(arguments, make_output_optional)
+            status = _dispatch(arguments, make_output_optional)
         except SystemExit as end:  # of --help
             if failure := _flush_output():
                 return failure
@@ -38,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _flush_output() -> int:
-    """Write what is left for standard output; returns the exit status, 0 if that went well."""
+    """Flush standard output; returns the exit status, 0 for success."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -49,7 +56,8 @@ def _flush_output() -> int:
     return 0
 
 
-def _run(arguments: Sequence[str], make_output_optional: Callable[[], None]) -> int:
+def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]) -> int:
+    """Run a command, print its errors, and return the exit status."""
     place = "while reading or writing"
     advice = ""
     try:
@@ -58,16 +66,15 @@ def _run(arguments: Sequence[str], make_output_optional: Callable[[], None]) -> 
             getattr(import_module(module), function)(arguments[1:])
             return 0
         module, function = "ft.finetune", "fine_tune"
-        if arguments and arguments[0] in WITH_THE_JOBS_FLAGS:
-            (module, function), arguments = WITH_THE_JOBS_FLAGS[arguments[0]], arguments[1:]
+        if arguments and arguments[0] in RUN_FLAG_COMMANDS:
+            (module, function), arguments = RUN_FLAG_COMMANDS[arguments[0]], arguments[1:]
         config = read_arguments(arguments)
         place = config.output_dir
         if function == "fine_tune":
             advice = "; --resume continues from the newest checkpoint"
             make_output_optional()
-        getattr(import_module(module), function)(
-            config
-        )  # imported now, as --help and a mistake need not wait for torch
+        # Imported only now: importing torch takes seconds, for which --help and usage errors do not wait.
+        getattr(import_module(module), function)(config)
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -82,10 +89,10 @@ def _run(arguments: Sequence[str], make_output_optional: Callable[[], None]) -> 
         detail = str(error).partition("\n")[0]
         print(f"error: {remedy}" + (f" ({detail})" if detail else ""), file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read the output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at its end
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python can flush the rest at exit
         return 128 + 13  # as if SIGPIPE had ended the process
-    except OSError as error:  # what the disk or its permissions refuse; files that are read have messages of their own
+    except OSError as error:  # full disks and missing permissions; reading input files raises FtError
         print(sentence(f"error: {error.strerror or error}: {error.filename or place}"), file=sys.stderr)
         return 1
     except Stopped as stopped:
@@ -101,16 +108,22 @@ def _run(arguments: Sequence[str], make_output_optional: Callable[[], None]) -> 
 
 
 def explain(arguments: Sequence[str]) -> None:
-    """Read the command line, which has the flags of the job and a row, and show what a step does with that row.
+    """Parse the command line, which has --row beside the flags of a run, and follow that row through a step.
 
     Raises:
-        UsageError: with one sentence for every problem there is.
+        UsageError: with one sentence for each problem.
         FtError: the inputs cannot be read.
     """
-    parser = CommandParser("explain", "One review on its way through one step of the training.", EXPLAIN_EXAMPLES)
-    parser.epilog = "All flags of a run are taken too, such as --model and --learning-rate: python run.py --help"
+    parser = CommandParser(
+        "explain", "Follow one training example through one training step, with all figures.", EXPLAIN_EXAMPLES
+    )
+    parser.epilog = "All flags of a run work too, such as --model and --learning-rate: python run.py --help"
     parser.add_argument(
-        "--row", nargs="?", const="", help="its number in the training split (default: one read at the full rate)"
+        "--row",
+        metavar="N",
+        nargs="?",
+        const="",
+        help="row of the training split, from 0 (default: the first that is read at the full learning rate)",
     )
     options, rest = parser.parse_known_args(arguments)
     problems: list[str] = []
@@ -120,11 +133,11 @@ def explain(arguments: Sequence[str]) -> None:
     try:
         config = read_arguments(rest)
         if config.resume is not None:
-            problems.append("--resume continues a run, and explain trains none: give its config.json by --config")
+            problems.append("--resume continues a run, and explain trains none: pass its config.json with --config")
     except UsageError as error:
         problems += error.problems
     if problems:
         raise UsageError(*problems)
-    from ft.cli.explain import explain  # here, since --help and a wrong flag need not wait for torch
+    from ft.cli.explain import explain  # after parsing, since it imports torch
 
     explain(config, None if row is None else int(row))

@@ -1,20 +1,20 @@
-"""What the commands share: `python run.py predict`, `evaluate` and the others that `ft/cli/main.py` lists."""
+"""The argument parser that all commands share."""
 
 import argparse
 import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
 
 DESTRUCTIVE = ("--overwrite",)
 
-# What other tools call our flags, with dashes for underscores; of several meanings the first that the command has.
-# Nothing is proposed where there is none, though another flag may have a similar name.
-HABITS = {
+# Names of flags in other tools, with dashes for underscores, and our flag; of several the first that the command has.
+# For an empty one nothing is suggested, though one of our flags may have a similar name.
+FOREIGN_FLAGS = {
     "accumulation-steps": "gradient-accumulation-steps",
     "base-model": "model",
     "bf16": "precision bf16",
@@ -103,54 +103,64 @@ HABITS = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command's parser; its mistakes are told and counted like those of the job."""
+    """A parser that raises `UsageError`, and suggests a known flag for an unknown one."""
 
-    def __init__(self, command: str, description: str, examples: str) -> None:
+    def __init__(self, command: str, description: str, examples: str, **options: Any) -> None:  # noqa: ANN401
         super().__init__(
-            prog=f"python run.py {command}",
+            prog=f"python run.py {command}".rstrip(),
             description=f"{description}\n\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        """The values of a command line.
+        """Parse a command line.
 
         Raises:
-            UsageError: something is missing, wrong or unknown; for an unknown flag with the nearest known one.
+            UsageError: an argument is missing, wrong or unknown.
         """
         options, rest = self.parse_known_intermixed_args(arguments)  # positionals may follow flags
         if rest:
             known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             raise UsageError(
                 *[
-                    unknown_flag(word, known) if word.startswith("-") else f"{shown(word)} belongs to no flag"
-                    for word in rest
+                    describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
+                    for word in without_values(rest)
                 ]
             )
         return options
 
     def error(self, message: str) -> Never:
-        """Raise what argparse would print; of a number that is none, what the job says of one."""
+        """Raise the message that argparse would print; for an invalid number that of `ft.settings.parse_value`."""
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{found[1]} is {found[3]}, it must be {'a whole number' if found[2] == 'int' else 'a number'}"
         raise UsageError(message)
 
 
-def a_path(text: str) -> Path:
-    """The path that a word of a command line means."""
+def to_path(text: str) -> Path:
+    """The path that an argument names, with `~` expanded."""
     return Path(expand_home(text))
 
 
-def unknown_flag(word: str, known: Sequence[str]) -> str:
-    """What to say of a flag that nobody knows, with the one that is meant, if that can be told from its name.
+def without_values(unknown: Sequence[str]) -> list[str]:
+    """Unknown arguments without the words after unknown flags, which are probably their values."""
+    return [
+        word
+        for before, word in zip(["", *unknown], unknown, strict=False)
+        if word.startswith("-") or not before.startswith("-") or "=" in before
+    ]
 
-    A flag that deletes is never named: whoever tries what is proposed must not lose a run.
+
+def describe_unknown_flag(word: str, known: Sequence[str]) -> str:
+    """The message for an unknown flag, with the known one that its name probably means.
+
+    A destructive flag is never suggested: following a suggestion must not delete a run.
     """
     name = word.partition("=")[0]
     bare = name.lstrip("-").replace("_", "-").lower()
     by_name = {flag.removeprefix("--"): flag for flag in known if flag not in DESTRUCTIVE}
-    meant = [meaning for meaning in HABITS.get(bare, "").split("|") if meaning.split(" ")[0] in by_name]
-    if bare not in HABITS:
+    meant = [meaning for meaning in FOREIGN_FLAGS.get(bare, "").split("|") if meaning.split(" ")[0] in by_name]
+    if bare not in FOREIGN_FLAGS:
         meant = difflib.get_close_matches(bare, by_name, n=1, cutoff=0.65)
     return f"there is no flag {name}" + (f", is it --{meant[0]}?" if meant else "; --help lists all flags")

@@ -1,6 +1,6 @@
-"""The command that asks a finished model about texts: `python run.py predict RUN [TEXT ...]`.
+"""The command `predict`: labels and probabilities from a fine-tuned model: `python run.py predict RUN [TEXT ...]`.
 
-What it shares with the command `evaluate` is here too: the flags that say which model is asked, and its loading.
+The flags that select and load a model are here too; the command `evaluate` shares them.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft.cli.parsers import CommandParser, a_path
+from ft.cli.parsers import CommandParser, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, is_utf8, one_line, printable, shown
 from ft.io.formats import suffix_of
@@ -33,47 +33,52 @@ examples:
   cat reviews.txt | python run.py predict runs/rotten_tomatoes
 """
 
-MOST_COLUMNS = 8  # labels up to which each has a column for its probability
-LIKELIEST = 3  # labels that are shown where there are more
+MOST_COLUMNS = 8  # up to this many labels each has a column for its probability
+LIKELIEST = 3  # of more labels this many are printed
 
 
 class ModelParser(CommandParser):
-    """A parser with the flags that say which model is asked, and how."""
+    """A parser with the flags that select a model and its device, batch size and length."""
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(command, description, examples)
         self.add_argument(
-            "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a folder or Hub id of a GPT-2"
+            "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a directory or Hub id of a GPT-2"
         )
-        self.add_argument("--label-names", metavar="TEXT", help="words for the labels, where the model does not tell")
-        self.add_argument("--max-length", metavar="N", type=int, help="tokens per text (default: those of the run)")
-        self.add_argument("--batch-size", metavar="N", type=int, default=64, help="texts at once (default 64)")
-        self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; left out: the best present")
+        self.add_argument(
+            "--label-names", metavar="TEXT", help="label names, comma-separated (default: those saved with the model)"
+        )
+        self.add_argument("--max-length", metavar="N", type=int, help="tokens per example (default: that of the run)")
+        self.add_argument("--batch-size", metavar="N", type=int, default=64, help="examples per batch (default 64)")
+        self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
 
 
 def predict(arguments: Sequence[str]) -> None:
-    """Read the command line and the texts, and print a label and probabilities for each.
+    """Parse the command line, read the examples, and print a label and probabilities for each.
 
     Raises:
-        UsageError: the command line is wrong, or there are no texts.
+        UsageError: the command line is wrong, or there are no examples.
         FtError: the model or the file cannot be read.
     """
-    parser = ModelParser("predict", "What a fine-tuned model says of texts.", EXAMPLES)
+    parser = ModelParser("predict", "Predict labels with a fine-tuned model.", EXAMPLES)
     parser.add_argument(
-        "texts", metavar="TEXT", nargs="*", default=[], help="left out: the lines of --file, or of the input"
+        "texts", metavar="TEXT", nargs="*", default=[], help="examples (default: those of --file or standard input)"
     )
     parser.add_argument(
-        "--file", metavar="FILE", type=a_path, help="a text per line, or a table: .parquet, .csv, .tsv, .json or .jsonl"
+        "--file",
+        metavar="FILE",
+        type=to_path,
+        help="one example per line, or a table: .parquet, .arrow, .csv, .tsv, .json or .jsonl",
     )
-    parser.add_argument("--text-column", metavar="TEXT", help="column of a table; left out: that of the run, or text")
-    parser.add_argument("--delimiter", metavar="TEXT", help="what separates the columns of .csv and .tsv files")
+    parser.add_argument("--text-column", metavar="TEXT", help="column of a table (default: that of the run, or text)")
+    parser.add_argument("--delimiter", metavar="TEXT", help="column delimiter of .csv and .tsv files")
     parser.add_argument("--encoding", metavar="TEXT", help="encoding of the file (default: UTF-8)")
-    parser.add_argument("--output", metavar="FILE", type=a_path, help="write a row per text there, as .csv or .jsonl")
-    parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
+    parser.add_argument("--output", metavar="FILE", type=to_path, help="write one row per example to a .csv or .jsonl")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     options = parser.parse_args(arguments)
-    problems = problems_of(options)
+    problems = find_flag_problems(options)
     if options.texts and options.file:
-        problems.append("give texts or --file, not both")
+        problems.append("pass examples or --file, not both")
     if options.output and options.output.suffix.lower() not in (".csv", ".jsonl"):
         problems.append(f"--output is {str(options.output)!r}, it must end in .csv or .jsonl")
     elif options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
@@ -88,37 +93,38 @@ def predict(arguments: Sequence[str]) -> None:
             if value is not None
         ]
     if not options.texts and not options.file and (sys.stdin is None or sys.stdin.isatty()):
-        problems.append("there are no texts: give them as arguments, by --file FILE, or through a pipe")
-    if options.label_names is None and settings_of_run(Path(options.model)).get("completion_column") is not None:
+        problems.append("there are no examples: pass them as arguments, with --file FILE, or through a pipe")
+    if options.label_names is None and read_run_settings(Path(options.model)).get("completion_column") is not None:
         problems.append(
-            f"{options.model} was trained on completions and has no labels: python run.py generate {options.model} "
-            '"a text" has it write'
+            f"{options.model} was trained on completions and has no labels: use python run.py generate {options.model} "
+            '"a prompt"'
         )
     if problems:
         raise UsageError(*problems)
 
-    with asking_memory_advice(options):
-        texts = options.texts or _texts_of(options)
-        classifier = load_named(options)
+    with inference_memory_advice(options):
+        texts = options.texts or _read_examples(options)
+        classifier = load_classifier(options)
         started = time.perf_counter()
         predictions = classifier.predict(texts, options.batch_size)
     seconds = time.perf_counter() - started
     if options.output:
         from ft.io.atomic import atomic_write_text
 
-        write = _as_csv if options.output.suffix.lower() == ".csv" else _as_json_lines
-        atomic_write_text(options.output, write(texts, predictions, classifier.label_names))
+        serialize = _to_csv if options.output.suffix.lower() == ".csv" else _to_json_lines
+        atomic_write_text(options.output, serialize(texts, predictions, classifier.label_names))
     elif options.json:
-        print(_as_json_lines(texts, predictions, classifier.label_names), end="")
+        print(_to_json_lines(texts, predictions, classifier.label_names), end="")
     else:
         print(_table(texts, predictions, classifier.label_names))
     print(
-        f"{len(texts):,} texts, {len(texts) / seconds:,.1f} texts/s, by {printable(classifier.source)}", file=sys.stderr
+        f"{len(texts):,} examples, {len(texts) / seconds:,.1f} examples/s, by {printable(classifier.source)}",
+        file=sys.stderr,
     )
 
 
-def _as_json_lines(texts: Sequence[str], predictions: Sequence["Prediction"], _: Sequence[str]) -> str:
-    """An object for each text, with its row in the input from 0."""
+def _to_json_lines(texts: Sequence[str], predictions: Sequence["Prediction"], _: Sequence[str]) -> str:
+    """An object for each example, with its row in the input from 0."""
     rows = (
         {"row": row, "text": text, "label": prediction.label, "probabilities": prediction.probabilities}
         for row, (text, prediction) in enumerate(zip(texts, predictions, strict=True))
@@ -126,8 +132,8 @@ def _as_json_lines(texts: Sequence[str], predictions: Sequence["Prediction"], _:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _as_csv(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
-    """A row for each text, with its row in the input from 0, and a column for the probability of each label."""
+def _to_csv(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
+    """A line for each example, with its row in the input from 0, and a column for the probability of each label."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["row", "text", "label", *(f"probability_{name}" for name in names)])
@@ -137,9 +143,9 @@ def _as_csv(texts: Sequence[str], predictions: Sequence["Prediction"], names: Se
 
 
 def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
-    """A line for each text: its label, and the probability of each label, of very many that of the likeliest."""
+    """A line for each example: its label, and the probability of each label, or of the most probable of many."""
     few = len(names) <= MOST_COLUMNS
-    rows = [["label", *([one_line(name) for name in names] if few else ["the likeliest"])]]
+    rows = [["label", *([one_line(name) for name in names] if few else ["most probable"])]]
     for label, probabilities in predictions:
         if few:
             cells = [f"{value:.2%}" for value in probabilities.values()]
@@ -155,8 +161,8 @@ def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Seq
     return "\n".join(lines)
 
 
-def problems_of(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags of `ModelParser`."""
+def find_flag_problems(options: argparse.Namespace) -> list[str]:
+    """A message for each invalid flag of `ModelParser`."""
     problems = [
         f"--{name.replace('_', '-')} is {getattr(options, name)}, it must be at least {least}"
         for name, least in (("batch_size", 1), ("max_length", 2))
@@ -167,52 +173,53 @@ def problems_of(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def load_named(options: argparse.Namespace) -> "Classifier":
-    """The model that the command line names."""
-    from ft.inference.classifier import load  # here, since --help and a mistake need not wait for PyTorch
+def load_classifier(options: argparse.Namespace) -> "Classifier":
+    """Load the model that the flags of `ModelParser` select."""
+    from ft.inference.classifier import load  # here, so that --help and usage errors do not wait for torch
 
-    named = options.label_names
-    names = None if named is None else [name.strip() for name in named.split(",")]
+    names = None
+    if options.label_names is not None:
+        names = [name.strip() for name in options.label_names.split(",")]
     return load(options.model, device=options.device, label_names=names, max_length=options.max_length)
 
 
-def asking_memory_advice(options: argparse.Namespace) -> AbstractContextManager[None]:
-    """`ft.advice.explain_out_of_memory` for a model that is asked with the flags of `ModelParser`."""
+def inference_memory_advice(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """`explain_out_of_memory` for inference with the flags of `ModelParser`."""
     from ft.checkpoint.error_hints import explain_out_of_memory  # here for the same reason
 
     remedy = "a smaller --batch-size or --max-length, a smaller model or another --device"
     return explain_out_of_memory(f"--batch-size {options.batch_size}", remedy)
 
 
-def settings_of_run(source: Path) -> dict[str, Any]:
-    """What the run that `source` is or lies in says of its data; nothing where it is or lies in none."""
+def read_run_settings(source: Path) -> dict[str, Any]:
+    """The data settings of the run that `source` is, or is a checkpoint of; empty if it is neither."""
     for folder in (source, source.parent):
-        with suppress(UsageError):  # it is no configuration of a run
+        with suppress(UsageError):  # not the config.json of a run
             settings = read_config_file(folder / "config.json")
             return {name: settings[name] for name in DATA_SETTINGS if name in settings}
     return {}
 
 
-def _texts_of(options: argparse.Namespace) -> list[str]:
-    """The texts of --file, which is a table or has one in each line, or of the standard input.
+def _read_examples(options: argparse.Namespace) -> list[str]:
+    """Read the examples of --file, a table or one per line, or of standard input, one per line.
 
     Raises:
-        FtError: it cannot be read, or holds no texts.
+        FtError: the input cannot be read, or is empty.
     """
-    from ft.data.tables import read_texts  # here, as PyTorch is imported there
+    from ft.data.tables import read_texts  # here, since it imports torch
 
     path, form = options.file, TextFormat(options.delimiter, options.encoding)
     try:
         if path is not None and suffix_of(path.name):
-            column = options.text_column or settings_of_run(Path(options.model)).get("text_column", "text")
+            column = options.text_column or read_run_settings(Path(options.model)).get("text_column", "text")
             texts, notes = read_texts(path, column, form)
             for note in notes:
                 print(f"Note: {note}.", file=sys.stderr)
         else:
             content = path.read_bytes() if path else sys.stdin.buffer.read()
-            texts = plain_lines(decoded(content, str(path or "the input"), form.encoding))
+            texts = plain_lines(decoded(content, str(path or "standard input"), form.encoding))
     except OSError as error:
-        raise FtError(f"cannot read {path or 'the input'}: {error.strerror}") from error
+        raise FtError(f"cannot read {path or 'standard input'}: {error.strerror}") from error
     if not texts:
-        raise FtError(f"{path or 'the input'} has no lines, so that there is nothing to predict")
+        raise FtError(f"{path or 'standard input'} has no lines: there is nothing to predict")
     return texts

@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks, manifests, the Hub."""
+"""Files: atomic writes, direct I/O, locks, manifests, JSON, the Hub."""

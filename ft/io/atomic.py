@@ -1,6 +1,6 @@
-"""Folders that are on the disk as a whole or not at all, the manifest that proves it, and a lock on a run's folder.
+"""Atomic writes: a directory or a text file has its complete new content or its old content, even after a crash.
 
-Nothing here knows what is in the files.
+Nothing here depends on what is in the files.
 """
 
 import json
@@ -15,31 +15,31 @@ from ft.io.direct_io import BufferPair, write_verified
 from ft.io.manifest import MANIFEST
 from ft.io.plain_files import remove
 
-UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
+UNFINISHED, REPLACED = ".unfinished-", ".replaced-"  # prefixes of staging directories, and of what they replace
 
-Executor = Callable[[Callable[[], None]], None]  # does a piece of work, and returns or raises when it is done
+Executor = Callable[[Callable[[], None]], None]  # runs a function, and returns or raises when it has ended
 
 
 def run_now(work: Callable[[], None]) -> None:
-    """Do a piece of work here and now."""
+    """The executor that runs everything at once, in the calling thread."""
     work()
 
 
 class StagedDirectory:
-    """A folder that is being written: every file goes to the disk at once, is read back, and its SHA-256 is noted."""
+    """A staging directory: every file is flushed, read back and compared, and its size and SHA-256 are recorded."""
 
-    def __init__(self, path: Path, do: Executor = run_now) -> None:
-        """`do` may choose when and where each piece of the work is done."""
-        self.path, self._do, self._desk = path, do, BufferPair()
+    def __init__(self, path: Path, executor: Executor = run_now) -> None:
+        """`executor` runs each piece of the work, and may choose when and in which thread."""
+        self.path, self._executor, self._buffers = path, executor, BufferPair()
         self._files: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file.
 
         Raises:
-            OSError: the disk is full, or refuses, or gives back other bytes.
+            OSError: the disk is full, the system refuses, or other bytes are read back.
         """
-        size, sha256 = write_verified(self.path / name, chunks, self._desk, self._do)
+        size, sha256 = write_verified(self.path / name, chunks, self._buffers, self._executor)
         self._files[name] = {"size": size, "sha256": sha256}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -47,26 +47,30 @@ class StagedDirectory:
         self.write(name, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
     def write_manifest(self) -> None:
-        """Write what each file must be, for `verify_manifest`."""
+        """Write the size and SHA-256 of each file, for `verify_manifest`."""
         self.write_json(MANIFEST, {"files": dict(self._files)})
 
 
 @contextmanager
-def atomic_directory(folder: Path, do: Executor = run_now) -> Iterator[StagedDirectory]:
-    """A folder to write into that takes the name `folder` only when all of it is on the disk.
+def atomic_directory(folder: Path, executor: Executor = run_now) -> Iterator[StagedDirectory]:
+    """Write a directory in a staging directory beside it, which is renamed when all files are on the disk.
 
-    A folder that had the name keeps it until then. If the process dies, `remove_stale_staging` cleans up.
-    `do` is that of `StagedDirectory`.
+    An existing directory of that name stays until then. If the process dies, `remove_stale_staging` cleans up.
+
+    Args:
+        folder: the final name.
+        executor: that of `StagedDirectory`.
 
     Raises:
-        OSError: the disk is full, or refuses; `folder` is as it was.
+        OSError: the disk is full or the system refuses; `folder` is unchanged.
     """
     unfinished, replaced = (folder.with_name(prefix + folder.name) for prefix in (UNFINISHED, REPLACED))
     remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
-        yield StagedDirectory(unfinished, do)
+        yield StagedDirectory(unfinished, executor)
         fsync(unfinished)
+        # A rename cannot replace a directory that has files: the old one is renamed first, and deleted at the end.
         if os.path.lexists(folder):
             remove(replaced)
             folder.rename(replaced)
@@ -81,7 +85,7 @@ def atomic_directory(folder: Path, do: Executor = run_now) -> Iterator[StagedDir
 
 
 def remove_stale_staging(parent: Path) -> None:
-    """Put right what is left in `parent` of a process that died in `atomic_directory` or in `atomic_write_text`."""
+    """Clean up in `parent` after a process that died in `atomic_directory` or in `atomic_write_text`."""
     for replaced in parent.glob(f"{REPLACED}*"):
         folder = parent / replaced.name.removeprefix(REPLACED)
         if os.path.lexists(folder):
@@ -93,9 +97,9 @@ def remove_stale_staging(parent: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk itself."""
+    """Flush a file, or the entries of a directory, to the disk."""
     if sys.platform == "win32" and path.is_dir():
-        return  # which Windows cannot be asked for
+        return  # Windows has no fsync of directories
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,14 +108,14 @@ def fsync(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 under another name, and rename it when all of it is on the disk.
+    """Write a UTF-8 text file under a temporary name, flush it, and rename it.
 
     Raises:
-        OSError: the disk is full, or refuses; `path` is as it was.
+        OSError: the disk is full or the system refuses; `path` is unchanged.
     """
     unfinished = path.with_name(f".unfinished-{os.getpid()}")
     try:
-        unfinished.unlink(missing_ok=True)  # which a link may have been put at, to be written through
+        unfinished.unlink(missing_ok=True)  # a link planted here would be written through
         with unfinished.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()

@@ -1,7 +1,8 @@
-"""One file on its way to the disk: written in pieces, hashed, forced down, read back and compared.
+"""Verified file writes: each piece is written, hashed, flushed with fsync, read back and compared.
 
-On Linux the pieces go past the system's cache of files. Through it, the system would find and clear memory for a copy
-of everything, once for writing and once for reading, and the processor that does so is one that trains.
+On Linux the pieces bypass the page cache with direct I/O (O_DIRECT, https://man7.org/linux/man-pages/man2/open.2.html).
+Through the page cache the kernel would allocate and clear memory for a copy of every byte, once for writing and once
+for reading, on the processors that also train.
 """
 
 import ctypes
@@ -19,13 +20,13 @@ if sys.platform != "win32":
     import fcntl
 
 
-PIECE = 2**24  # bytes that are written, forced to the disk and read back at a time: few enough to need little memory
+PIECE = 2**24  # bytes that are written, flushed and read back at a time: few enough to need little memory
 CHUNK = 2**18  # bytes that are copied, hashed or compared at a time: few enough that other threads get their turn
-BLOCK = 2**12  # bytes: what goes past the cache begins and ends at multiples of this, in memory as in the file
+BLOCK = 2**12  # bytes: direct I/O needs offsets, sizes and addresses that are multiples of this
 
 
-class Memory:
-    """Room for a piece, at an address from which and to which a disk transfers directly."""
+class AlignedBuffer:
+    """A buffer of one piece, at an address that is aligned for direct I/O."""
 
     def __init__(self) -> None:
         size = -(-PIECE // BLOCK) * BLOCK
@@ -33,91 +34,102 @@ class Memory:
         self._start = -ctypes.addressof(ctypes.c_char.from_buffer(self._bytes)) % BLOCK
         self.view = memoryview(self._bytes)[self._start : self._start + size]
 
-    def begins_with(self, other: memoryview) -> bool:
-        """Whether the first bytes are these; at memory's speed, at which two views are not compared."""
-        parts = range(0, len(other), CHUNK)
-        return all(self._bytes.startswith(other[i : i + CHUNK], self._start + i) for i in parts)
+    def startswith(self, prefix: memoryview) -> bool:
+        """Whether the buffer starts with `prefix`: compared as bytes, which is much faster than `view == prefix`."""
+        starts = range(0, len(prefix), CHUNK)
+        return all(self._bytes.startswith(prefix[i : i + CHUNK], self._start + i) for i in starts)
 
 
 class BufferPair:
-    """The memory through which files are written and read back, made once for many files.
+    """The buffers for writing and for reading back, allocated once for many files.
 
-    Memory that is touched for the first time costs more than what is then done with it.
+    The first touch of new memory costs more than everything else that is done with it.
     """
 
     def __init__(self) -> None:
-        self.written, self.back = Memory(), Memory()
+        self.written, self.read_back = AlignedBuffer(), AlignedBuffer()
 
 
 def write_verified(
-    path: Path, chunks: Iterable[bytes | memoryview], desk: BufferPair, do: Callable[[Callable[[], None]], None]
+    path: Path,
+    chunks: Iterable[bytes | memoryview],
+    buffers: BufferPair,
+    executor: Callable[[Callable[[], None]], None],
 ) -> tuple[int, str]:
-    """Write a new file, and see that the disk gives back the same. Returns its size in bytes and its SHA-256.
+    """Write a new file, and verify that the disk returns the same bytes.
 
-    `do` does the pieces of the work, and may choose when and where.
+    Args:
+        path: the file, which must not exist.
+        chunks: its content.
+        buffers: reused from file to file.
+        executor: runs each piece of the work, and may choose when and in which thread.
+
+    Returns:
+        The size in bytes and the SHA-256 as hexadecimal digits.
 
     Raises:
-        OSError: the disk is full, or refuses, or gives back other bytes.
+        OSError: the disk is full, the system refuses, or other bytes are read back.
     """
     digest, size = hashlib.sha256(), 0
     with open(path, "x+b", buffering=0) as file:
         _set_direct_io(file, True)
         for piece in _pieces(chunks):
-            do(partial(_write_piece, file, size, piece, digest.update, desk))
+            executor(partial(_write_piece, file, size, piece, digest.update, buffers))
             size += sum(map(len, piece))
     return size, digest.hexdigest()
 
 
 def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[list[memoryview]]:
-    """Chunks, cut into smaller ones, in lists of `PIECE` bytes; in the last list there are fewer."""
+    """Split chunks into lists of `PIECE` bytes in total; the last list is shorter."""
     piece: list[memoryview] = []
-    room = PIECE
+    free = PIECE
     for chunk in chunks:
         rest = memoryview(chunk)
         while rest:
-            part = rest[: min(room, CHUNK)]
+            part = rest[: min(free, CHUNK)]
             rest = rest[len(part) :]
             piece.append(part)
-            room -= len(part)
-            if room == 0:
+            free -= len(part)
+            if free == 0:
                 yield piece
-                piece, room = [], PIECE
-    yield piece  # of an empty file too, whose name is to be on the disk
+                piece, free = [], PIECE
+    yield piece  # of an empty file too, so that its name is flushed
 
 
 def _write_piece(
-    file: io.FileIO, start: int, piece: Sequence[memoryview], update: Callable[[memoryview], None], desk: BufferPair
+    file: io.FileIO, start: int, piece: Sequence[memoryview], update: Callable[[memoryview], None], buffers: BufferPair
 ) -> None:
-    """Write a piece at `start`, hash it, force it to the disk, and compare what the disk gives back."""
-    written, back, size = desk.written.view, desk.back.view, 0
+    """Write a piece at offset `start`, hash it, flush it, read it back and compare."""
+    written, read_back, size = buffers.written.view, buffers.read_back.view, 0
     for chunk in piece:
         copy = written[size : size + len(chunk)]
         copy[:] = chunk
-        update(copy)  # which the processor still has at hand
+        update(copy)  # while it is still in the processor's cache
         size += len(chunk)
-    whole = -(-size // BLOCK) * BLOCK  # the last block of a file is written whole, and cut off
+    padded_size = -(-size // BLOCK) * BLOCK  # the last block of a file is written in full, then truncated
     file.seek(start)
-    _transfer(file, file.write, written[:whole], size)
-    if whole > size:
+    _transfer(file, file.write, written[:padded_size], size)
+    if padded_size > size:
         file.truncate(start + size)
     os.fsync(file.fileno())
-    _forget(file)
+    _drop_from_page_cache(file)  # so that the comparison reads the disk
     file.seek(start)
-    if _transfer(file, file.readinto, back[:whole], size) < size or not desk.back.begins_with(written[:size]):
-        raise OSError(None, "what was written reads back otherwise", file.name)
-    _forget(file)
+    num_read = _transfer(file, file.readinto, read_back[:padded_size], size)
+    if num_read < size or not buffers.read_back.startswith(written[:size]):
+        raise OSError(None, "other bytes are read back than were written", file.name)
+    _drop_from_page_cache(file)  # so that the next piece can use the memory
 
 
-def _transfer(file: io.FileIO, move: Callable[[memoryview], int], memory: memoryview, size: int) -> int:
-    """Move `size` bytes by `file.write` or `file.readinto`, which may take several calls; fewer at the file's end only.
+def _transfer(file: io.FileIO, move: Callable[[memoryview], int], buffer: memoryview, size: int) -> int:
+    """Move `size` bytes by `file.write` or `file.readinto`, in several calls if need be; fewer only at end of file.
 
-    `memory` is as much and the rest of a block. A system may allow transfers past the cache and then refuse them all
-    the same, for it wants larger blocks: then the cache has to do.
+    `buffer` has `size` bytes, rounded up to full blocks. A file system may accept O_DIRECT and then fail with EINVAL,
+    since it needs larger blocks: then the page cache is used.
     """
     done = 0
     while done < size:
         try:
-            moved = move(memory[done:])
+            moved = move(buffer[done:])
         except OSError as error:
             if error.errno != errno.EINVAL or not _set_direct_io(file, False):
                 raise
@@ -128,24 +140,21 @@ def _transfer(file: io.FileIO, move: Callable[[memoryview], int], memory: memory
     return done
 
 
-def _set_direct_io(file: io.FileIO, wanted: bool) -> bool:
-    """Have what is written and read go past the system's cache of files, or not; says whether that is a change."""
+def _set_direct_io(file: io.FileIO, enabled: bool) -> bool:
+    """Set or clear O_DIRECT on an open file; returns whether that changed anything."""
     if sys.platform != "linux":
         return False
     before = fcntl.fcntl(file, fcntl.F_GETFL)
-    after = before | os.O_DIRECT if wanted else before & ~os.O_DIRECT
+    after = before | os.O_DIRECT if enabled else before & ~os.O_DIRECT
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, after)
-    except OSError:  # this file system knows no other way than through the cache
+    except OSError:  # this file system has no direct I/O
         return False
     return after != before
 
 
-def _forget(file: io.FileIO) -> None:
-    """Have the system keep no copy of a file in memory, on systems that take this advice.
-
-    After writing, so that it is really the disk that is read; after reading, so that the next piece can use the memory.
-    """
+def _drop_from_page_cache(file: io.FileIO) -> None:
+    """Drop a file's pages from the page cache, where the system has posix_fadvise."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

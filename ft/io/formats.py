@@ -1,16 +1,11 @@
-"""File formats by suffix, and a check of the first bytes."""
+"""File formats by suffix, and a check of a file's first bytes."""
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ft.errors import FtError
 
-if TYPE_CHECKING:
-    pass
-
-
-# How files begin. What comes in their place is nothing at all, a Git LFS pointer, or a web page.
+# How files of a format begin. In their place there may be an empty file, a Git LFS pointer or a web page.
 FIRST_BYTES = {
     ".json": rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff\0)?\s*[\[{]",
     ".parquet": rb"PAR1",
@@ -20,16 +15,21 @@ FIRST_BYTES = {
 
 
 def check_first_bytes(path: Path) -> None:
-    """Refuse a file that is not of the kind its name says."""
-    if path.exists() and not path.is_file():  # from a pipe that nobody writes to, reading would wait for ever
-        raise FtError(f"{path} is no file: put the real one there.")
+    """Check that a file has the format that its suffix names.
+
+    Raises:
+        FtError: it is not a file, or has another format.
+        OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():  # reading a FIFO without a writer would block forever
+        raise FtError(f"{path} is not a file: put the file itself there.")
     with path.open("rb") as file:
         beginning = file.read(100)
     if beginning.startswith(b"version https://git-lfs"):
-        raise FtError(f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder.")
+        raise FtError(f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its directory.")
     if not re.match(FIRST_BYTES.get(path.suffix.lower(), rb"(?!\s*(?i:<!doctype|<html))"), beginning):
         kind = path.suffix.lstrip(".")
-        raise FtError(f"{path} is no {kind} file, it begins with {beginning[:20]!r}: put the real one there.")
+        raise FtError(f"{path} is not a {kind} file, it begins with {beginning[:20]!r}: put the file itself there.")
 
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
@@ -37,5 +37,5 @@ SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(suffix + ".gz" for suffix in
 
 
 def suffix_of(name: str) -> str | None:
-    """The suffix by which a file's format is known; None for a format that is not read."""
+    """The suffix that determines a file's format; None if the format is not supported."""
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)

@@ -9,15 +9,15 @@ from ft.io.plain_files import read_regular
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object.
 
     Raises:
-        FtError: the file cannot be read or holds something else.
+        FtError: the file cannot be read, is not JSON, or has another value.
     """
     try:
         value = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise FtError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise FtError(f"{path} must hold a JSON object")
+        raise FtError(f"{path} must contain a JSON object")
     return value

@@ -1,4 +1,4 @@
-"""A lock on a directory, held until the process ends."""
+"""A lock on a directory, held until it is released or the process ends."""
 
 import io
 import os
@@ -18,24 +18,25 @@ if sys.platform != "win32":
 LOCK = ".lock"
 
 
-class FolderLock:
-    """A folder that this process has for itself, by a lock on a file in it."""
+class DirectoryLock:
+    """An exclusive lock on a directory, by flock on a file in it."""
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder if need be, and lock it.
+        """Create the directory if it does not exist, and lock it.
 
         Raises:
-            FtError: another process has it, or seems to on a file system without locks; the file is a link or a FIFO.
-            OSError: the folder cannot be made or written.
+            FtError: another process holds the lock, or may hold it on a file system without locks; the file is a link
+                or a FIFO.
+            OSError: the directory cannot be created or written.
         """
         self.folder, self._file = folder, _locked_file(folder)
 
     def restore(self) -> bool:
-        """Take the lock again if the folder or the file has been moved or deleted; says whether it has.
+        """Acquire the lock again if the directory or the file was moved or deleted; returns whether it was.
 
         Raises:
-            FtError: another process has taken it meanwhile.
-            OSError: the folder cannot be made or written.
+            FtError: another process has acquired it meanwhile.
+            OSError: the directory cannot be created or written.
         """
         if is_at(self._file.fileno(), self.folder / LOCK):
             return False
@@ -48,8 +49,8 @@ class FolderLock:
         return True
 
     def release(self) -> None:
-        """Give the folder back, and delete it if it was empty all along."""
-        with suppress(OSError):  # another process may be coming in, or the folder is gone
+        """Release the lock, and delete the directory if nothing else is in it."""
+        with suppress(OSError):  # another process may be acquiring it, or the directory is gone
             if [entry.name for entry in self.folder.iterdir()] == [LOCK] and is_at(
                 self._file.fileno(), self.folder / LOCK
             ):
@@ -59,14 +60,14 @@ class FolderLock:
 
     def _close(self) -> None:
         with suppress(OSError):
-            self._file.truncate(0)  # so that a number stands only there where a process has died
+            self._file.truncate(0)  # a process id remains only if the process has died
         self._file.close()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[FolderLock]:
-    """Have a folder for oneself, until the process ends, however it ends: see `FolderLock`."""
-    lock = FolderLock(folder)
+def locked(folder: Path) -> Iterator[DirectoryLock]:
+    """Hold a `DirectoryLock`. The system releases it when the process ends, however it ends."""
+    lock = DirectoryLock(folder)
     try:
         yield lock
     finally:
@@ -74,7 +75,7 @@ def locked(folder: Path) -> Iterator[FolderLock]:
 
 
 def _locked_file(folder: Path) -> io.FileIO:
-    """The file of a folder's lock, which this process has locked and put its number into."""
+    """Open and lock the lock file of a directory, and write this process's id into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except RecursionError as error:  # which is how `pathlib` makes parents
@@ -83,26 +84,25 @@ def _locked_file(folder: Path) -> io.FileIO:
     while True:
         file = os.fdopen(open_to_write(path), "r+b", buffering=0)
         try:
-            _take(file, folder)
+            _acquire(file, folder)
         except FtError:
             file.close()
             raise
         if is_at(file.fileno(), path):
             break
-        file.close()  # its owner deleted it just now: once more with a new one
+        file.close()  # its owner has just deleted it: retry with a new one
     file.truncate(0)
     file.write(str(os.getpid()).encode())
     return file
 
 
-def _take(file: io.FileIO, folder: Path) -> None:
-    """Lock the file of a folder's lock.
+def _acquire(file: io.FileIO, folder: Path) -> None:
+    """Lock the lock file of a directory.
 
-    A file system may know no locks. There the process whose number the file holds decides: whether one of that number
-    lives on this machine.
+    On a file system without locks, the lock counts as held if a process with the id in the file runs on this machine.
 
     Raises:
-        FtError: another process has it, or seems to.
+        FtError: another process holds the lock, or may hold it.
     """
     if sys.platform == "win32":
         return
@@ -111,25 +111,25 @@ def _take(file: io.FileIO, folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FtError(
-            f"another run is at work in {folder}: process {process}. Wait for it, stop it (kill {process}), or "
-            "take another --output-dir"
+            f"another run is using {folder}: process {process}. Wait for it, stop it (kill {process}), or use another "
+            "--output-dir"
         ) from None
     except OSError:
-        if _lives(process):
+        if _is_running(process):
             raise FtError(
-                f"another run may be at work in {folder}, whose file system has no locks: process {process} began one, "
-                f"and there is such a process. If it is none of this program, delete {folder / LOCK}"
+                f"another run may be using {folder}, whose file system has no locks: process {process} started one, "
+                f"and a process with this id is running. If it is another program, delete {folder / LOCK}"
             ) from None
 
 
-def _lives(process: str) -> bool:
-    """Whether there is another process of this number."""
+def _is_running(process: str) -> bool:
+    """Whether another process with this id is running on this machine."""
     if not re.fullmatch("[1-9][0-9]{0,8}", process) or int(process) == os.getpid():
         return False
     try:
-        os.kill(int(process), 0)  # which sends nothing
+        os.kill(int(process), 0)  # signal 0 only checks that the process exists
     except ProcessLookupError:
         return False
-    except OSError:  # it is somebody else's
+    except OSError:  # it belongs to another user
         return True
     return True

@@ -11,13 +11,20 @@ MANIFEST = "manifest.json"
 
 
 def verify_manifest(folder: Path, needed: Iterable[str]) -> str | None:
-    """What is wrong with a folder against its manifest, in a few words; None if every byte is as it was written.
+    """Verify a directory against its manifest.
 
-    Only plain files count: a manifest that came from elsewhere must not lead out of its folder.
+    Only regular files in the directory itself count: a manifest of unknown origin must not reach files elsewhere.
+
+    Args:
+        folder: the directory.
+        needed: names that the manifest must list.
+
+    Returns:
+        The first difference, in a few words; None if every byte is as written.
     """
     try:
         if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
-            return f"{MANIFEST} is missing or no plain file"
+            return f"{MANIFEST} is missing or not a regular file"
         files = read_json(folder / MANIFEST)["files"]
         expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except OSError as error:  # a directory that may not be entered
@@ -25,7 +32,7 @@ def verify_manifest(folder: Path, needed: Iterable[str]) -> str | None:
     except FtError:
         return f"{MANIFEST} is unreadable"
     except (KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is no list of files"
+        return f"{MANIFEST} is not a list of files"
     for name in dict.fromkeys([*needed, *expected]):  # each once
         path = folder / name
         if name not in expected:
@@ -33,12 +40,12 @@ def verify_manifest(folder: Path, needed: Iterable[str]) -> str | None:
         size, sha256 = expected[name]
         try:
             if Path(name).name != name or path.is_symlink() or not path.is_file():
-                return f"{name} is missing or no plain file"
+                return f"{name} is missing or not a regular file"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
             with path.open("rb") as file:
                 if hashlib.file_digest(file, hashlib.sha256).hexdigest() != sha256:
-                    return f"{name} has other bytes than were written"
+                    return f"{name} has another SHA-256 than when it was written"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None

@@ -1,17 +1,17 @@
-"""Paths as people write them, whichever way they arrive: by a flag, a configuration, a positional, or a call."""
+"""Expansion of `~` in paths, wherever they come from: a flag, a config.json, a positional argument or a call."""
 
 import os
 from typing import TypeVar
 
 T = TypeVar("T")
 
-# Settings of a run that may be paths, some of them the name of something else instead.
+# Settings that are paths, some of them optionally: a model may also be a Hub id.
 SETTINGS = ("model", "dataset", "save_dataset", "output_dir", "resume", "forgetting")
 
 
 def expand_home(path: T) -> T:
-    """A path with the home directory in place of a `~` or `~user` at its start; what is no such text stays as it is.
+    """Expand `~` or `~user` at the start of a path; other values are returned unchanged.
 
-    A shell does this only where the `~` begins a word, which it does not in `--output-dir=~/x` and in a config.json.
+    A shell expands `~` only at the start of a word, so not in `--output-dir=~/x` and not in a config.json.
     """
     return os.path.expanduser(path) if isinstance(path, str) else path  # type: ignore[return-value]

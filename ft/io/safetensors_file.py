@@ -1,4 +1,4 @@
-"""Tensors as the bytes of a safetensors file."""
+"""Serialize tensors in the safetensors format."""
 
 import ctypes
 import json
@@ -21,11 +21,17 @@ DTYPE_NAMES = {
 def safetensors_chunks(
     tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """Tensors in the safetensors format, one memory view per tensor: https://huggingface.co/docs/safetensors.
+    """Serialize tensors in the safetensors format (https://huggingface.co/docs/safetensors), without copying them.
 
     The format is the header's length (8 bytes, little-endian), the header as JSON, then the values of all tensors. The
-    library reads what is written here. It would hold a second copy of all tensors in memory; here each view is of the
-    tensor itself.
+    library's own `save` needs a second copy of all tensors in memory.
+
+    Args:
+        tensors: on any device, by name.
+        metadata: for the header.
+
+    Yields:
+        The header, then for each tensor a view of its memory.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -34,12 +40,12 @@ def safetensors_chunks(
         shape = list(tensor.shape)
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the numbers begin at a multiple of their size
+    encoded += b" " * (-len(encoded) % 8)  # the values must be aligned
     yield len(encoded).to_bytes(8, "little")
     yield encoded
     for tensor in tensors.values():
-        numbers = tensor.detach().cpu().contiguous()
-        size = numbers.numel() * numbers.element_size()
-        array: Any = (ctypes.c_char * size).from_address(numbers.data_ptr())
-        array.owner = numbers  # which must live as long as a view of it does
+        values = tensor.detach().cpu().contiguous()
+        size = values.numel() * values.element_size()
+        array: Any = (ctypes.c_char * size).from_address(values.data_ptr())
+        array.owner = values  # keeps the memory alive as long as the view
         yield memoryview(array).cast("B")

@@ -1,4 +1,4 @@
-"""Work that waits for another machine, given up when nothing arrives for a while."""
+"""Run network work in a thread, with a timeout that starts anew whenever data arrives."""
 
 import sys
 import threading
@@ -8,31 +8,34 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SILENCE = 5.0  # seconds without progress after which the wait is shown
-INTERVAL = 0.5  # seconds between two looks at the progress
+SILENCE = 5.0  # seconds without progress after which a countdown is printed
+INTERVAL = 0.5  # seconds between two checks of the progress
 
 
 class StalledError(Exception):
-    """Nothing has arrived for too long; `seconds` is the limit."""
+    """There was no progress for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         super().__init__(f"nothing arrived for {seconds:g} s")
 
 
-def unless_stalled(work: Callable[[], T], progress: Callable[[], int], *, seconds: float, what: str) -> T:
-    """The result of `work`, given up when `progress` stays the same for too long; meanwhile a countdown is shown.
+def run_with_stall_timeout(work: Callable[[], T], progress: Callable[[], int], *, seconds: float, what: str) -> T:
+    """Run `work` in a thread until it ends or stalls; a countdown on standard error shows a stall.
 
-    A thread cannot be stopped: the one of work that is given up ends with its own timeouts, or with the process.
+    Python cannot stop a thread: that of stalled work ends with its own timeouts, or with the process.
 
     Args:
-        work: what is done, in a thread of its own.
-        progress: a number that changes whenever something has arrived.
-        seconds: for how long it may stay the same.
-        what: what is waited for, in the countdown.
+        work: the function.
+        progress: returns a number that changes whenever data has arrived.
+        seconds: the timeout, for which `progress` may stay the same.
+        what: what is waited for, for the countdown.
+
+    Returns:
+        The result of `work`.
 
     Raises:
-        StalledError: it stayed the same for so long. What `work` raises is raised here too.
+        StalledError: `progress` stayed the same for `seconds`. An exception of `work` is raised here too.
     """
     results: list[T] = []
     failures: list[BaseException] = []
@@ -54,7 +57,7 @@ def unless_stalled(work: Callable[[], T], progress: Callable[[], int], *, second
             last, since = current, now
         silent = now - since
         if silent >= SILENCE and thread.is_alive() and (is_terminal or not shown):
-            text = f"Waiting for {what}: given up in {max(0.0, seconds - silent):.0f} s if nothing arrives"
+            text = f"Waiting for {what}: timeout in {max(0.0, seconds - silent):.0f} s if nothing arrives"
             print(f"\r{text}\x1b[K" if is_terminal else text, end="" if is_terminal else "\n", file=sys.stderr)
             sys.stderr.flush()
             shown = True

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed or full: an error names them, and a run goes on without them."""
+"""Standard output and standard error that may be closed or full: errors name the stream, and a run continues."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ from io import BufferedWriter, FileIO, TextIOWrapper
 
 
 class _Stream(FileIO):
-    """One of the two, on which the first error is raised by name, or with `is_optional` told on the other.
+    """A standard stream whose first error is raised with its name, or, if `is_optional`, printed to standard error.
 
-    What is written after that is dropped.
+    Everything that is written after an error is dropped.
     """
 
     def __init__(self, descriptor: int, label: str, *, is_optional: bool) -> None:
@@ -28,30 +28,30 @@ class _Stream(FileIO):
             if not self.is_optional:
                 raise OSError(error.errno, error.strerror, self.label) from error
             if sys.stderr.fileno() != self.fileno():
-                print(f"WARNING: {self.label}: {error.strerror}. The run goes on without it.", file=sys.stderr)
+                print(f"WARNING: {self.label}: {error.strerror}. The run continues without it.", file=sys.stderr)
             return size
 
 
 @contextmanager
 def standard_streams() -> Iterator[Callable[[], None]]:
-    """A context in which both streams can be written to, whatever they are; characters they cannot show are escaped.
+    """A context in which both streams can always be written; characters outside their encoding are escaped.
 
-    A descriptor that is closed is opened on the null device. The next file that is opened would take its number
-    otherwise, and messages would be written into it.
+    A closed descriptor is opened on the null device. Otherwise the next file to be opened would get its number, and
+    messages would be written into that file.
 
     Yields:
-        What makes standard output optional: from then on an error of it is told once, and not raised.
+        A function that makes standard output optional: from then on its first error is printed and not raised.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
     before = sys.stdout, sys.stderr
     opened = []
     for name, descriptor, label in (("stdout", 1, "standard output"), ("stderr", 2, "standard error")):
         stream = getattr(sys, name)
-        # Not where a caller has put another stream there, nor on Windows, whose consoles take no bytes.
+        # Not if a caller has replaced the stream, and not on Windows, whose consoles do not accept bytes.
         if stream is None or (stream is getattr(sys, f"__{name}__") and sys.platform != "win32"):
             raw = _Stream(descriptor, label, is_optional=name == "stderr")
             encoding = getattr(stream, "encoding", "utf-8")

@@ -12,7 +12,7 @@ from torch import Tensor
 from ft.config import Config
 from ft.errors import FtError
 from ft.io.hub import Source, find_files
-from ft.io.model_layout import CONFIG, INDEX, WEIGHTS, all_of, files_of_a_model, shard_names
+from ft.io.model_layout import CONFIG, INDEX, WEIGHTS, choose_model_files, require_files, shard_names
 from ft.model.gpt2 import GPT2, GPT2Config
 
 # Prefixes that DistributedDataParallel, `torch.compile` and `transformers` add to tensor names.
@@ -139,13 +139,13 @@ def model_files(model: str | Path, revision: str | None = None, *, with_weights:
     source = Source("model", model, revision, is_directory)
 
     def needed(names: Collection[str]) -> list[str]:
-        return files_of_a_model(names, model, with_weights=with_weights)
+        return choose_model_files(names, model, with_weights=with_weights)
 
     files = find_files(source, needed)
     weights = [files[WEIGHTS]] if WEIGHTS in files else []
     if INDEX in files:
         shards = shard_names(files[INDEX])
-        weights = list(find_files(source, lambda names: all_of(shards, names, model)).values())
+        weights = list(find_files(source, lambda names: require_files(shards, names, model)).values())
     tokenizer = {name: path for name, path in files.items() if name not in (CONFIG, WEIGHTS, INDEX)}
     return ModelFiles(model, files[CONFIG], tokenizer, tuple(weights))
 

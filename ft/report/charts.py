@@ -1,6 +1,6 @@
-"""Curves and bars by matplotlib, as SVG that takes its colours and its type from the page around it.
+"""Charts by matplotlib, as SVG that takes its colors and font from the page around it.
 
-No text from outside enters a picture: what comes from files is said in the page, where it is escaped.
+A chart contains no text from files: that is in the page, where it is escaped.
 """
 
 import io
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-COLORS = 8  # the page has this many for runs and for parts; more runs take them again with other dashes
+COLORS = 8  # the page has this many for runs and for parts; more runs reuse them with other dashes
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
-# Colours that stand for those of the page: matplotlib writes them down, `_for_page` puts the page's in their place.
+# Placeholders that matplotlib writes, and that `_for_page` replaces with the CSS variables of the page.
 TEXT, GRID = "#010101", "#020202"
 _STAND_INS = {TEXT: "var(--soft)", GRID: "var(--line)"}
-_STAND_INS |= {f"#0100{i:02x}": f"var(--colour-{i})" for i in range(COLORS)}
+_STAND_INS |= {f"#0100{i:02x}": f"var(--color-{i})" for i in range(COLORS)}
 
 _STYLE: dict[str, object] = {
     "svg.fonttype": "none",  # text stays text
     "path.simplify_threshold": 0.5,
-    "font.size": 11,  # as wide as the page's type is at most
+    "font.size": 11,  # at least as wide as the font of the page
     "axes.edgecolor": GRID,
     "axes.labelcolor": TEXT,
     "axes.spines.top": False,
@@ -54,7 +54,7 @@ _STYLE: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart: `number` decides colour and dashes; `marked` has a dot at each point, others are thin."""
+    """A line of a chart: `number` selects color and dashes; `marked` has a dot at each point, others are thin."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -63,12 +63,12 @@ class Curve:
 
 
 def color(number: int) -> str:
-    """What stands for the page's colour of a run or part."""
+    """The placeholder for the page's color of a run or part."""
     return f"#0100{number % COLORS:02x}"
 
 
 def spans_magnitudes(curves: Sequence[Curve]) -> bool:
-    """Whether the values of curves lie so far apart that most would be one line on a linear axis: from 1 to 100."""
+    """Whether the values span a factor of 100 or more, for which an axis must be logarithmic."""
     values = [value for curve in curves for value in curve.y]
     return min(values) > 0 and max(values) >= 100 * min(values)
 
@@ -76,7 +76,7 @@ def spans_magnitudes(curves: Sequence[Curve]) -> bool:
 def line_chart(
     curves: Sequence[Curve], axis: str, description: str, *, percent: bool = False, logarithmic: bool = False
 ) -> str:
-    """Curves over steps or epochs as an SVG element that says `description` to whoever cannot see it."""
+    """Curves over steps or epochs as an SVG element, with `description` as its aria-label."""
     with _style(description):
         figure, axes = _figure(2.3)
         for curve in curves:
@@ -102,7 +102,7 @@ def line_chart(
 
 
 def bar_chart(parts: Sequence[float], description: str) -> str:
-    """One bar from parts that follow each other, in the colours 0, 1, ... of the page."""
+    """One stacked horizontal bar, in the colors 0, 1, ... of the page."""
     with _style(description):
         figure, axes = _figure(0.32)
         start = 0.0
@@ -113,16 +113,16 @@ def bar_chart(parts: Sequence[float], description: str) -> str:
         axes.set_axis_off()
         figure.set_layout_engine("none")
         axes.set_position((0, 0, 1, 1))
-        return _svg(figure, description, preserveAspectRatio="none")  # as high as the page likes
+        return _svg(figure, description, preserveAspectRatio="none")  # the page sets the height
 
 
 def calibration_chart(bins: Sequence[Sequence[float]], description: str) -> str:
-    """Accuracy over stated probability, with the diagonal on which both are the same."""
+    """Accuracy over predicted probability, with the diagonal of perfect calibration."""
     with _style(description):
         figure, axes = _figure(2.3)
         axes.plot((0, 1), (0, 1), color=TEXT, linewidth=1, linestyle=(0, (3, 3)))
         axes.plot([row[0] for row in bins], [row[1] for row in bins], color=color(0), marker="o", markersize=4)
-        axes.set_xlabel("stated probability")
+        axes.set_xlabel("predicted probability")
         axes.set_ylim(-0.03, 1.03)
         for side in (axes.xaxis, axes.yaxis):
             side.set_major_formatter(PercentFormatter(1))
@@ -130,7 +130,7 @@ def calibration_chart(bins: Sequence[Sequence[float]], description: str) -> str:
 
 
 def _style(description: str) -> AbstractContextManager[None]:
-    """Matplotlib's settings for a picture: the same picture is the same bytes, and shares no identifier with others."""
+    """Matplotlib's settings for a chart; the salt makes its ids reproducible, and different from those of others."""
     settings: Any = {**_STYLE, "svg.hashsalt": description}
     return matplotlib.rc_context(settings)
 
@@ -145,7 +145,7 @@ def _short(value: float) -> str:
 
 
 def _tick(value: float, _: int) -> str:
-    """A number at the side of a chart, in at most five characters or so."""
+    """A tick label of at most about five characters."""
     if abs(value) >= 1e4:
         return _short(value)
     if 0 < abs(value) < 1e-3:
@@ -155,7 +155,7 @@ def _tick(value: float, _: int) -> str:
 
 
 def _svg(figure: Figure, description: str, **attributes: str) -> str:
-    """The figure as an SVG element without what a page has no use for: prolog, date, sizes, names of groups."""
+    """The figure as an SVG element without prolog, date, sizes and group names."""
     file = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)
@@ -169,7 +169,7 @@ def _svg(figure: Figure, description: str, **attributes: str) -> str:
 
 
 def _for_page(root: ElementTree.Element) -> str:
-    """Markup with the page's colours. Identifiers that nothing refers to go, as several pictures would share them."""
+    """Markup with the page's colors, and without unused ids, which several charts would share."""
     for element in root.iter():
         target = element.attrib.pop(f"{XLINK}href", None)
         if target is not None:

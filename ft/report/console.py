@@ -1,4 +1,4 @@
-"""What a run says of itself in prose: what it is going to do, and what came out."""
+"""The console text of a run: its plan at the start, its results at the end."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -23,14 +23,14 @@ VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
 
 def count_parameters(model: GPT2) -> int:
-    """How many numbers training adjusts; the head is the embeddings and counts once."""
+    """The number of parameters; the tied head and token embedding count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def opening(
     config: Config, model: GPT2, precision: Precision, data: Data, general_text: GeneralText | None, last_step: int
 ) -> str:
-    """The paragraph at the start of a run."""
+    """The summary at the start of a run: model, device, data and plan."""
     sizes = {name: len(examples) for name, examples in data.examples.items()}
     start = "" if config.init == "pretrained" else ", from random weights"
     trained, parameters = num_trainable_parameters(model), count_parameters(model)
@@ -39,13 +39,13 @@ def opening(
         f"Fine-tuning {config.model}{start}: {share}{parameters:,} parameters, on {precision.device} in "
         f"{precision.name} ({precision.reason}).",
         f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
-        f"{_answers(config, data)}.",
-        f"General text, to see what is forgotten: {general_text}." if general_text else "",
+        f"{_describe_targets(config, data)}.",
+        f"General text, to measure forgetting: {general_text}." if general_text else "",
         f"Plan: {last_step:,} steps of {_global_batch(config)}; every "
         f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
         f"checkpoint, in {config.output_dir}.",
         f"WARNING: --warmup-steps {config.warmup_steps:,} is no less than the {last_step:,} steps of the run: the "
-        "learning rate rises to the end, and is never as high as --learning-rate says."
+        "learning rate rises to the end, and never reaches --learning-rate."
         if config.warmup_steps >= last_step
         else "",
     )
@@ -53,15 +53,15 @@ def opening(
 
 
 def _global_batch(config: Config) -> str:
-    """The examples of an optimiser step, and who computes them."""
+    """The examples of an optimizer step, and the processes that share them."""
     if config.processes == 1:
         return f"{config.rows_per_step} examples"
-    what = "each with a part of the model" if config.shard else "each with the whole model"
-    return f"{config.rows_per_step} examples in all, shared by {config.processes} processes, {what}"
+    model = "each with a shard of the model" if config.shard else "each with a full copy of the model"
+    return f"{config.rows_per_step} examples in all, shared by {config.processes} processes, {model}"
 
 
-def _answers(config: Config, data: Data) -> str:
-    """What the model is to say: the labels, or the column of completions."""
+def _describe_targets(config: Config, data: Data) -> str:
+    """The labels, or the column of completions."""
     if config.completion_column is not None:
         return f"completions from the column {config.completion_column}; accuracy counts their tokens"
     return f"labels {listed(data.label_names)}"
@@ -69,26 +69,26 @@ def _answers(config: Config, data: Data) -> str:
 
 def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
     """The summary at the end of a run."""
-    reviews = state.step * config.rows_per_step
+    examples = state.step * config.rows_per_step
     run = Path(printable(str(run)))
     return (
         ("" if state.step >= last_step else f"\nStopped early: {resume.describe_end(state, last_step)}.")
         + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
-        f"{reviews / seconds:.1f} samples/s, {state.step / seconds:.2f} steps/s. "
+        f"{examples / seconds:.1f} examples/s, {state.step / seconds:.2f} steps/s. "
         f"Mean training loss {state.mean_train_loss:.4f}.\n"
         f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best"
-        + (f" (step {state.best_step:,})" if state.best_step is not None else ", with no loss that was finite")
+        + (f" (step {state.best_step:,})" if state.best_step is not None else ", without a finite loss")
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"
         + _forgotten(state)
-        + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all figures in "
-        f"{run / 'metrics.jsonl'}. "
-        f'To ask it: python run.py {"predict" if config.completion_column is None else "generate"} {run} "a text"'
+        + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
+        f"{run / 'metrics.jsonl'}. To use it: python run.py "
+        + (f'predict {run} "an example"' if config.completion_column is None else f'generate {run} "a prompt"')
     )
 
 
 def _forgotten(state: State) -> str:
-    """How the general text's perplexity has changed; nothing where it was not measured."""
+    """The perplexity on general text before and after; empty if it was not measured."""
     if state.general_loss_before is None or state.general_loss is None:
         return ""
     before, after = perplexity(state.general_loss_before), perplexity(state.general_loss)
@@ -96,7 +96,7 @@ def _forgotten(state: State) -> str:
 
 
 def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
-    """Three validation examples with what the model says of them."""
+    """Three validation examples with their predicted labels."""
     split = data.splits["validation"]
     rows = [len(split.texts) * third // 3 for third in range(3)]
     probabilities = predict(
@@ -104,19 +104,19 @@ def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
     )
     lines = ["\nThree validation examples:"]
     for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
-        said, true = (one_line(data.label_names[i]) for i in (int(label), split.labels[row]))
-        verdict = "right" if int(label) == split.labels[row] else f"wrong, it is {true}"
-        lines.append(f"  {said} ({probability:.1%}, {verdict}): {one_line(split.texts[row], 90)}")
+        predicted, true = (one_line(data.label_names[i]) for i in (int(label), split.labels[row]))
+        verdict = "correct" if int(label) == split.labels[row] else f"wrong, true label {true}"
+        lines.append(f"  {predicted} ({probability:.1%}, {verdict}): {one_line(split.texts[row], 90)}")
     return "\n".join(lines)
 
 
 def three_completions(model: GPT2, data: Data) -> str:
-    """Three validation prompts with what the model goes on with, greedily. Leaves the model in evaluation mode."""
+    """Three validation prompts with their completions by greedy decoding. Leaves the model in evaluation mode."""
     split = data.splits["validation"]
     model.eval()
     lines = ["\nThree validation examples:"]
     for third in range(3):
-        # Of a prompt that leaves no room for an answer the beginning is cut off, as it was in training.
+        # A prompt that is too long for a completion loses its beginning, as in training.
         ids = data.tokenizer.encode(split.texts[len(split.texts) * third // 3], add_special_tokens=False).ids
         prompt = data.tokenizer.decode(
             ids[-max(1, model.config.n_positions - SHOWN_TOKENS) :], skip_special_tokens=False

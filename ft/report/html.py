@@ -1,4 +1,4 @@
-"""The page that `report` writes: one HTML file for any number of runs. What comes from files is escaped by `text`."""
+"""The HTML report of one or more runs, in one file. Everything that comes from files is escaped by `text`."""
 
 import html
 import re
@@ -11,21 +11,21 @@ from ft.report.charts import COLORS, Curve, bar_chart, calibration_chart, line_c
 from ft.report.run_record import Recorded, command_of, is_number, settings_given
 
 LONGEST_TEXT = 1000  # characters of a mistake's text that are shown
-MOST_ROWS = 500  # rows of the table of all figures
-CONFUSIONS = 20  # pairs of classes that are told where there are too many for a table of all
+MOST_ROWS = 500  # rows of the table of all metrics
+CONFUSIONS = 20  # pairs of classes in the table of the most confused
 
-# What a character of a foreign text becomes that would not be shown, or would change how its neighbours are.
+# Characters that are invisible or change how their neighbors are displayed; they are shown as codes.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
 )
 
-# The charts: a title, figures of metrics.jsonl with their names, the unit, and whether that is a share.
+# The charts: a title, keys of metrics.jsonl with their names, the unit, and whether it is a share.
 CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], str, bool], ...] = (
     ("Loss", (("loss", "training"), ("eval_loss", "validation")), "nats per target", False),
-    ("Accuracy", (("eval_accuracy", "validation"),), "share that is right", True),
+    ("Accuracy", (("eval_accuracy", "validation"),), "share of correct predictions", True),
     ("Learning rate", (("learning_rate", ""),), "AdamW's step size", False),
     ("Gradient norm", (("grad_norm", ""),), "global, before clipping", False),
-    ("Throughput", (("samples_per_second", ""),), "samples per second of training", False),
+    ("Throughput", (("samples_per_second", ""),), "examples per second of training", False),
     ("Forgetting", (("general_perplexity", "general text"),), "perplexity on general text; higher is worse", False),
 )
 HEADLINES = (
@@ -33,18 +33,18 @@ HEADLINES = (
     ("test_accuracy", "test accuracy", "{:.2%}"),
     ("eval_loss", "validation loss", "{:.4f}"),
     ("loss", "training loss", "{:.4f}"),
-    ("samples_per_second", "samples/s", "{:,.1f}"),
+    ("samples_per_second", "examples/s", "{:,.1f}"),
     ("step", "steps", "{:,.0f}"),
 )
 
 
 def text(value: object) -> str:
-    """A value as it may stand anywhere in a page: escaped, and what would not be seen of it told in codes."""
+    """Escape a value for use anywhere in a page; invisible characters become codes."""
     return html.escape(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value)))
 
 
 def page(runs: Sequence[Recorded]) -> str:
-    """The whole HTML file."""
+    """The HTML file for these runs."""
     several = len(runs) > 1
     title = f"{len(runs)} runs" if several else runs[0].folder.resolve().name
     axis = "epoch" if len({_rows_per_step(run) for run in runs}) > 1 else "step"
@@ -53,9 +53,9 @@ def page(runs: Sequence[Recorded]) -> str:
         _compared(runs) if several else _headlines(runs[0]),
         _charts(runs, axis),
         _section("Where the time went", "time", "".join(_times(run, i, several) for i, run in enumerate(runs))),
-        *(_judgement(run, i, several) for i, run in enumerate(runs)),
+        *(_evaluation(run, i, several) for i, run in enumerate(runs)),
         *(_settings(run, i, several) for i, run in enumerate(runs)),
-        _section("All figures", "figures", "".join(_figures(run, i, several) for i, run in enumerate(runs))),
+        _section("All metrics", "metrics", "".join(_metrics(run, i, several) for i, run in enumerate(runs))),
     ]
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
@@ -79,22 +79,22 @@ def _section(title: str, key: str, content: str) -> str:
 
 
 def _name(run: Recorded, number: int, several: bool) -> str:
-    """A run's name with its colour, as a heading over what is its own; nothing where there is only one."""
+    """A run's name with its color as a heading; empty if there is only one run."""
     return f"<h3>{_swatch(number)}{_bdi(run.folder)}</h3>\n" if several else ""
 
 
 def _swatch(number: int) -> str:
     dashes = number // COLORS % 4
-    return f'<i class="swatch dash-{dashes}" style="--own: var(--colour-{number % COLORS})"></i>'
+    return f'<i class="swatch dash-{dashes}" style="--own: var(--color-{number % COLORS})"></i>'
 
 
 def _bdi(value: object) -> str:
-    """A foreign text whose direction of writing leaves its surroundings alone."""
+    """A text from a file, isolated so that its writing direction does not affect its surroundings."""
     return f"<bdi>{text(value)}</bdi>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, kind: str = "") -> str:
-    """A table of finished markup in a box of its own that scrolls; the first cell of a row is its heading."""
+    """A table of markup in a scrolling box; the first cell of a row is its heading."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "\n".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{x}</td>" for x in row[1:])}</tr>' for row in rows
@@ -111,7 +111,7 @@ def _card(title: str, unit: str, content: str, kind: str = "") -> str:
 
 
 def _state(run: Recorded) -> str:
-    """Finished, or how far: a run's plan is in its settings."""
+    """Whether the run is finished, or how far it is."""
     if run.finished:
         return '<span class="state done">finished</span>'
     step, epoch = run.last("step"), run.last("epoch")
@@ -136,11 +136,11 @@ def _headlines(run: Recorded) -> str:
         for key, words, form in HEADLINES
         if (value := run.last(key)) is not None
     ]
-    return f'<dl class="tiles">\n{"".join(tiles)}\n</dl>' if tiles else '<p class="note">Nothing is noted yet.</p>'
+    return f'<dl class="tiles">\n{"".join(tiles)}\n</dl>' if tiles else '<p class="note">No metrics yet.</p>'
 
 
 def _compared(runs: Sequence[Recorded]) -> str:
-    """The legend, the newest figures, and the settings in which the runs differ."""
+    """The legend, the newest metrics, and the settings in which the runs differ."""
     heads = [(key, words, form) for key, words, form in HEADLINES if any(run.last(key) is not None for run in runs)]
     rows = []
     for number, run in enumerate(runs):
@@ -152,7 +152,7 @@ def _compared(runs: Sequence[Recorded]) -> str:
                 _state(run),
             ]
         )
-    result = _table(["run", *(words for _, words, _ in heads), ""], rows, "The runs and their newest figures")
+    result = _table(["run", *(words for _, words, _ in heads), ""], rows, "The runs and their newest metrics")
     names = dict.fromkeys(name for run in runs for name in run.config if name not in ("output_dir", "resume"))
     different = [name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1]
     if different:
@@ -169,11 +169,11 @@ def _value(value: object) -> str:
 
 
 def _charts(runs: Sequence[Recorded], axis: str) -> str:
-    """A card for each chart that has something to show."""
+    """A card for each chart that has data."""
     cards = []
     for title, figures, unit, percent in CHARTS:
         curves: list[Curve] = []
-        told, legend = [], []
+        summaries, legend = [], []
         kinds = [(key, words) for key, words in figures if any(run.curve(key, axis)[0] for run in runs)]
         for position, (key, words) in enumerate(kinds):
             marked = key.startswith(("eval", "general"))
@@ -186,32 +186,32 @@ def _charts(runs: Sequence[Recorded], axis: str) -> str:
                     curves.append(Curve(x, y, position if len(runs) == 1 else number, marked))
                     form: Callable[[float], str] = "{:.2%}".format if percent else "{:.4g}".format
                     about = f"{words} " * bool(words) + (f"of run {number + 1} " if len(runs) > 1 else "")
-                    told.append(f"{about}{form(y[0])} at {axis} {x[0]:,g}, {form(y[-1])} at {axis} {x[-1]:,g}")
+                    summaries.append(f"{about}{form(y[0])} at {axis} {x[0]:,g}, {form(y[-1])} at {axis} {x[-1]:,g}")
         if curves:
             logarithmic = title == "Forgetting" and spans_magnitudes(curves)
-            description = f"{title} by {axis}{' (logarithmic)' * logarithmic}: {'; '.join(told)}."
+            description = f"{title} by {axis}{' (logarithmic)' * logarithmic}: {'; '.join(summaries)}."
             svg = line_chart(curves, axis, description, percent=percent, logarithmic=logarithmic)
             unit += "; logarithmic" * logarithmic
             cards.append(_card(title, unit, f'<p class="legend">{"".join(legend)}</p>\n{svg}'))
     legend_of_runs = "".join(f"<span>{_swatch(number)}{_bdi(run.folder)}</span>" for number, run in enumerate(runs))
     above = f'<p class="legend">{legend_of_runs}</p>\n' if len(runs) > 1 else ""
-    none = '<p class="note">Nothing is noted yet.</p>'
+    none = '<p class="note">No metrics yet.</p>'
     return _section("Curves", "curves", above + f'<div class="grid">\n{"".join(cards)}\n</div>' if cards else none)
 
 
 def _times(run: Recorded, number: int, several: bool) -> str:
     seconds = {part: value for part, value in run.seconds_by_part().items() if value > 0}
     if not seconds:
-        return _name(run, number, several) + '<p class="note">This run has not noted where its time went.</p>'
+        return _name(run, number, several) + '<p class="note">This run has no timings.</p>'
     total, steps = sum(seconds.values()), run.last("step") or 1
     parts = list(seconds.items())
-    told = ", ".join(f"{text(part)} {value / total:.0%}" for part, value in parts)
+    shares = ", ".join(f"{text(part)} {value / total:.0%}" for part, value in parts)
     rows = [
         [_swatch(i) + text(part), f"{value:,.1f} s", f"{value / total:.1%}", f"{1000 * value / steps:,.2f} ms"]
         for i, (part, value) in enumerate(parts)
     ]
-    bar = bar_chart([value for _, value in parts], f"Time of run {number + 1} by part: {told}.")
-    head = ["part", "in all", "share", "per step"]
+    bar = bar_chart([value for _, value in parts], f"Time of run {number + 1} by part: {shares}.")
+    head = ["part", "total", "share", "per step"]
     return (
         _name(run, number, several)
         + f'<div class="card">\n<div class="bar">{bar}</div>\n{_table(head, rows, "Time by part")}\n</div>'
@@ -219,24 +219,24 @@ def _times(run: Recorded, number: int, several: bool) -> str:
 
 
 def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
-    """The confusion matrix as a card; of many classes as a map of small cells, with what is confused most in a second.
+    """The confusion matrix as a card; of many classes with small cells, and the most confused pairs in a second card.
 
     Args:
-        labels: their names, as finished markup.
+        labels: their names, as markup.
         confusion: a row of counts for each true class.
     """
     many = len(labels) > MOST_COLUMNS
     rows = []
     for number, (label, counts) in enumerate(zip(labels, confusion, strict=True)):
-        whole = sum(counts) or 1
+        total = sum(counts) or 1
         cells = []
-        for said, count in enumerate(counts):
-            kind = "right" if said == number else "wrong"
-            cell = f'<span class="cell {kind}" style="--share: {count / whole:.3f}">{count:,}</span>'
-            cells.append("" if many and count == 0 else cell)  # most of thousands, among which the others were lost
+        for predicted, count in enumerate(counts):
+            kind = "right" if predicted == number else "wrong"
+            cell = f'<span class="cell {kind}" style="--share: {count / total:.3f}">{count:,}</span>'
+            cells.append("" if many and count == 0 else cell)  # most of thousands of cells are 0
         rows.append([label, *cells])
     heads = list(map(str, range(len(labels)))) if many else labels
-    corner = 'true <span class="soft">\\</span> said'
+    corner = 'true <span class="soft">\\</span> predicted'
     matrix = _table([corner, *heads], rows, "Confusion matrix", "matrix many" if many else "matrix")
     if not many:
         return _card("Confusion matrix", "", matrix)
@@ -244,25 +244,25 @@ def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
         [labels[true], labels[predicted], f"{examples:,}", f"{examples / sum(confusion[true]):.0%}"]
         for true, predicted, examples in most_confused(confusion, CONFUSIONS)
     ]
-    confused = _table(["true", "said", "texts", "of its texts"], pairs, "Most confused", "pairs")
+    confused = _table(["true", "predicted", "examples", "share of class"], pairs, "Most confused", "pairs")
     return _card("Confusion matrix", "a column for each label's number", matrix, "wide") + _card(
         "Most confused", f"the {len(pairs)} most frequent mistakes", confused, "wide"
     )
 
 
-def _judgement(run: Recorded, number: int, several: bool) -> str:
-    """Confusion matrix, scores of each class, calibration, and the surest mistakes."""
+def _evaluation(run: Recorded, number: int, several: bool) -> str:
+    """Confusion matrix, scores of each class, calibration, and the most confident errors."""
     key, name = f"scores-{number}", f" · {_bdi(run.folder)}" if several else ""
     scores = run.scores
     if scores is None:
-        why = "they are written when it ends" if not run.finished else "there is no scores.json that can be read"
+        why = "they are written at its end" if not run.finished else "it has no valid scores.json"
         if run.config.get("completion_column") is not None:
             command = shlex.join(["python", "run.py", "evaluate", str(run.folder)])
-            why = f"they are of labels, and it is on completions, which <code>{text(command)}</code> judges"
-        return _section(f"Right and wrong{name}", key, f'<p class="note">No scores of this run: {why}.</p>')
+            why = f"it was trained on completions, which <code>{text(command)}</code> evaluates"
+        return _section(f"Evaluation{name}", key, f'<p class="note">This run has no scores: {why}.</p>')
     labels, confusion = [_bdi(label) for label in scores["labels"]], scores["confusion"]
     many = len(labels) > MOST_COLUMNS
-    if many:  # there is no room for their names over the columns of the matrix
+    if many:  # names do not fit above the columns of the matrix
         labels = [f'<span class="number">{i}</span> {label}' for i, label in enumerate(labels)]
     per_class = [
         [label, f"{p:.2%}", f"{r:.2%}", f"{f1:.4f}", f"{sum(counts):,}"]
@@ -270,20 +270,20 @@ def _judgement(run: Recorded, number: int, several: bool) -> str:
             labels, scores["precision"], scores["recall"], scores["f1"], confusion, strict=True
         )
     ]
-    told = "; ".join(f"stated {stated:.0%}, right {right:.0%}" for stated, right, _ in scores["bins"])
-    chart = calibration_chart(scores["bins"], f"Calibration of run {number + 1}: {told}.")
-    classes = _table(["label", "precision", "recall", "F1", "texts"], per_class, "Scores of each label")
+    pairs = "; ".join(f"probability {mean:.0%}, accuracy {accuracy:.0%}" for mean, accuracy, _ in scores["bins"])
+    chart = calibration_chart(scores["bins"], f"Calibration of run {number + 1}: {pairs}.")
+    classes = _table(["label", "precision", "recall", "F1", "examples"], per_class, "Scores of each label")
     overview = (
         f"<p>{text(scores['split'])} split after step {scores['step']:,}: accuracy <b>{scores['accuracy']:.2%}</b>, "
         f"macro F1 <b>{scores['macro_f1']:.4f}</b>, calibration error <b>{scores['calibration_error']:.2%}</b>.</p>"
     )
     cards = (
         f'<div class="grid">\n{_matrix(labels, confusion)}\n{_card("Each label", "", classes, "wide" * many)}\n'
-        f"{_card('Calibration', 'share that is right', chart)}\n</div>"
+        f"{_card('Calibration', 'accuracy by predicted probability', chart)}\n</div>"
     )
     mistakes = "\n".join(map(_mistake, scores["mistakes"]))
-    surest = f'<h3>The surest mistakes</h3>\n<ol class="mistakes">\n{mistakes}\n</ol>' if mistakes else ""
-    return _section(f"Right and wrong{name}", key, overview + cards + surest)
+    errors = f'<h3>Most confident errors</h3>\n<ol class="mistakes">\n{mistakes}\n</ol>' if mistakes else ""
+    return _section(f"Evaluation{name}", key, overview + cards + errors)
 
 
 def _mistake(mistake: dict[str, object]) -> str:
@@ -291,15 +291,15 @@ def _mistake(mistake: dict[str, object]) -> str:
     rest = f' <span class="soft">… and {len(words) - LONGEST_TEXT:,} more characters</span>'
     return (
         f'<li><blockquote dir="auto">{text(words[:LONGEST_TEXT])}{rest * (len(words) > LONGEST_TEXT)}</blockquote>\n'
-        f"<p>said <b>{_bdi(mistake['label'])}</b> at {probability:.1%}, it is <b>{_bdi(mistake['true'])}</b> "
+        f"<p>predicted <b>{_bdi(mistake['label'])}</b> at {probability:.1%}, true <b>{_bdi(mistake['true'])}</b> "
         f'<span class="soft">row {text(mistake["row"])}</span></p></li>'
     )
 
 
 def _settings(run: Recorded, number: int, several: bool) -> str:
-    """The command that makes the run again, and all its settings."""
+    """The command line that reproduces the run, and all its settings."""
     if not run.config:
-        content = '<p class="note">There is no config.json that can be read.</p>'
+        content = '<p class="note">This run has no valid config.json.</p>'
     else:
         changed = settings_given(run.config)
         rows = [
@@ -307,14 +307,15 @@ def _settings(run: Recorded, number: int, several: bool) -> str:
             for name, value in run.config.items()
         ]
         content = (
-            f'<p>Makes the same run again:</p>\n<pre tabindex="0"><code>{text(command_of(run.config))}</code></pre>\n'
-            f"<details>\n<summary>All {len(rows)} settings, those that are not the usual in bold</summary>\n"
+            f'<p>To reproduce this run:</p>\n<pre tabindex="0"><code>{text(command_of(run.config))}</code></pre>\n'
+            f"<details>\n<summary>All {len(rows)} settings, those that are not the defaults in bold</summary>\n"
             f"{_table(['setting', 'value'], rows, 'Settings')}\n</details>"
         )
     return _section("Settings" + (f" · {_bdi(run.folder)}" if several else ""), f"settings-{number}", content)
 
 
-def _figures(run: Recorded, number: int, several: bool) -> str:
+def _metrics(run: Recorded, number: int, several: bool) -> str:
+    """All events of a run as a table."""
     keys = [
         key
         for key in dict.fromkeys(key for event in run.events for key in event)

@@ -1,7 +1,7 @@
-"""The model card of a finished model, README.md with the Hub's metadata header: `final/` can be shared as it is.
+"""The model card of a finished run: README.md with the Hub's metadata header, so that `final/` can be uploaded.
 
-The header's fields are those of https://huggingface.co/docs/hub/model-cards. What nobody told this program, such as a
-language or a licence, is left out, and so is every local path: a card says where a model comes from only by Hub ids.
+The header has the fields of https://huggingface.co/docs/hub/model-cards. Unknown fields, such as language and license,
+are left out, and so are local paths: models and data sets are named by Hub ids only.
 """
 
 import re
@@ -24,13 +24,13 @@ CLASSIFY = """\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-source = "."  # this folder, or the model's id on the Hub
+source = "."  # this directory, or the model's id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(source)
 model = AutoModelForCausalLM.from_pretrained(source).eval()
 labels = {labels}
 label_ids = {label_ids}  # the token that stands for each
 
-text = "a text of the kind it was trained on"
+text = "an input like the training data"
 ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][-{length}:]
 with torch.inference_mode():
     logits = model(torch.tensor([ids])).logits[0, -1, label_ids]
@@ -43,7 +43,7 @@ The same with ft:
 import ft
 
 classifier = ft.load(".", max_length={max_length})
-print(classifier.predict(["a text of the kind it was trained on"]))
+print(classifier.predict(["an input like the training data"]))
 ```
 """
 
@@ -52,11 +52,11 @@ COMPLETE = """\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-source = "."  # this folder, or the model's id on the Hub
+source = "."  # this directory, or the model's id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(source)
 model = AutoModelForCausalLM.from_pretrained(source).eval()
 
-prompt = tokenizer("a text of the kind it was trained on", return_tensors="pt")
+prompt = tokenizer("an input like the training data", return_tensors="pt")
 with torch.inference_mode():
     ids = model.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.eos_token_id)
 print(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -66,7 +66,7 @@ print(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_toke
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run has to tell: where it stands, the test split's figures if there is one, and its seconds."""
+    """The results of a finished run: its state, the evaluation of the test split if there is one, and its seconds."""
 
     state: State
     test: Evaluation | None
@@ -78,10 +78,10 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
 
     Args:
         config: the run's settings.
-        data: what was read.
-        outcome: what came of it.
-        num_parameters: the model's size.
-        device: where it was trained, and in which number format.
+        data: the examples and label names.
+        outcome: the results.
+        num_parameters: of the model.
+        device: on which it was trained, with the precision.
     """
     base, dataset = hub_id(config.model), hub_id(config.dataset)
     base_name, dataset_name = _short_name(base, "GPT-2"), _short_name(dataset, "own data")
@@ -90,7 +90,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
     answers = (
         f"Labels: {', '.join(map(_escaped, data.label_names))}." if data.label_names else "Completions of prompts."
     )
-    task = "says which label a text has" if data.label_names else "completes a prompt"
+    task = "classifies text" if data.label_names else "completes a prompt"
     length = config.max_length
     usage = CLASSIFY if data.label_names else COMPLETE
     snippet = usage.format(
@@ -111,9 +111,9 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
             "",
             f"{_linked(dataset, 'datasets/', 'A local data set')}: {sizes} examples. {answers}",
             "",
-            "## Figures",
+            "## Results",
             "",
-            *_figures(outcome),
+            *_results(outcome),
             "",
             f"{outcome.state.step:,} steps in {timedelta(seconds=round(outcome.seconds))} on {device}, evaluation and "
             f"saving included. Mean training loss {outcome.state.mean_train_loss:.4f}.",
@@ -141,14 +141,14 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
 
 
 def hub_id(name: str) -> str | None:
-    """A model's or data set's id on the Hub; None for what lies on this machine, whose path is nobody's business."""
+    """A model's or data set's id on the Hub; None for a local path, which a card must not reveal."""
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)
     return name if is_id and not Path(name).exists() else None
 
 
 def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
     """The metadata as YAML, by the Hub's own client."""
-    from huggingface_hub import EvalResult, ModelCardData  # here: half a second, and only when a run is finished
+    from huggingface_hub import EvalResult, ModelCardData  # here: the import takes half a second
 
     dataset = hub_id(config.dataset)
     kind = "text-classification" if data.label_names else "text-generation"
@@ -170,8 +170,8 @@ def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
     ]
     card = ModelCardData(
         library_name="transformers",
-        # Of labels too: they are the next token of a language model, and a pipeline for classification would put a
-        # head on it that nobody has trained.
+        # For labels too: they are the next token of a language model. A pipeline for classification would add an
+        # untrained head.
         pipeline_tag="text-generation",
         base_model=hub_id(config.model),
         datasets=[dataset] if dataset else None,
@@ -182,7 +182,7 @@ def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
     return card.to_yaml()
 
 
-def _figures(outcome: Outcome) -> list[str]:
+def _results(outcome: Outcome) -> list[str]:
     state, test = outcome.state, outcome.test
     rows = [f"| validation, at the end | {state.last_accuracy:.2%} | {_number(state.last_loss)} |"]
     if state.best_step is not None:
@@ -205,17 +205,17 @@ def _forgotten(state: State) -> list[str]:
 
 
 def _limits(config: Config, data: Data) -> list[str]:
-    kept = f"Of a text of more than {config.max_length} tokens only the end was seen in training."
+    kept = f"In training, examples of more than {config.max_length} tokens were truncated to their end."
     if not data.label_names:
         return [
             f"- {kept}",
-            "- What it completes is likely, not true; it has GPT-2's biases besides those of the data.",
+            "- Completions are likely, not necessarily true; the model has GPT-2's biases and those of the data.",
         ]
     return [
-        f"- Every text gets one of the {len(data.label_names)} labels, also one that has nothing to do with the data.",
+        f"- Every input gets one of the {len(data.label_names)} labels, even if it is unlike the training data.",
         f"- {kept}",
-        "- The probabilities compare the labels' tokens with each other and with nothing else.",
-        "- It has GPT-2's biases besides those of the data, and it has forgotten some of what GPT-2 could do.",
+        "- The probabilities are normalized over the label tokens only.",
+        "- The model has GPT-2's biases and those of the data, and has forgotten some of what GPT-2 could do.",
     ]
 
 
@@ -228,6 +228,6 @@ def _linked(identifier: str | None, kind: str, otherwise: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A text in Markdown that stays what it is: no markup, no HTML, no line of its own, no character unseen."""
+    """Escape a text for Markdown: no markup, no HTML, no line breaks, no invisible characters."""
     printable = "".join(c if c.isprintable() else " " for c in text)
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$:@-])", r"\\\1", " ".join(printable.split()))

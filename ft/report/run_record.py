@@ -1,4 +1,4 @@
-"""A run as its files tell it, whatever state they are in: going on, broken off, finished, damaged."""
+"""Read the files of a run directory for the report, whether the run is unfinished, finished or damaged."""
 
 import json
 import math
@@ -20,14 +20,14 @@ PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "sav
 
 @dataclass(frozen=True)
 class Recorded:
-    """What lies in a run's folder.
+    """The content of a run directory.
 
     Attributes:
-        folder: where.
-        config: the settings, as in config.json; empty if it cannot be read.
-        events: the lines of metrics.jsonl that are whole.
-        scores: scores.json (ft/evaluation/classification.py `write_scores`); None if it is absent or no such file.
-        finished: the finished model is there.
+        folder: the directory.
+        config: the settings in config.json; empty if it cannot be read.
+        events: the valid lines of metrics.jsonl.
+        scores: scores.json (ft/evaluation/classification.py `write_scores`); None if it is missing or invalid.
+        finished: whether the final model exists.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class Recorded:
     finished: bool
 
     def curve(self, name: str, axis: str = "step") -> tuple[list[float], list[float]]:
-        """A figure over steps or epochs: where it was noted, and what it was. What is no number is left out."""
+        """A metric over steps or epochs, as x and y values; non-finite values are left out."""
         points = [
             (event[axis], event[name])
             for event in self.events
@@ -46,12 +46,12 @@ class Recorded:
         return [x for x, _ in points], [y for _, y in points]
 
     def last(self, name: str) -> float | None:
-        """The newest value of a figure; None if it was never noted."""
+        """The newest value of a metric; None if there is none."""
         values = self.curve(name)[1]
         return values[-1] if values else None
 
     def seconds_by_part(self) -> dict[str, float]:
-        """Seconds of the whole run by part (ft/train/timing.py), in the order of a step; empty if not noted."""
+        """Seconds of the run by part (ft/train/timing.py), in the order of a step; empty if not recorded."""
         total: dict[str, float] = {}
         for event in self.events:
             parts = event.get("seconds_by_part")
@@ -62,26 +62,27 @@ class Recorded:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value from a file is a number that can be drawn: no text, no truth value, nothing beyond all limits."""
+    """Whether a value from a file is a number that can be plotted: an int or float that is finite and not huge."""
     return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
 
 
 def read_run(folder: Path) -> Recorded:
-    """Read what there is.
+    """Read a run directory.
 
     Raises:
-        UsageError: the folder is none, or holds neither settings nor figures of a run.
+        UsageError: it is not a directory, or has no metrics.jsonl.
     """
     config = _json(folder / "config.json", lambda value: isinstance(value, dict))
     metrics = folder / "metrics.jsonl"
     if folder.is_file():
         raise UsageError(
-            f"RUN is {shown(str(folder))}, which is a file: it must be the folder of a run (runs/*/ are folders only)"
+            f"RUN is {shown(str(folder))}, which is a file: it must be a run directory (runs/*/ matches directories "
+            "only)"
         )
     if not folder.is_dir():
-        raise UsageError(f"RUN is {shown(str(folder))}, there is no such folder")
+        raise UsageError(f"RUN is {shown(str(folder))}, there is no such directory")
     if not metrics.is_file():
-        raise UsageError(f"RUN is {shown(str(folder))}, which has no metrics.jsonl: it must be the folder of a run")
+        raise UsageError(f"RUN is {shown(str(folder))}, which has no metrics.jsonl: it must be a run directory")
     events: Events = []
     for line in read_regular(metrics).splitlines():
         try:
@@ -95,7 +96,7 @@ def read_run(folder: Path) -> Recorded:
 
 
 def _json(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
-    """A JSON value from a file; None if it cannot be read or does not fit."""
+    """A JSON value from a file; None if it cannot be read or has another form."""
     try:
         value = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
@@ -104,7 +105,7 @@ def _json(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
 
 
 def _are_scores(value: Any) -> bool:  # noqa: ANN401
-    """Whether a value has the form that `write_scores` gives it, as far as the report reads it."""
+    """Whether a value has the form that `write_scores` writes, as far as the report needs it."""
     try:
         k = len(value["labels"])
         per_class = (value["precision"], value["recall"], value["f1"], *value["confusion"])
@@ -124,23 +125,23 @@ def _are_scores(value: Any) -> bool:  # noqa: ANN401
 
 
 def settings_given(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are not the defaults, of a --demo those that are not the demo's."""
-    usual = json.loads(json.dumps(asdict(Config())))  # as a file tells it, with lists for tuples
+    """The settings that differ from the defaults, or for a --demo from the demo's."""
+    defaults = json.loads(json.dumps(asdict(Config())))  # as in a file, with lists for tuples
     left_out = set(NOT_RECORDED)
     if config.get("demo") is True:
-        from ft.data.demo import SETTINGS  # here, as it brings PyTorch along
+        from ft.data.demo import SETTINGS  # here, since it imports torch
 
-        usual.update(SETTINGS)
-        left_out |= {"model", "dataset"}  # which it makes itself
+        defaults.update(SETTINGS)
+        left_out |= {"model", "dataset"}  # generated by the demo
     return {
         name: value
         for name, value in config.items()
-        if name in field_types(Config) and name not in left_out and value != usual[name]
+        if name in field_types(Config) and name not in left_out and value != defaults[name]
     }
 
 
 def command_of(config: dict[str, Any]) -> str:
-    """The command line that makes a run with these settings, quoted for a POSIX shell."""
+    """The command line of a run with these settings, quoted for a POSIX shell."""
     settings = settings_given(config)
     processes = settings.pop("processes", 1)
     words = ["python", "run.py"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "run.py"]

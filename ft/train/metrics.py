@@ -16,7 +16,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from ft.errors import FtError, printable
-from ft.io.lock import FolderLock
+from ft.io.lock import DirectoryLock
 from ft.io.plain_files import is_at, open_to_write
 from ft.train.tensorboard import EventFiles
 from ft.train.timing import StepTimes
@@ -33,7 +33,7 @@ class Report:
         first_step: int,
         metrics_bytes: int,
         tensorboard: EventFiles | None = None,
-        lock: FolderLock | None = None,
+        lock: DirectoryLock | None = None,
     ) -> None:
         """Open the metrics file and truncate it to `metrics_bytes`: a run that was interrupted wrote what follows.
 

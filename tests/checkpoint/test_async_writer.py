@@ -495,7 +495,7 @@ def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_pat
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 1
-    assert "checkpoint 20 could not be written: what was written reads back otherwise" in capsys.readouterr().out
+    assert "checkpoint 20 could not be written: other bytes are read back than were written" in capsys.readouterr().out
     assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
 
 

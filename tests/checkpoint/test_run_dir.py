@@ -159,7 +159,7 @@ def test_a_second_run_in_a_directory_is_refused(inputs, run, capsys):
 
     with locked(run):
         assert main([*inputs, *SETTINGS, "--output-dir", str(run), "--resume"]) == 1
-    assert "another run is at work in" in capsys.readouterr().err
+    assert "another run is using" in capsys.readouterr().err
 
 
 def test_fp16_without_clipping(inputs, tmp_path):

@@ -238,7 +238,7 @@ def cut(name):
         (lambda folder: (folder / "model.safetensors").unlink(), r"cannot read the weights in .*model\.safetensors"),
         (without("exp_avg.wte.weight"), r"optimizer.safetensors has no exp_avg.wte.weight"),
         (lambda folder: (folder / "state.json").write_text("{"), r"cannot read .*state\.json as JSON"),
-        (lambda folder: (folder / "state.json").write_text("[]"), r"state\.json must hold a JSON object"),
+        (lambda folder: (folder / "state.json").write_text("[]"), r"state\.json must contain a JSON object"),
         (
             lambda folder: (folder / "state.json").write_text(json.dumps({"stop": 1, "grad_scaler": {}})),
             r"state\.json: stop is unknown",

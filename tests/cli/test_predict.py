@@ -123,8 +123,8 @@ def test_texts_from_arguments_as_a_table(finished, capsys):
         assert text in row
         assert row.split()[0] == ("neg", "pos")[int(probabilities.argmax())]
         assert row.split()[1] == f"{float(probabilities[0]):.2%}"
-    assert "2 texts, " in err
-    assert f"texts/s, by {finished / 'final'}" in err
+    assert "2 examples, " in err
+    assert f"examples/s, by {finished / 'final'}" in err
 
 
 class Pipe(io.StringIO):
@@ -165,8 +165,8 @@ class Terminal(Pipe):
     ("arguments", "status", "message"),
     [
         ([], 2, "RUN"),
-        (["{run}"], 2, "there are no texts"),
-        (["{run}", "a", "--file", "x"], 2, "give texts or --file, not both"),
+        (["{run}"], 2, "there are no examples"),
+        (["{run}", "a", "--file", "x"], 2, "pass examples or --file, not both"),
         (["{run}", "a", "--batch-size", "0"], 2, "--batch-size is 0, it must be at least 1"),
         (["{run}", "a", "--max-length", "1"], 2, "--max-length is 1, it must be at least 2"),
         (["{run}", "a", "--batch-size", "x"], 2, "--batch-size is 'x', it must be a whole number"),
@@ -305,16 +305,16 @@ def test_without_a_test_split_the_scores_are_of_the_last_validation(inputs, tmp_
 def test_evaluate_prints_tables(finished, capsys):
     assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu", "--mistakes", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("validation: 12 texts, accuracy ")
-    for part in ("macro F1", "calibration error", "precision", "true, said", "stated probability"):
+    assert out.startswith("validation: 12 examples, accuracy ")
+    for part in ("macro F1", "calibration error", "precision", "true \\ predicted", "mean probability"):
         assert part in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["{moved}"], 2, "does not say what it was trained on: name a --dataset"),
-        (["{run}x"], 2, "x, which is no folder here, does not say what it was trained on: name a --dataset"),
+        (["{moved}"], 2, "does not record its training data: pass a --dataset"),
+        (["{run}x"], 2, "x, which is not a directory here, does not record its training data: pass a --dataset"),
         (["{run}x", "--dataset", "{two}"], 1, "there is no run "),
         (["{run}", "--split", "dev"], 2, "invalid choice: 'dev'"),
         (["{run}", "--mistakes", "-1"], 2, "--mistakes is -1"),
@@ -353,7 +353,7 @@ def test_of_many_labels_the_likeliest_are_shown(inputs, capsys):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert main(arguments) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["label", "the", "likeliest", "text"]
+    assert head.split() == ["label", "most", "probable", "text"]
     for row, answer in zip(rows, answers, strict=True):
         ranked = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:3]
         assert row.split()[0] == answer["label"] == ranked[0][0]
@@ -368,7 +368,7 @@ def test_of_many_labels_the_frequent_confusions_are_shown(inputs, lettered, caps
     matrix = json.loads(capsys.readouterr().out)["confusion"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "true, said" not in out
+    assert "true \\ predicted" not in out
     assert max(map(len, out.splitlines())) < 160
     shown = re.findall(r"^([a-n])  +([a-n])  +(\d+)$", out, re.MULTILINE)
     counts = [int(count) for *_, count in shown]
@@ -376,8 +376,8 @@ def test_of_many_labels_the_frequent_confusions_are_shown(inputs, lettered, caps
         15, sum(count > 0 for i, row in enumerate(matrix) for j, count in enumerate(row) if i != j)
     )
     assert counts == sorted(counts, reverse=True)
-    for true, said, count in shown:
-        assert matrix[LETTERS.index(true)][LETTERS.index(said)] == int(count)
+    for true, predicted, count in shown:
+        assert matrix[LETTERS.index(true)][LETTERS.index(predicted)] == int(count)
 
 
 def test_labels_in_another_order_are_matched_by_name(finished, inputs, tmp_path, capsys):
@@ -396,7 +396,9 @@ def test_labels_in_another_order_are_matched_by_name(finished, inputs, tmp_path,
     assert "of the test split is 'good', the labels are neg, pos: correct the data" in capsys.readouterr().err
     write_parquet(tmp_path / "test.parquet", table["text"], turned, names=("bad", "good"))
     assert main([*arguments, "test", "--dataset", str(tmp_path)]) == 0
-    assert "the data call their labels bad, good, the model neg, pos: they are matched" in capsys.readouterr().err
+    assert (
+        "the labels of the data are bad, good, those of the model neg, pos: they are matched" in capsys.readouterr().err
+    )
 
 
 @pytest.fixture
@@ -436,7 +438,7 @@ def test_all_splits_are_judged_and_no_other_is_read(finished, inputs, tmp_path, 
     counts = {name: sum(map(sum, found["confusion"])) for name, found in json.loads(capsys.readouterr().out).items()}
     assert counts == {"train": 77, "validation": 12, "test": 4}
     assert main([*arguments[:-1], "--split", "all"]) == 0
-    assert len(re.findall(r"^(?:train|validation|test): \d+ texts", capsys.readouterr().out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^(?:train|validation|test): \d+ examples", capsys.readouterr().out, re.MULTILINE)) == 3
     shutil.copytree(inputs[3], tmp_path / "data")
     for name in ("train", "validation"):
         (tmp_path / "data" / f"{name}.parquet").write_bytes(b"PAR1 and nothing else")
@@ -464,9 +466,9 @@ def test_of_another_data_set_all_rows_are_read(finished, inputs, tmp_path, capsy
     (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "max_train_samples": 5}))
     arguments = ["evaluate", str(tmp_path / "run"), "--split", "train", "--device", "cpu"]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("train: 5 texts")
+    assert capsys.readouterr().out.startswith("train: 5 examples")
     assert main([*arguments, "--dataset", inputs[3]]) == 0
-    assert capsys.readouterr().out.startswith("train: 77 texts")
+    assert capsys.readouterr().out.startswith("train: 77 examples")
 
 
 def test_what_would_command_a_terminal_is_shown_in_codes(finished, capsys):
@@ -477,7 +479,7 @@ def test_what_would_command_a_terminal_is_shown_in_codes(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "message"), [("predict", "there are no texts: give"), ("generate", "there is no prompt: give")]
+    ("command", "message"), [("predict", "there are no examples: pass"), ("generate", "there is no prompt: pass")]
 )
 def test_without_a_standard_input_there_is_nothing_to_read(finished, monkeypatch, capsys, command, message):
     monkeypatch.setattr(sys, "stdin", None)

@@ -516,7 +516,7 @@ def test_settings_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, 
     [
         ("absent.csv", "there is no file 'absent.csv': check --dataset"),
         ("notes.txt", "whose format is not supported: it must be one of .parquet, .arrow, .csv"),
-        ("page.csv", "begins with b'<!DOCTYPE html>': put the real one there"),
+        ("page.csv", "begins with b'<!DOCTYPE html>': put the file itself there"),
         ("pointer.csv", "is a Git LFS pointer"),
         ("one.csv", "no validation split, and its 1 training rows are too few"),
     ],

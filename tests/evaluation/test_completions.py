@@ -139,9 +139,9 @@ def test_evaluate_prints_a_summary_and_the_worst(finished, capsys):
     assert main(["evaluate", str(finished), "--device", "cpu", "--mistakes", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"test: {len(TESTED)} completions of ")
-    for part in ("nats per token", "perplexity", "of tokens right", "of completions wholly right", "texts/s, by"):
+    for part in ("nats per token", "perplexity", "token accuracy", "exact match", "examples/s, by"):
         assert part in out
-    assert out.count("written: ") == out.count("right:   ") == 2
+    assert out.count("generated: ") == out.count("expected:  ") == 2
     assert main(["evaluate", str(finished), "--split", "validation", "--device", "cpu"]) == 0
     assert "validation: 18 completions" in capsys.readouterr().out
 
@@ -150,7 +150,7 @@ def test_truncated_completions_are_reported(finished, capsys):
     assert main(["evaluate", str(finished), "--device", "cpu", "--max-length", "3", "--json"]) == 0
     out, error = capsys.readouterr()
     assert "Note: " in error
-    assert "completions are longer than --max-length 3 and judged by their ends" in error
+    assert "completions are longer than --max-length 3: only their ends are scored" in error
     assert json.loads(out)["tokens"] <= 2 * len(TESTED)
     assert main(["evaluate", str(finished), "--device", "cpu", "--json"]) == 0
     assert "longer" not in capsys.readouterr().err
@@ -171,8 +171,8 @@ def test_any_model_is_scored_on_completions(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["evaluate", "{run}", "--label-column", "x"], 2, "--label-column is of labels, and completions are judged"),
-        (["evaluate", "{run}", "--label-names", "a,b"], 2, "--label-names is of labels, and completions are judged"),
+        (["evaluate", "{run}", "--label-column", "x"], 2, "--label-column is for labels, but the completions of"),
+        (["evaluate", "{run}", "--label-names", "a,b"], 2, "--label-names is for labels, but the completions of"),
         (["evaluate", "{run}", "--completion-column", "x"], 1, "has no column 'x'; its columns are question, answer"),
         (["evaluate", "{run}", "--mistakes", "-1"], 2, "--mistakes is -1, it must be at least 0"),
         (["evaluate", "{run}", "--mistakes", "some"], 2, "--mistakes is 'some', it must be a whole number"),
@@ -181,7 +181,7 @@ def test_any_model_is_scored_on_completions(finished, tmp_path, capsys):
             2,
             "--prompt-column is 'y' without --compl",
         ),
-        (["predict", "{run}", "a text"], 2, "was trained on completions and has no labels: python run.py generate"),
+        (["predict", "{run}", "a text"], 2, "was trained on completions and has no labels: use python run.py generate"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(finished, demo_inputs, capsys, arguments, status, message):
@@ -197,4 +197,4 @@ def test_the_report_says_how_to_judge_completions(finished, tmp_path):
     assert main(["report", str(finished), "--output", str(tmp_path / "report.html")]) == 0
     markup = (tmp_path / "report.html").read_text()
     assert f"<code>python run.py evaluate {finished}</code>" in markup
-    assert "no scores.json that can be read" not in markup
+    assert "no valid scores.json" not in markup

@@ -265,7 +265,7 @@ def test_the_seed_is_printed_and_reproduces_the_text(folder, capsys):
     command = ["generate", str(folder), "the plot", "--temperature", "1", "--device", "cpu"]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    seed = err.partition("drawn with --seed ")[2].partition(",")[0]
+    seed = err.partition("sampled with --seed ")[2].partition(",")[0]
     assert main([*command, "--seed", seed]) == 0
     assert capsys.readouterr().out == out
 
@@ -286,8 +286,8 @@ def test_it_is_printed_as_it_comes(folder, monkeypatch):
     ("arguments", "status", "messages"),
     [
         ([], 2, ["RUN"]),
-        (["{model}"], 2, ["there is no prompt: give it as an argument, or through a pipe"]),
-        (["{model}", "a", "b"], 2, ["'b' belongs to no flag"]),
+        (["{model}"], 2, ["there is no prompt: pass it as an argument, or through a pipe"]),
+        (["{model}", "a", "b"], 2, ["unexpected argument 'b'"]),
         (["{model}", "a", "--tempature"], 2, ["there is no flag --tempature, is it --temperature?"]),
         (["{model}", "a", "--top-k", "5"], 2, ["--top-k limits sampling", "add --temperature 1"]),
         (
@@ -317,7 +317,9 @@ def test_mistakes_are_reported(folder, demo_inputs, tmp_path, monkeypatch, capsy
         assert message in error
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"\n", "the input is empty"), (b"sch\xf6n", "is not UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\n", "standard input is empty"), (b"sch\xf6n", "is not valid UTF-8")]
+)
 def test_a_pipe_without_a_prompt_is_refused(folder, monkeypatch, capsys, content, message):
     monkeypatch.setattr(sys, "stdin", Input(content))
     assert main(["generate", str(folder)]) == 1

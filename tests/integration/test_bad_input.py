@@ -218,11 +218,11 @@ MODEL = [
     ("index with a root", lambda i: shard(i, ["/etc/passwd"]), "names '/etc/passwd'"),
     ("index to what is not there", lambda i: shard(i, ["model-00002-of-00002.safetensors"]), "has no model-00002"),
     ("index without names", lambda i: shard(i, []), "names ''"),
-    ("index nested", lambda i: (shard(i, []), spoil_index(i, b'{"weight_map":' * 10**5)), "is no index of weights"),
+    ("index nested", lambda i: (shard(i, []), spoil_index(i, b'{"weight_map":' * 10**5)), "is not an index of weights"),
     (
         "index of lists",
         lambda i: (shard(i, []), spoil_index(i, b'{"weight_map": {"a": []}}')),
-        "is no index of weights",
+        "is not an index of weights",
     ),
     ("index is HTML", lambda i: (shard(i, []), spoil_index(i, HTML)), "index.json"),
     (
@@ -310,11 +310,11 @@ def test_a_bad_flag_is_told_in_one_line(spoilt, flags, status, message, capfd):
         (lambda c: cut(c / "optimizer.safetensors"), "optimizer.safetensors has"),
         (lambda c: (c / "rng.safetensors").write_bytes(b""), "rng.safetensors has 0 bytes"),
         (lambda c: (c / "state.json").write_text("{}"), "state.json has"),
-        (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing or no plain file"),
+        (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing or not a regular file"),
         (lambda c: (c / "manifest.json").write_text('{"files": {"../x": {}}}'), "manifest.json is no list"),
         (
             lambda c: ((c / "rng.safetensors").unlink(), (c / "rng.safetensors").symlink_to("/etc/hosts")),
-            "no plain file",
+            "not a regular file",
         ),
     ],
 )

@@ -1,6 +1,6 @@
-"""Full disks and folders that may not be written, as the system makes them: here nothing stands in for the system.
+"""Real full disks and missing permissions, made by the system and not by a mock.
 
-Where nobody may make a small file system, or root cannot be made to respect permissions, there is nothing to test.
+Skipped where no small file system can be mounted, or where root cannot drop its privileges.
 """
 
 import functools
@@ -32,10 +32,10 @@ AS_A_USER = ["setpriv", f"--bounding-set={PRIVILEGES}", f"--inh-caps={PRIVILEGES
 PROGRAM = """
 import shutil, sys
 from pathlib import Path
-from ft import job
+from ft import session
 from ft.cli.main import main
 
-folder, original, seen = Path(sys.argv[1]), job.evaluate, []
+folder, original, seen = Path(sys.argv[1]), session.evaluate, []
 
 def fill():
     with open(folder / "filler", "wb", buffering=0) as file:
@@ -51,7 +51,7 @@ def evaluate(*arguments, **keywords):
     return original(*arguments, **keywords)
 
 happens = HAPPENS
-job.evaluate = evaluate
+session.evaluate = evaluate
 status = main(sys.argv[2:])
 if folder.is_mount():
     shutil.copytree(folder, f"{folder}-after")

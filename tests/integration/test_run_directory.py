@@ -210,7 +210,7 @@ def test_a_link_that_leads_nowhere_in_the_newest_checkpoint_is_damage_like_any_o
     (newest / "rng.safetensors").symlink_to(copy / "nowhere")
     assert main(["--resume", str(copy), "--max-steps", "7"]) == 0
     output = capsys.readouterr().out
-    assert f"{newest} is damaged and ignored: rng.safetensors is missing or no plain file" in output
+    assert f"{newest} is damaged and ignored: rng.safetensors is missing or not a regular file" in output
     assert "Continuing after step 4" in output
 
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_replaced_by_the_next(cop
     rotated = []
     shutil.rmtree(copy / "final")
     monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
-    name = {"verified": "verify_checkpoint", "found": "_model_folder", "read": "read_json"}[moment]
+    name = {"verified": "verify_checkpoint", "found": "_model_folder", "read": "read_description"}[moment]
     target = f"ft.inference.language_model.{name}"
     monkeypatch.setattr(target, then_rotate(getattr(language_model, name)))
     assert main(["predict", str(copy), "a fine film", "--device", "cpu"]) == 0

@@ -85,7 +85,10 @@ def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path, monkeypatch, plac
                 file.write(b"!")
 
     monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
-    with pytest.raises(OSError, match=r"reads back otherwise: .*a'"), atomic_directory(tmp_path / "f") as new:
+    with (
+        pytest.raises(OSError, match=r"other bytes are read back than were written: .*a'"),
+        atomic_directory(tmp_path / "f") as new,
+    ):
         new.write("a", [b"."] * 40)
     assert os.listdir(tmp_path) == []
 
@@ -93,7 +96,7 @@ def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path, monkeypatch, plac
 def test_a_disk_that_gives_back_less_is_found(tmp_path, monkeypatch):
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), os.ftruncate(descriptor, 3)))
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="other bytes are read back"):
         StagedDirectory(tmp_path).write("a", [b"\0" * 5])
 
 
@@ -156,25 +159,28 @@ def make_pipe_of_the_manifest(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "a").write_bytes(b"goof!"), "a has other bytes than were written"),
+        (lambda f: (f / "a").write_bytes(b"goof!"), "a has another SHA-256 than when it was written"),
         (lambda f: (f / "a").write_bytes(b"good"), "a has 4 bytes, not 5"),
         (lambda f: (f / "a").write_bytes(b""), "a has 0 bytes, not 5"),
-        (lambda f: (f / "a").unlink(), "a is missing or no plain file"),
-        (lambda f: ((f / "a").unlink(), (f / "a").mkdir()), "a is missing or no plain file"),
-        (make_link, "a is missing or no plain file"),
-        (lead_outside, "../outside is missing or no plain file"),
-        (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing or no plain file"),
-        (make_link_of_the_manifest, "manifest.json is missing or no plain file"),
-        (make_pipe_of_the_manifest, "manifest.json is missing or no plain file"),
+        (lambda f: (f / "a").unlink(), "a is missing or not a regular file"),
+        (lambda f: ((f / "a").unlink(), (f / "a").mkdir()), "a is missing or not a regular file"),
+        (make_link, "a is missing or not a regular file"),
+        (lead_outside, "../outside is missing or not a regular file"),
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing or not a regular file"),
+        (make_link_of_the_manifest, "manifest.json is missing or not a regular file"),
+        (make_pipe_of_the_manifest, "manifest.json is missing or not a regular file"),
         (lambda f: (f / MANIFEST).write_bytes(b"\xff"), "manifest.json is unreadable"),
         (lambda f: (f / MANIFEST).write_text("{"), "manifest.json is unreadable"),
         (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is unreadable"),
         (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is unreadable"),
-        (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json is no list of files"),
-        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), "manifest.json is no list of files"),
-        (lambda f: (f / MANIFEST).write_text('{"files": {"a": null}}'), "manifest.json is no list of files"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json is not a list of files"),
+        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), "manifest.json is not a list of files"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a": null}}'), "manifest.json is not a list of files"),
         (rewrite_manifest(lambda entries: entries.pop("a")), "manifest.json does not list a"),
-        (rewrite_manifest(lambda entries: entries["a"].update(sha256=None)), "a has other bytes than were written"),
+        (
+            rewrite_manifest(lambda entries: entries["a"].update(sha256=None)),
+            "a has another SHA-256 than when it was written",
+        ),
         (rewrite_manifest(lambda entries: entries["a"].update(size="5")), "a has 5 bytes, not 5"),
     ],
 )
@@ -289,7 +295,7 @@ def test_a_folder_in_use_names_the_process_and_is_free_when_that_is_killed(tmp_p
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "locked\n"
-        message = rf"another run is at work in .*run: process {holder.pid}\."
+        message = rf"another run is using .*run: process {holder.pid}\."
         with pytest.raises(FtError, match=message), locked(tmp_path / "run"):
             pytest.fail("two at once")
         holder.kill()
@@ -341,7 +347,7 @@ def no_locks(monkeypatch):
 
 def test_without_locks_a_process_that_lives_is_taken_for_a_run(tmp_path, no_locks):
     (tmp_path / ".lock").write_text(str(os.getppid()))
-    message = rf"whose file system has no locks: process {os.getppid()} began one.*delete .*\.lock"
+    message = rf"whose file system has no locks: process {os.getppid()} started one.*delete .*\.lock"
     with pytest.raises(FtError, match=message), locked(tmp_path):
         pytest.fail("two at once")
     assert (tmp_path / ".lock").read_text() == str(os.getppid())
@@ -360,7 +366,7 @@ def test_without_locks_a_process_of_somebody_else_lives(tmp_path, no_locks, monk
 
     monkeypatch.setattr(os, "kill", refuse)
     (tmp_path / ".lock").write_text("1")
-    with pytest.raises(FtError, match="process 1 began one"), locked(tmp_path):
+    with pytest.raises(FtError, match="process 1 started one"), locked(tmp_path):
         pytest.fail("two at once")
 
 

@@ -1,4 +1,4 @@
-"""One file on its way to the disk: past the system's cache where that is possible, and verified in any case."""
+"""Verified file writes: with direct I/O where the file system has it, through the page cache elsewhere."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ SIZES = [0, 1, 4095, 4096, 4097, 8191, 8192, 8193, 16384, 20_001]
 
 @pytest.fixture(params=["the disk", "memory"])
 def folder(request, tmp_path):
-    """A folder on a disk, and one on a file system that lies in memory."""
+    """A directory on a disk, and one on a file system in memory."""
     if request.param == "the disk":
         yield tmp_path
     elif Path("/dev/shm").is_dir():
@@ -37,7 +37,7 @@ def is_direct(file):
 
 
 class Wrapped:
-    """A file whose writes and reads are done by functions of the test, which get the file and the memory."""
+    """A file whose writes and reads are functions of the test, called with the file and the buffer."""
 
     def __init__(self, file, write=io.FileIO.write, readinto=io.FileIO.readinto):
         self.file = file
@@ -63,7 +63,7 @@ def wrap(monkeypatch, **functions):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("chunk", [333, 5000, 30_000])
-def test_what_is_written_is_there_to_the_last_byte(folder, monkeypatch, size, chunk):
+def test_a_file_has_every_byte_that_was_written(folder, monkeypatch, size, chunk):
     monkeypatch.setattr(direct_io, "PIECE", 8192)
     monkeypatch.setattr(direct_io, "CHUNK", 1000)
     content, pieces = CONTENT[:size], []
@@ -74,35 +74,35 @@ def test_what_is_written_is_there_to_the_last_byte(folder, monkeypatch, size, ch
     assert len(pieces) == size // 8192 + 1, "the last one may be empty"
 
 
-def test_one_desk_serves_many_files(tmp_path, monkeypatch):
+def test_one_buffer_pair_serves_many_files(tmp_path, monkeypatch):
     monkeypatch.setattr(direct_io, "PIECE", 8192)
-    desk = BufferPair()
+    buffers = BufferPair()
     for size in reversed(SIZES):
-        write_verified(tmp_path / str(size), [CONTENT[:size]], desk, lambda work: work())
+        write_verified(tmp_path / str(size), [CONTENT[:size]], buffers, lambda work: work())
         assert (tmp_path / str(size)).read_bytes() == CONTENT[:size]
 
 
-def test_the_memory_begins_where_a_block_may():
+def test_buffers_are_aligned_for_direct_io():
     import ctypes
 
-    for memory in (BufferPair().written, BufferPair().back):
-        assert ctypes.addressof(ctypes.c_char.from_buffer(memory.view)) % direct_io.BLOCK == 0
-        assert len(memory.view) == direct_io.PIECE
+    for buffer in (BufferPair().written, BufferPair().read_back):
+        assert ctypes.addressof(ctypes.c_char.from_buffer(buffer.view)) % direct_io.BLOCK == 0
+        assert len(buffer.view) == direct_io.PIECE
 
 
 @pytest.mark.parametrize("place", [0, 1, 999, 1000, 2500])
 def test_a_single_other_byte_is_seen(monkeypatch, place):
     monkeypatch.setattr(direct_io, "PIECE", 4096)
     monkeypatch.setattr(direct_io, "CHUNK", 1000)
-    memory = BufferPair().back
+    memory = BufferPair().read_back
     memory.view[:2501] = CONTENT[:2501]
-    assert memory.begins_with(memoryview(CONTENT)[:2501])
+    assert memory.startswith(memoryview(CONTENT)[:2501])
     memory.view[place] ^= 1
-    assert not memory.begins_with(memoryview(CONTENT)[:2501])
-    assert memory.begins_with(memoryview(CONTENT)[:place])
+    assert not memory.startswith(memoryview(CONTENT)[:2501])
+    assert memory.startswith(memoryview(CONTENT)[:place])
 
 
-def test_every_piece_is_forced_to_the_disk(tmp_path, monkeypatch):
+def test_every_piece_is_flushed(tmp_path, monkeypatch):
     monkeypatch.setattr(direct_io, "PIECE", 8192)
     fsync, sizes = os.fsync, []
     monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size) or fsync(number))
@@ -111,7 +111,7 @@ def test_every_piece_is_forced_to_the_disk(tmp_path, monkeypatch):
 
 
 @linux
-def test_pieces_go_past_the_cache_where_the_file_system_allows_it(tmp_path, monkeypatch):
+def test_pieces_bypass_the_page_cache_where_the_file_system_allows_it(tmp_path, monkeypatch):
     try:
         os.close(os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT | os.O_DIRECT))
     except OSError:
@@ -141,7 +141,7 @@ def invalid(*_):
 
 
 @linux
-def test_a_file_system_that_knows_only_the_cache_is_written_through_it(tmp_path, monkeypatch):
+def test_a_file_system_without_direct_io_is_written_through_the_page_cache(tmp_path, monkeypatch):
     original, refused = direct_io.fcntl.fcntl, []
 
     def fcntl(file, command, argument=0):
@@ -158,8 +158,10 @@ def test_a_file_system_that_knows_only_the_cache_is_written_through_it(tmp_path,
 
 @linux
 @pytest.mark.parametrize("refuses", [("write",), ("readinto",), ("write", "readinto")])
-def test_a_file_system_that_allows_it_and_then_refuses_is_written_through_the_cache(tmp_path, monkeypatch, refuses):
-    """As one does whose blocks are larger."""
+def test_a_file_system_that_accepts_o_direct_and_then_fails_is_written_through_the_page_cache(
+    tmp_path, monkeypatch, refuses
+):
+    """Such as one with larger blocks."""
     monkeypatch.setattr(direct_io, "PIECE", 8192)
     refused = []
 
@@ -180,14 +182,14 @@ def test_a_file_system_that_allows_it_and_then_refuses_is_written_through_the_ca
 
 
 @pytest.mark.parametrize("piece", [16, 1000, 4100])
-def test_pieces_that_begin_within_a_block_are_written_through_the_cache(tmp_path, monkeypatch, piece):
+def test_pieces_that_begin_within_a_block_are_written_through_the_page_cache(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(direct_io, "PIECE", piece)
     write_verified(tmp_path / "a", [CONTENT[:9000]], BufferPair(), lambda work: work())
     assert (tmp_path / "a").read_bytes() == CONTENT[:9000]
 
 
 @pytest.mark.parametrize("most", [4096, 1000])
-def test_what_is_moved_a_little_at_a_time_is_whole_all_the_same(tmp_path, monkeypatch, most):
+def test_short_writes_and_reads_are_completed(tmp_path, monkeypatch, most):
     monkeypatch.setattr(direct_io, "PIECE", 8192)
     wrap(
         monkeypatch,
@@ -200,7 +202,7 @@ def test_what_is_moved_a_little_at_a_time_is_whole_all_the_same(tmp_path, monkey
 
 @pytest.mark.parametrize("move", ["write", "readinto"])
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
-def test_what_the_disk_refuses_for_good_is_an_error(tmp_path, monkeypatch, move, number):
+def test_a_persistent_refusal_is_an_error(tmp_path, monkeypatch, move, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -209,7 +211,7 @@ def test_what_the_disk_refuses_for_good_is_an_error(tmp_path, monkeypatch, move,
         write_verified(tmp_path / "a", [b"abc"], BufferPair(), lambda work: work())
 
 
-def test_a_name_that_is_taken_is_not_written_over(tmp_path):
+def test_an_existing_file_is_not_overwritten(tmp_path):
     (tmp_path / "a").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
         write_verified(tmp_path / "a", [b"abc"], BufferPair(), lambda work: work())

@@ -20,7 +20,7 @@ import pytest
 
 from ft.data.dataset_files import dataset_files, save_dataset
 from ft.errors import FtError
-from ft.io.stall import StalledError, unless_stalled
+from ft.io.stall import StalledError, run_with_stall_timeout
 from ft.model.pretrained import ModelFiles, model_files
 from tests.hub_server import Fault, HubServer, Repository, cdn_path
 
@@ -160,12 +160,12 @@ def test_home_and_relative_folders(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["/no/where", "./m", "~/nowhere-at-all", "a/b/c", "C:\\m", "", "a b", "x--y", "file"])
-def test_what_is_no_folder_and_no_hub_id_says_so(tmp_path, monkeypatch, name):
+def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_an_error(tmp_path, monkeypatch, name):
     monkeypatch.chdir(put(tmp_path, {"file": b""}))
     name = name.replace("file", str(tmp_path / "file"))
-    with pytest.raises(FtError, match=r"there is no folder .* check --model"):
+    with pytest.raises(FtError, match=r"there is no directory .* check --model"):
         model_files(name)
-    refused = "whose format is not supported" if name.endswith("file") else "there is no folder .* check --dataset"
+    refused = "whose format is not supported" if name.endswith("file") else "there is no directory .* check --dataset"
     with pytest.raises(FtError, match=refused):
         dataset_files(name)
 
@@ -226,7 +226,7 @@ def test_an_index_must_name_plain_files(tmp_path, name):
 @pytest.mark.parametrize("content", [b"{", b'{"weight_map": 3}', b"{}", b'{"weight_map": {"a": []}}', b"{\xff"])
 def test_a_broken_index_is_named(tmp_path, content):
     files = {"config.json": CONFIG, "tokenizer.json": TOKENIZER, "model.safetensors.index.json": content}
-    with pytest.raises(FtError, match=r"model\.safetensors\.index\.json is no index"):
+    with pytest.raises(FtError, match=r"model\.safetensors\.index\.json is not an index"):
         model_files(str(put(tmp_path / "m", files)))
 
 
@@ -392,7 +392,7 @@ def test_a_branch_that_moved_is_followed_and_known_offline(hub, run):
 def test_an_interrupted_download_is_not_taken_for_a_data_set_without_validation(hub, run):
     hub.faults[cdn_path(VALIDATION)] = Fault(cut_after=3)
     assert "cannot fetch dataset owner/reviews" in run(("dataset_files", "owner/reviews"))["error"]
-    assert "does not hold all" in run(("dataset_files", "owner/reviews"), HF_HUB_OFFLINE="1")["error"]
+    assert "does not have all files" in run(("dataset_files", "owner/reviews"), HF_HUB_OFFLINE="1")["error"]
     hub.faults.clear()
     assert contents(run(("dataset_files", "owner/reviews")))["validation"] == [VALIDATION]
 
@@ -412,7 +412,7 @@ def test_what_a_repository_lacks_is_said_before_anything_is_fetched(hub, run):
     pickled, bare, evil, csv, two, partial = (result["error"] for result in run(*calls))
     assert "owner/pickled has no model.safetensors" in pickled
     assert "convert" in pickled
-    assert bare == "owner/bare has no tokenizer.json: name another --model or --model-revision."
+    assert bare == "owner/bare has no tokenizer.json: use another --model or --model-revision."
     assert "owner/csv has no training split" in csv
     assert "owner/two holds several data sets, in a, b" in two
     assert partial == "owner/partial lacks 1 of the 2 shards of train: train-00001-of-00002.parquet."
@@ -451,7 +451,7 @@ def test_an_interrupted_download_of_what_is_converted_is_not_taken_for_the_whole
     hub.repositories["datasets/owner/csv"] = Repository({"train.csv": b"text,label"}, branches=branches)
     hub.faults[cdn_path(table(missing))] = Fault(cut_after=3)
     assert "cannot fetch dataset owner/csv" in run(("dataset_files", "owner/csv"))["error"]
-    assert "does not hold all" in run(("dataset_files", "owner/csv"), HF_HUB_OFFLINE="1")["error"]
+    assert "does not have all files" in run(("dataset_files", "owner/csv"), HF_HUB_OFFLINE="1")["error"]
     hub.faults.clear()
     whole = run(("dataset_files", "owner/csv"))
     assert contents(whole) == {"train": shards}
@@ -466,7 +466,7 @@ def test_the_first_of_some_splits_is_fetched_and_no_other(hub, run):
     offline = ("dataset_files", "owner/reviews", first_of), ("dataset_files", "owner/reviews")
     again, whole = run(*offline, HF_HUB_OFFLINE="1")
     assert again == some
-    assert "does not hold all" in whole["error"], "one split is not taken for the data set"
+    assert "does not have all files" in whole["error"], "one split is not taken for the data set"
     assert list(run(("dataset_files", "owner/reviews"))) == ["train", "validation", "test"]
     assert [name for name, _ in hub.fetched()][1:] == ["validation.parquet", "train.parquet"]
     assert run(offline[0], HF_HUB_OFFLINE="1") == some
@@ -526,7 +526,7 @@ def test_a_hub_that_answers_and_never_gives_the_file_is_given_up_in_one_wait(hub
     hub.faults["/owner/gpt/resolve/main/tokenizer.json"] = Fault(delay=30)
     error = run(("model_files", "owner/gpt"), STALL="1", HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")["error"]
     assert f"{hub.url} sent nothing of model owner/gpt for 2 s: try again later, or check HF_ENDPOINT" in error
-    assert run.stderr.startswith(f"Waiting for owner/gpt from {hub.url}: given up in ")
+    assert run.stderr.startswith(f"Waiting for owner/gpt from {hub.url}: timeout in ")
     assert run.stderr.count("Waiting") == 1, "without a terminal it is told once"
 
 
@@ -537,17 +537,17 @@ def test_the_cache_does_where_the_hub_never_gives_the_file(hub, run):
     hub.faults["/owner/gpt/resolve/main/config.json"] = Fault(delay=30)
     limits = {"STALL": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
     assert run(("model_files", "owner/gpt"), **limits) == first
-    assert "The files in the cache are taken." in run.stderr
+    assert "The files in the cache are used." in run.stderr
 
 
 def test_a_slow_line_is_waited_for_as_long_as_something_arrives(hub, run):
     sizes = iter(range(4 << 10))
-    results = unless_stalled(lambda: time.sleep(1.5) or "done", lambda: next(sizes), seconds=0.6, what="a file")
+    results = run_with_stall_timeout(lambda: time.sleep(1.5) or "done", lambda: next(sizes), seconds=0.6, what="a file")
     assert results == "done"
     with pytest.raises(StalledError, match=r"nothing arrived for 0\.6 s"):
-        unless_stalled(lambda: time.sleep(30), lambda: 0, seconds=0.6, what="a file")
+        run_with_stall_timeout(lambda: time.sleep(30), lambda: 0, seconds=0.6, what="a file")
     with pytest.raises(KeyError):
-        unless_stalled(lambda: {}["x"], lambda: 0, seconds=0.6, what="a file")
+        run_with_stall_timeout(lambda: {}["x"], lambda: 0, seconds=0.6, what="a file")
 
 
 def test_a_name_that_is_a_path_never_reaches_the_hub(hub, run, tmp_path):
@@ -558,13 +558,13 @@ def test_a_name_that_is_a_path_never_reaches_the_hub(hub, run, tmp_path):
     (tmp_path / "runs").mkdir()
     calls = [("model_files", name) for name in names] + [("dataset_files", name) for name in names]
     for result, (_, name) in zip(run(*calls, cwd=tmp_path), calls, strict=True):
-        assert f"there is no folder '{name}'" in result["error"]
+        assert f"there is no directory '{name}'" in result["error"]
     assert hub.requests == []
 
 
 def test_a_folder_that_vanished_never_reaches_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
-    with pytest.raises(FtError, match=r"there is no folder 'owner/gpt'"):
+    with pytest.raises(FtError, match=r"there is no directory 'owner/gpt'"):
         model_files(Path("owner/gpt"))
 
 
@@ -628,12 +628,12 @@ def test_a_token_that_is_not_accepted_appears_in_no_message(hub, run, token):
 def test_a_cache_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     error = run(("model_files", "owner/gpt"), HF_HOME=str(tmp_path / "file"))["error"]
-    assert f"cannot keep model owner/gpt in the cache {tmp_path / 'file'}" in error
+    assert f"cannot write model owner/gpt in the cache {tmp_path / 'file'}" in error
     assert "HF_HOME" in error
 
 
 def test_a_disk_that_is_full(hub, run):
     hub.repositories["models/owner/gpt"].files = MODEL | {"model.safetensors": tensors(size=1 << 20)}
     error = run(("model_files", "owner/gpt"), LARGEST_FILE=str(1 << 19))["error"]
-    assert "cannot keep model owner/gpt in the cache" in error
+    assert "cannot write model owner/gpt in the cache" in error
     assert "File too large" in error

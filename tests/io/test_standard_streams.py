@@ -46,7 +46,7 @@ def test_messages_to_a_closed_stream_go_nowhere_and_into_no_file(tmp_path, close
 @FULL
 def test_an_optional_output_that_is_full_is_told_once(tmp_path):
     done = shell('"$@" >/dev/full', "-c", PROGRAM, tmp_path / "file", "optional")
-    warning = "WARNING: standard output: No space left on device. The run goes on without it.\n"
+    warning = "WARNING: standard output: No space left on device. The run continues without it.\n"
     assert (done.returncode, done.stderr) == (0, f"{warning}to standard error\nby its number")
     assert (tmp_path / "file").read_text() == "to the file"
     assert shell('"$@" 2>/dev/full', "-c", PROGRAM, tmp_path / "file").returncode == 0

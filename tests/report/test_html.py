@@ -1,4 +1,4 @@
-"""The report: read back by `html.parser` and by a real Chromium where there is one, with texts that mean harm."""
+"""The HTML report: parsed by `html.parser`, shown by a real Chromium if there is one, with hostile texts."""
 
 import builtins
 import itertools
@@ -78,10 +78,10 @@ def write_run(folder, *, events=12, rate=1e-3, label="pos", text="a fine film", 
         (folder / "final").mkdir()
         (folder / "final" / "model.safetensors").write_bytes(b"")
         mistake = {"row": 7, "true": "neg", "label": label, "probability": 0.987, "text": text}
-        told = {"step": events * 10, "split": "test", "labels": ["neg", label], "accuracy": 0.8, "macro_f1": 0.8}
-        told |= {"precision": [0.9, 0.7], "recall": [0.7, 0.9], "f1": [0.79, 0.79], "confusion": [[30, 12], [4, 54]]}
-        told |= {"calibration_error": 0.1, "bins": [[0.6, 0.5, 20], [0.9, 0.875, 80]], "mistakes": [mistake] * 3}
-        (folder / "scores.json").write_text(json.dumps(told))
+        record = {"step": events * 10, "split": "test", "labels": ["neg", label], "accuracy": 0.8, "macro_f1": 0.8}
+        record |= {"precision": [0.9, 0.7], "recall": [0.7, 0.9], "f1": [0.79, 0.79], "confusion": [[30, 12], [4, 54]]}
+        record |= {"calibration_error": 0.1, "bins": [[0.6, 0.5, 20], [0.9, 0.875, 80]], "mistakes": [mistake] * 3}
+        (folder / "scores.json").write_text(json.dumps(record))
     return folder
 
 
@@ -99,7 +99,9 @@ def test_one_run_shows_everything(tmp_path):
     page = Page(report_of(write_run(tmp_path / "run")))
     names = ["Loss", "Accuracy", "Learning rate", "Gradient norm", "Throughput", "Forgetting", "Time of run 1"]
     assert charts(page)[:7] == names
-    assert charts(page)[7].startswith("Calibration of run 1: stated 60%, right 50%; stated 90%, right 88%")
+    assert charts(page)[7].startswith(
+        "Calibration of run 1: probability 60%, accuracy 50%; probability 90%, accuracy 88%"
+    )
     assert all(attributes["role"] == "img" for attributes in page.all("svg"))
     for words in ("54", "a fine film", "98.7%", "row 7", "87.50%", "learning_rate", "3.00 s", "finished"):
         assert words.replace("3.00 s", "12.0 s").replace("87.50%", "90.00%") in page.text, words
@@ -129,8 +131,8 @@ def many_classes_run(folder, classes=77):
     scores = json.loads((run / "scores.json").read_text())
     mistakes = [{**mistake, "true": labels[3], "label": labels[7]} for mistake in scores["mistakes"]]
     per_class = dict.fromkeys(("precision", "recall", "f1"), [0.8] * classes)
-    told = {**scores, **per_class, "labels": labels, "confusion": confusion, "mistakes": mistakes}
-    (run / "scores.json").write_text(json.dumps(told))
+    record = {**scores, **per_class, "labels": labels, "confusion": confusion, "mistakes": mistakes}
+    (run / "scores.json").write_text(json.dumps(record))
     return run
 
 
@@ -148,9 +150,11 @@ def test_many_classes_are_a_map_of_numbers_and_a_list_of_what_is_confused(tmp_pa
     confused = re.search('aria-label="Most confused">(.*?)</table>', markup, re.DOTALL)[1]
     shown = [tuple(map(int, row)) for row in re.findall(
         r'number">(\d+)</span>.*?number">(\d+)</span>.*?<td>(\d+)</td>', confused)]  # fmt: skip
-    expected = sorted((row[said] for i, row in enumerate(counts) for said in range(77) if said != i), reverse=True)[:20]
+    expected = sorted(
+        (row[predicted] for i, row in enumerate(counts) for predicted in range(77) if predicted != i), reverse=True
+    )[:20]
     assert [count for *_, count in shown] == expected
-    assert all(counts[true][said] == count for true, said, count in shown)
+    assert all(counts[true][predicted] == count for true, predicted, count in shown)
     assert page.text.count("card_not_as_expected_by_anyone_12") >= 2, "in the matrix and among the labels"
     assert len(markup) < 1_000_000
 
@@ -171,10 +175,10 @@ def test_several_runs_are_laid_over_each_other(tmp_path):
     assert not (runs[0] / "report.html").exists()
 
 
-def test_more_runs_than_colours_are_told_apart_by_dashes(tmp_path):
+def test_more_runs_than_colors_are_distinguished_by_dashes(tmp_path):
     runs = [write_run(tmp_path / f"run{i}", events=4, scores=False) for i in range(9)]
     markup = report_of(*runs, output=tmp_path / "many.html")
-    assert 'class="swatch dash-1" style="--own: var(--colour-0)"' in markup
+    assert 'class="swatch dash-1" style="--own: var(--color-0)"' in markup
     assert "stroke-dasharray" in markup
 
 
@@ -187,13 +191,13 @@ def test_parts_come_in_the_order_of_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", '{"step": 130, "epo', '{"step": "x", "loss": []}\n[1]\nnull\n\xff\n'])
-def test_a_run_that_goes_on_has_a_report_too(tmp_path, ending):
+def test_an_unfinished_run_has_a_report_too(tmp_path, ending):
     run = write_run(tmp_path / "run", scores=False)
     with (run / "metrics.jsonl").open("a", encoding="latin-1") as file:
         file.write(ending)
     page = Page(report_of(run))
     assert "not finished: step 120, epoch 1.00 of 1.0" in page.text
-    assert "No scores of this run: they are written when it ends." in page.text
+    assert "This run has no scores: they are written at its end." in page.text
 
 
 def test_nothing_noted_yet_and_files_that_cannot_be_read(tmp_path):
@@ -202,7 +206,7 @@ def test_nothing_noted_yet_and_files_that_cannot_be_read(tmp_path):
         (run / name).write_text("{")
     page = Page(report_of(run))
     assert charts(page) == []
-    for words in ("Nothing is noted yet", "no config.json that can be read", "no scores.json that can be read"):
+    for words in ("No metrics yet", "no valid config.json", "no valid scores.json"):
         assert words in page.text
 
 
@@ -215,7 +219,7 @@ def test_scores_of_another_form_are_left_out(tmp_path, change):
     scores = json.loads((run / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores | change))
     assert read_run(run).scores is None
-    assert "no scores.json that can be read" in report_of(run)
+    assert "no valid scores.json" in report_of(run)
 
 
 def hostile_run(folder):
@@ -272,17 +276,17 @@ def test_the_command_makes_the_run_again(settings):
     assert read_arguments(words[2:]) == config
 
 
-def test_mistakes_are_told_all_at_once(tmp_path, capsys):
+def test_usage_errors_are_reported_together(tmp_path, capsys):
     assert main(["report", str(tmp_path), str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 3
-    assert "has no metrics.jsonl: it must be the folder of a run" in error[0]
-    assert "there is no such folder" in error[1]
-    assert "it must be the name of a file" in error[2]
+    assert "has no metrics.jsonl: it must be a run directory" in error[0]
+    assert "there is no such directory" in error[1]
+    assert "it must be a file" in error[2]
     assert main(["report", str(write_run(tmp_path / "run")), "--output", str(tmp_path / "none" / "x.html")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "there is no directory" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "run" / "config.json")]) == 2
-    assert "which is a file: it must be the folder of a run" in capsys.readouterr().err
+    assert "which is a file: it must be a run directory" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "RUN" in capsys.readouterr().err
 
@@ -329,7 +333,7 @@ onload = () => {{
   document.querySelector("pre").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth, hacked: top.hacked ?? null, control: top.control ?? null,
     paper: page.defaultView.getComputedStyle(page.body).backgroundColor, text: page.body.innerText.length,
-    line: page.defaultView.getComputedStyle(page.querySelector("svg path[style*=colour]")).stroke,
+    line: page.defaultView.getComputedStyle(page.querySelector("svg path[style*=color]")).stroke,
     narrow: [...page.querySelectorAll("svg")].filter(each => each.getBoundingClientRect().width < 200).length,
     focusable: focusable.length,
   }})

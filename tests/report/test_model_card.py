@@ -34,17 +34,17 @@ def events(run, key):
     return [line[key] for line in lines if key in line]
 
 
-def test_the_card_tells_the_figures_and_no_path(run):
+def test_the_card_has_the_results_and_no_path(run):
     text = (run / "final" / "README.md").read_text(encoding="utf-8")
     card = ModelCard.load(run / "final" / "README.md")
     header = metadata_load(run / "final" / "README.md")
     assert header["library_name"] == "transformers"
     assert header["pipeline_tag"] == "text-generation"
     assert not {"license", "language", "base_model", "datasets"} & set(header), "of local files nothing is known"
-    told = {(each.dataset_split, each.metric_type): each.metric_value for each in card.data.eval_results}
+    recorded = {(each.dataset_split, each.metric_type): each.metric_value for each in card.data.eval_results}
     for split, name in (("validation", "eval"), ("test", "test")):
         for metric in ("accuracy", "loss"):
-            assert told[split, metric] == pytest.approx(events(run, f"{name}_{metric}")[-1], abs=1e-6)
+            assert recorded[split, metric] == pytest.approx(events(run, f"{name}_{metric}")[-1], abs=1e-6)
     assert {each.task_type for each in card.data.eval_results} == {"text-classification"}
     assert f"| test | {events(run, 'test_accuracy')[0]:.2%} | {events(run, 'test_loss')[0]:.4f} |" in text
     assert f"{events(run, 'general_perplexity')[-1]:,.2f} after" in text
@@ -61,10 +61,10 @@ def snippets(folder):
     found = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
     def answer(code, text):
-        assert code.count('"a text of the kind it was trained on"') == 1
+        assert code.count('"an input like the training data"') == 1
         output = io.StringIO()
         with redirect_stdout(output):
-            exec(code.replace('"a text of the kind it was trained on"', repr(text)), {})
+            exec(code.replace('"an input like the training data"', repr(text)), {})
         return output.getvalue()
 
     return [lambda text, code=code: answer(code, text) for code in found]
@@ -77,9 +77,9 @@ def test_both_ways_to_use_it_run_and_agree(run, tmp_path, monkeypatch):
     texts = ["the plot is dull .", "the plot is superb , " * 20, "Zoë's 'quoted' \"text\""]
     expected = ft.load(run, device="cpu").predict(texts)
     for text, prediction in zip(texts, expected, strict=True):
-        told = ast.literal_eval(by_transformers(text))
-        assert list(told) == ["neg", "pos"]
-        assert told == pytest.approx(prediction.probabilities, rel=1e-4)
+        recorded = ast.literal_eval(by_transformers(text))
+        assert list(recorded) == ["neg", "pos"]
+        assert recorded == pytest.approx(prediction.probabilities, rel=1e-4)
         assert f"label={prediction.label!r}" in by_ft(text)
 
 
