@@ -38,7 +38,7 @@ from ft.data.batches import Batch, collate, epoch_order
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.tables import read_split
 from ft.device import Precision, disable_malloc_trim
-from ft.io.json_file import read_json
+from ft.io.plain_files import read_json
 from ft.model import dropout, matmul
 from ft.model.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.model.packing import Packing

@@ -61,6 +61,20 @@ SHARED_ON_RESUME = ("batch_size", "processes")
 LONGER_ON_RESUME = ("epochs", "max_steps")
 
 
+# Settings that differ from the defaults, by field of `Config`. The defaults suit a pretrained model; random weights
+# need a larger learning rate, with warmup, and more epochs.
+DEMO_SETTINGS: dict[str, object] = {
+    "output_dir": "runs/demo",
+    "epochs": 10.0,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup_steps": 100,
+    "eval_steps": 200,
+    "save_steps": 200,
+    "forgetting": "builtin",
+}
+
+
 def field_help() -> dict[str, str]:
     """The help text of each field of `Config`, by field name."""
     return {field.name: field.metadata["help"] for field in fields(Config)}

@@ -9,8 +9,8 @@ from ft.checkpoint import store
 from ft.checks import flag
 from ft.config import NEWEST, Config
 from ft.errors import FtError, UsageError, printable, sentence, shown
-from ft.io.json_file import read_json
 from ft.io.manifest import MANIFEST
+from ft.io.plain_files import read_json
 from ft.settings import find_changed_settings, read_config_file
 from ft.train.schedule import total_steps
 from ft.train.state import State

@@ -12,7 +12,7 @@ from ft.checkpoint.host_buffer import HostBuffer, bytes_for
 from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.distributed.sharding import full_tensor, is_sharded, local_shard, reshard, shard_of
 from ft.errors import FtError
-from ft.io.json_file import read_json
+from ft.io.plain_files import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.pretrained import read_tensors
 from ft.train.optim import AdamW

@@ -18,8 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ft.data.examples import END_OF_TEXT, read_tokenizer, require_utf8
 from ft.errors import FtError
-from ft.io.json_file import read_json
 from ft.io.model_layout import ABOUT_TOKENIZER, MERGES, TOKENIZER, VOCABULARY
+from ft.io.plain_files import read_json
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = (
     "tokenizer_config.json",

@@ -13,7 +13,15 @@ from ft.cli.parsers import CommandParser, describe_unknown_flag, without_values
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import UsageError, shown
 from ft.io.paths import expand_home
-from ft.settings import build_config, field_groups, field_help, parse_value, read_config_file, run_directory_of
+from ft.settings import (
+    DEMO_SETTINGS,
+    build_config,
+    field_groups,
+    field_help,
+    parse_value,
+    read_config_file,
+    run_directory_of,
+)
 
 EXAMPLES = """\
 examples:
@@ -142,9 +150,7 @@ def _base_settings(settings: dict[str, Any]) -> dict[str, Any]:
         run = Path(settings.get("output_dir", Config.output_dir))
         base = {}
     if settings.get("demo"):
-        from ft.data.demo import SETTINGS
-
-        base = {**SETTINGS, **base}
+        base = {**DEMO_SETTINGS, **base}
         run = Path(settings.get("output_dir", base["output_dir"]))
     if resume is not None and (run / "config.json").is_file():
         return {**base, **read_config_file(run / "config.json"), "output_dir": str(run)}

@@ -33,12 +33,12 @@ def describe(config: Config) -> None:
         FtError: the data or the tokenizer cannot be read, or do not fit each other.
     """
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as directory,
         explain_out_of_memory(f"--dataset {shown(config.dataset)}", "fewer or shorter rows in its files"),
     ):
         source = "the demo" if config.demo else config.dataset
         if config.demo:
-            config = with_demo_inputs(config, Path(folder))
+            config = with_demo_inputs(config, Path(directory))
         files = pretrained.model_files(config.model, config.model_revision, with_weights=False)
         described = read_description(files)
         model_config_of(described.config, config)  # raises if --max-length exceeds the model's n_positions

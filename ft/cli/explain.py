@@ -63,9 +63,9 @@ def explain(config: Config, row: int | None) -> None:
         UsageError: there is no such row, or no such device.
         FtError: the inputs cannot be read, or the run would end before it reads that row.
     """
-    with TemporaryDirectory() as folder, explain_out_of_memory_in_training(config):
+    with TemporaryDirectory() as directory, explain_out_of_memory_in_training(config):
         if config.demo:
-            config = with_demo_inputs(config, Path(folder))
+            config = with_demo_inputs(config, Path(directory))
         _walk(replace(config, save_dataset=None, logging_steps=1), row)
 
 
@@ -88,7 +88,6 @@ def _walk(config: Config, row: int | None) -> None:
     model.to(device)
 
     split, target_ids = data.splits["train"], examples[row].target_ids
-    target = target_ids[-1]  # the label, or the end-of-text after a completion
     print(f"Row {row:,} of the {len(examples):,} training examples, in one training step.")
 
     _stage(1, "Data", "ft/data/dataset_files.py dataset_files, ft/data/tables.py read_split")
@@ -132,6 +131,30 @@ def _walk(config: Config, row: int | None) -> None:
     _show("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPERPARAMETERS))
 
     _stage(7, "Loop", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py AdamW")
+    _show_step(model, data, config, precision, step=step, window=window, row=row)
+
+    _stage(8, "Training", "ft/finetune.py fine_tune")
+    _show(
+        "steps",
+        f"{total_steps(len(examples), config):,} such steps, each from the weights of the one before; this was one "
+        "step from the initial weights, and nothing is saved",
+    )
+
+
+def _show_step(
+    model: GPT2,
+    data: Data,
+    config: Config,
+    precision: Precision,
+    *,
+    step: int,
+    window: Sequence[Sequence[int]],
+    row: int,
+) -> None:
+    """Train one step, and show logits, losses and gradient norm before and after it."""
+    examples = data.examples["train"]
+    target_ids = examples[row].target_ids
+    target = target_ids[-1]  # the label, or the end-of-text after a completion
     read = [number for numbers in window for number in numbers]
     first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
     own = slice(first, first + len(target_ids))  # this example's targets among those of the step
@@ -144,21 +167,14 @@ def _walk(config: Config, row: int | None) -> None:
     _show_logits(before[own], after[own], target_ids, data)
     _show_losses(before[own], after[own], targets[own], "of this example")
     _show_losses(before, after, targets, f"of the {len(read)} examples of the step")
-    if any((model_config.embd_pdrop, model_config.attn_pdrop, model_config.resid_pdrop)):
+    if any((model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop)):
         _show("dropout", f"the loss of the step itself is {figures['loss']:.4f}; those above are without dropout")
     _show_gradient(figures["grad_norm"], config.max_grad_norm)
     _show("rate", f"the learning rate of this step is {figures['learning_rate']:.3g}")
     change = (model.wte.weight[target].detach() - embedding).abs().mean().item()
     _show(
         "update",
-        f"AdamW changes each value of the embedding of {_tokens([target], tokenizer)} by {change:.2e} on average",
-    )
-
-    _stage(8, "Training", "ft/finetune.py fine_tune")
-    _show(
-        "steps",
-        f"{total_steps(len(examples), config):,} such steps, each from the weights of the one before; this was one "
-        "step from the initial weights, and nothing is saved",
+        f"AdamW changes each value of the embedding of {_tokens([target], data.tokenizer)} by {change:.2e} on average",
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ft.cli.parsers import CommandParser, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, is_utf8, one_line, printable, shown
+from ft.io.atomic import atomic_write_text
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
@@ -109,8 +110,6 @@ def predict(arguments: Sequence[str]) -> None:
         predictions = classifier.predict(texts, options.batch_size)
     seconds = time.perf_counter() - started
     if options.output:
-        from ft.io.atomic import atomic_write_text
-
         serialize = _to_csv if options.output.suffix.lower() == ".csv" else _to_json_lines
         atomic_write_text(options.output, serialize(texts, predictions, classifier.label_names))
     elif options.json:
@@ -193,9 +192,9 @@ def inference_memory_advice(options: argparse.Namespace) -> AbstractContextManag
 
 def read_run_settings(source: Path) -> dict[str, Any]:
     """The data settings of the run that `source` is, or is a checkpoint of; empty if it is neither."""
-    for folder in (source, source.parent):
+    for directory in (source, source.parent):
         with suppress(UsageError):  # not the config.json of a run
-            settings = read_config_file(folder / "config.json")
+            settings = read_config_file(directory / "config.json")
             return {name: settings[name] for name in DATA_SETTINGS if name in settings}
     return {}
 

@@ -36,9 +36,9 @@ def report(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     runs: list[Recorded] = []
     problems: list[str] = []
-    for folder in dict.fromkeys(options.runs):
+    for directory in dict.fromkeys(options.runs):
         try:
-            runs.append(read_run(folder))
+            runs.append(read_run(directory))
         except UsageError as error:
             problems += error.problems
     output = options.output or (options.runs[0] if len(runs) == 1 else options.runs[0].parent) / "report.html"

@@ -30,19 +30,6 @@ from ft.errors import FtError
 from ft.io.plain_files import remove
 from ft.model.gpt2 import GPT2, GPT2Config
 
-# Settings that differ from the defaults, by field of `Config`. The defaults suit a pretrained model; random weights
-# need a larger learning rate, with warmup, and more epochs.
-SETTINGS: dict[str, object] = {
-    "output_dir": "runs/demo",
-    "epochs": 10.0,
-    "batch_size": 32,
-    "learning_rate": 1e-3,
-    "warmup_steps": 100,
-    "eval_steps": 200,
-    "save_steps": 200,
-    "forgetting": "builtin",
-}
-
 # --- the grammar ------------------------------------------------------------------------------------------------------
 
 ASPECTS = ("plot", "script", "acting", "cast", "score", "editing", "ending", "humour", "dialogue", "romance", "camera")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ft.config import Config
 from ft.data import dataset_files
+from ft.data.demo import write_demo
 from ft.data.examples import Example, encode, label_tokens
 from ft.data.splits import Split, stratified
 from ft.data.tables import WHOLE_NUMBER, Columns, NoLabelsError, listed, read_split
@@ -51,8 +52,6 @@ class Data:
 
 def with_demo_inputs(config: Config, directory: Path, *, write: bool = True) -> Config:
     """The same configuration with the demo's model and data set in `directory`, which are written first if `write`."""
-    from ft.data.demo import write_demo  # here, as only the demo needs it
-
     if write:
         write_demo(directory)
     return replace(config, model=str(directory / "model"), dataset=str(directory / "dataset"))

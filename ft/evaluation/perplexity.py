@@ -16,6 +16,7 @@ from ft.data.dataset_files import SeveralDataSetsError, dataset_files
 from ft.data.examples import Example
 from ft.data.tables import read_texts
 from ft.errors import FtError, shown
+from ft.evaluation.general_text import GENERAL_TEXT
 from ft.io.formats import suffix_of
 
 BUILTIN = "builtin"
@@ -59,8 +60,6 @@ def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> Ge
         FtError: there is no such text, it cannot be read, or it is too short.
     """
     if source == BUILTIN:
-        from ft.evaluation.general_text import GENERAL_TEXT
-
         text = GENERAL_TEXT
     elif Path(source).is_file() and suffix_of(source) is None:
         text = _read_file(Path(source))

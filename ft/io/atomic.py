@@ -52,33 +52,33 @@ class StagedDirectory:
 
 
 @contextmanager
-def atomic_directory(folder: Path, executor: Executor = run_now) -> Iterator[StagedDirectory]:
+def atomic_directory(directory: Path, executor: Executor = run_now) -> Iterator[StagedDirectory]:
     """Write a directory in a staging directory beside it, which is renamed when all files are on the disk.
 
     An existing directory of that name stays until then. If the process dies, `remove_stale_staging` cleans up.
 
     Args:
-        folder: the final name.
+        directory: the final name.
         executor: that of `StagedDirectory`.
 
     Raises:
-        OSError: the disk is full or the system refuses; `folder` is unchanged.
+        OSError: the disk is full or the system refuses; `directory` is unchanged.
     """
-    unfinished, replaced = (folder.with_name(prefix + folder.name) for prefix in (UNFINISHED, REPLACED))
+    unfinished, replaced = (directory.with_name(prefix + directory.name) for prefix in (UNFINISHED, REPLACED))
     remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         yield StagedDirectory(unfinished, executor)
         fsync(unfinished)
         # A rename cannot replace a directory that has files: the old one is renamed first, and deleted at the end.
-        if os.path.lexists(folder):
+        if os.path.lexists(directory):
             remove(replaced)
-            folder.rename(replaced)
-        unfinished.rename(folder)
-        fsync(folder.parent)
+            directory.rename(replaced)
+        unfinished.rename(directory)
+        fsync(directory.parent)
     except BaseException:
-        if os.path.lexists(replaced) and not os.path.lexists(folder):
-            replaced.rename(folder)
+        if os.path.lexists(replaced) and not os.path.lexists(directory):
+            replaced.rename(directory)
         remove(unfinished)
         raise
     remove(replaced)
@@ -87,11 +87,11 @@ def atomic_directory(folder: Path, executor: Executor = run_now) -> Iterator[Sta
 def remove_stale_staging(parent: Path) -> None:
     """Clean up in `parent` after a process that died in `atomic_directory` or in `atomic_write_text`."""
     for replaced in parent.glob(f"{REPLACED}*"):
-        folder = parent / replaced.name.removeprefix(REPLACED)
-        if os.path.lexists(folder):
+        directory = parent / replaced.name.removeprefix(REPLACED)
+        if os.path.lexists(directory):
             remove(replaced)
         else:
-            replaced.rename(folder)
+            replaced.rename(directory)
     for unfinished in parent.glob(f"{UNFINISHED}*"):
         remove(unfinished)
 

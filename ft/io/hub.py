@@ -35,7 +35,7 @@ class Source:
     kind: Literal["model", "dataset"]
     name: str
     revision: str | None
-    is_folder: bool = False
+    is_directory: bool = False
     """It was found on the disk: if it is deleted meanwhile, the name is not looked up on the Hub."""
 
 
@@ -56,20 +56,20 @@ def find_files(source: Source, choose: _Choice) -> dict[str, Path]:
     Raises:
         FtError: a file is missing, has another format, or cannot be read or downloaded.
     """
-    folder = Path(os.path.expanduser(source.name))
+    directory = Path(os.path.expanduser(source.name))
     try:
-        if not (source.name and folder.is_dir()):
-            if source.is_folder or is_path(source.name):
-                beside = f", though there is {str(folder.parent)!r}" if folder.parent.is_dir() else ""
+        if not (source.name and directory.is_dir()):
+            if source.is_directory or is_path(source.name):
+                beside = f", though there is {str(directory.parent)!r}" if directory.parent.is_dir() else ""
                 raise FtError(
                     f"there is no directory {source.name!r}{beside}: this is a path, which is not looked up on the "
                     f"Hub: check --{source.kind}."
                 )
             files = _hub_files(source, choose)
         elif source.revision is None:
-            files = {name: folder / name for name in choose(_names_in(folder, source))}
+            files = {name: directory / name for name in choose(_names_in(directory, source))}
         else:
-            raise FtError(f"{folder} is a local directory and has no revisions: leave out --{source.kind}-revision.")
+            raise FtError(f"{directory} is a local directory and has no revisions: leave out --{source.kind}-revision.")
         for path in files.values():
             check_first_bytes(path)
     except OSError as error:
@@ -91,14 +91,14 @@ def is_path(name: str) -> bool:
     )
 
 
-def _names_in(folder: Path, source: Source) -> list[str]:
+def _names_in(directory: Path, source: Source) -> list[str]:
     """List the files of a directory: those of a model at its top level, those of a data set at any depth.
 
     A broken link is listed too, so that reading it raises an error.
     """
-    os.listdir(folder)  # raises for a directory that may not be read, which looks empty to `rglob`
-    paths = folder.iterdir() if source.kind == "model" else (p for p in folder.rglob("*") if suffix_of(p.name))
-    return [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
+    os.listdir(directory)  # raises for a directory that may not be read, which looks empty to `rglob`
+    paths = directory.iterdir() if source.kind == "model" else (p for p in directory.rglob("*") if suffix_of(p.name))
+    return [path.relative_to(directory).as_posix() for path in paths if not path.is_dir()]
 
 
 def _hub_files(source: Source, choose: _Choice) -> dict[str, Path]:
@@ -113,11 +113,11 @@ def _hub_files(source: Source, choose: _Choice) -> dict[str, Path]:
     seconds = max(STALL, 2.0 * constants.HF_HUB_ETAG_TIMEOUT, 2.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT)
     cached = _cached_files(source, choose)  # before the client records that the branch has moved
     files: dict[str, Path] = {}
-    folder = Path(constants.HF_HUB_CACHE) / f"{source.kind}s--{source.name.replace('/', '--')}" / "blobs"
+    directory = Path(constants.HF_HUB_CACHE) / f"{source.kind}s--{source.name.replace('/', '--')}" / "blobs"
     try:
         run_with_stall_timeout(
             lambda: _fetch(source, choose, files),
-            lambda: len(files) + _bytes_in(folder),
+            lambda: len(files) + _bytes_in(directory),
             seconds=seconds,
             what=f"{source.name} from {constants.ENDPOINT}",
         )
@@ -153,10 +153,10 @@ def _fetch(source: Source, choose: _Choice, files: dict[str, Path]) -> None:
         files[name] = path
 
 
-def _bytes_in(folder: Path) -> int:
+def _bytes_in(directory: Path) -> int:
     """Sizes and allocated blocks of a directory's files: a file may have its final size from the start."""
     try:
-        found = [path.lstat() for path in folder.iterdir()]
+        found = [path.lstat() for path in directory.iterdir()]
     except OSError:  # it does not exist yet, or a file has just been renamed
         return 0
     return sum(each.st_size + getattr(each, "st_blocks", 0) for each in found)
@@ -172,7 +172,7 @@ def _cached_files(source: Source, choose: _Choice) -> dict[str, Path] | None:
     converted = [CONVERTED_REVISION] if source.kind == "dataset" and source.revision is None else []
     for revision in [source.revision, *converted]:
         try:
-            folder = Path(
+            directory = Path(
                 snapshot_download(
                     source.name,
                     revision=revision,
@@ -181,8 +181,8 @@ def _cached_files(source: Source, choose: _Choice) -> dict[str, Path] | None:
                     allow_patterns=[],  # only look up the directory: `choose` raises if it is incomplete
                 )
             )
-            present = [name for name in _names_in(folder, source) if (folder / name).exists()]
-            return {name: folder / name for name in choose(present)}
+            present = [name for name in _names_in(directory, source) if (directory / name).exists()]
+            return {name: directory / name for name in choose(present)}
         except errors.HFValidationError:
             return None
         except (errors.LocalEntryNotFoundError, FtError):

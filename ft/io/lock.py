@@ -21,7 +21,7 @@ LOCK = ".lock"
 class DirectoryLock:
     """An exclusive lock on a directory, by flock on a file in it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, directory: Path) -> None:
         """Create the directory if it does not exist, and lock it.
 
         Raises:
@@ -29,7 +29,7 @@ class DirectoryLock:
                 or a FIFO.
             OSError: the directory cannot be created or written.
         """
-        self.folder, self._file = folder, _locked_file(folder)
+        self.directory, self._file = directory, _locked_file(directory)
 
     def restore(self) -> bool:
         """Acquire the lock again if the directory or the file was moved or deleted; returns whether it was.
@@ -38,12 +38,12 @@ class DirectoryLock:
             FtError: another process has acquired it meanwhile.
             OSError: the directory cannot be created or written.
         """
-        if is_at(self._file.fileno(), self.folder / LOCK):
+        if is_at(self._file.fileno(), self.directory / LOCK):
             return False
         try:
-            file = _locked_file(self.folder)
+            file = _locked_file(self.directory)
         except FtError as error:
-            raise FtError(f"{self.folder} was moved or deleted during the run, which ends here: {error}") from error
+            raise FtError(f"{self.directory} was moved or deleted during the run, which ends here: {error}") from error
         self._close()
         self._file = file
         return True
@@ -51,11 +51,11 @@ class DirectoryLock:
     def release(self) -> None:
         """Release the lock, and delete the directory if nothing else is in it."""
         with suppress(OSError):  # another process may be acquiring it, or the directory is gone
-            if [entry.name for entry in self.folder.iterdir()] == [LOCK] and is_at(
-                self._file.fileno(), self.folder / LOCK
+            if [entry.name for entry in self.directory.iterdir()] == [LOCK] and is_at(
+                self._file.fileno(), self.directory / LOCK
             ):
-                (self.folder / LOCK).unlink()
-                self.folder.rmdir()
+                (self.directory / LOCK).unlink()
+                self.directory.rmdir()
         self._close()
 
     def _close(self) -> None:
@@ -65,26 +65,26 @@ class DirectoryLock:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[DirectoryLock]:
+def locked(directory: Path) -> Iterator[DirectoryLock]:
     """Hold a `DirectoryLock`. The system releases it when the process ends, however it ends."""
-    lock = DirectoryLock(folder)
+    lock = DirectoryLock(directory)
     try:
         yield lock
     finally:
         lock.release()
 
 
-def _locked_file(folder: Path) -> io.FileIO:
+def _locked_file(directory: Path) -> io.FileIO:
     """Open and lock the lock file of a directory, and write this process's id into it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except RecursionError as error:  # which is how `pathlib` makes parents
-        raise FtError(f"{folder} is too deep: it has {len(folder.parts):,} parts") from error
-    path = folder / LOCK
+        raise FtError(f"{directory} is too deep: it has {len(directory.parts):,} parts") from error
+    path = directory / LOCK
     while True:
         file = os.fdopen(open_to_write(path), "r+b", buffering=0)
         try:
-            _acquire(file, folder)
+            _acquire(file, directory)
         except FtError:
             file.close()
             raise
@@ -96,7 +96,7 @@ def _locked_file(folder: Path) -> io.FileIO:
     return file
 
 
-def _acquire(file: io.FileIO, folder: Path) -> None:
+def _acquire(file: io.FileIO, directory: Path) -> None:
     """Lock the lock file of a directory.
 
     On a file system without locks, the lock counts as held if a process with the id in the file runs on this machine.
@@ -111,14 +111,14 @@ def _acquire(file: io.FileIO, folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FtError(
-            f"another run is using {folder}: process {process}. Wait for it, stop it (kill {process}), or use another "
-            "--output-dir"
+            f"another run is using {directory}: process {process}. Wait for it, stop it (kill {process}), or use "
+            "another --output-dir"
         ) from None
     except OSError:
         if _is_running(process):
             raise FtError(
-                f"another run may be using {folder}, whose file system has no locks: process {process} started one, "
-                f"and a process with this id is running. If it is another program, delete {folder / LOCK}"
+                f"another run may be using {directory}, whose file system has no locks: process {process} started one, "
+                f"and a process with this id is running. If it is another program, delete {directory / LOCK}"
             ) from None
 
 

@@ -5,27 +5,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ft.errors import FtError
-from ft.io.json_file import read_json
+from ft.io.plain_files import read_json
 
 MANIFEST = "manifest.json"
 
 
-def verify_manifest(folder: Path, needed: Iterable[str]) -> str | None:
+def verify_manifest(directory: Path, needed: Iterable[str]) -> str | None:
     """Verify a directory against its manifest.
 
     Only regular files in the directory itself count: a manifest of unknown origin must not reach files elsewhere.
 
     Args:
-        folder: the directory.
+        directory: the directory.
         needed: names that the manifest must list.
 
     Returns:
         The first difference, in a few words; None if every byte is as written.
     """
     try:
-        if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
+        if (directory / MANIFEST).is_symlink() or not (directory / MANIFEST).is_file():
             return f"{MANIFEST} is missing or not a regular file"
-        files = read_json(folder / MANIFEST)["files"]
+        files = read_json(directory / MANIFEST)["files"]
         expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except OSError as error:  # a directory that may not be entered
         return f"{MANIFEST} cannot be read: {error.strerror}"
@@ -34,7 +34,7 @@ def verify_manifest(folder: Path, needed: Iterable[str]) -> str | None:
     except (KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not a list of files"
     for name in dict.fromkeys([*needed, *expected]):  # each once
-        path = folder / name
+        path = directory / name
         if name not in expected:
             return f"{MANIFEST} does not list {name}"
         size, sha256 = expected[name]

@@ -5,11 +5,13 @@ outside it, and opening a FIFO never blocks.
 """
 
 import errno
+import json
 import os
 import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ft.errors import FtError
 
@@ -76,3 +78,18 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FtError: the file cannot be read, is not JSON, or has another value.
+    """
+    try:
+        value = json.loads(read_regular(path).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FtError(f"cannot read {path} as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FtError(f"{path} must contain a JSON object")
+    return value

@@ -46,7 +46,7 @@ def text(value: object) -> str:
 def page(runs: Sequence[Recorded]) -> str:
     """The HTML file for these runs."""
     several = len(runs) > 1
-    title = f"{len(runs)} runs" if several else runs[0].folder.resolve().name
+    title = f"{len(runs)} runs" if several else runs[0].directory.resolve().name
     axis = "epoch" if len({_rows_per_step(run) for run in runs}) > 1 else "step"
     parts = [
         _header(runs, title),
@@ -80,7 +80,7 @@ def _section(title: str, key: str, content: str) -> str:
 
 def _name(run: Recorded, number: int, several: bool) -> str:
     """A run's name with its color as a heading; empty if there is only one run."""
-    return f"<h3>{_swatch(number)}{_bdi(run.folder)}</h3>\n" if several else ""
+    return f"<h3>{_swatch(number)}{_bdi(run.directory)}</h3>\n" if several else ""
 
 
 def _swatch(number: int) -> str:
@@ -147,7 +147,7 @@ def _compared(runs: Sequence[Recorded]) -> str:
         values = [(run.last(key), form) for key, _, form in heads]
         rows.append(
             [
-                _swatch(number) + _bdi(run.folder),
+                _swatch(number) + _bdi(run.directory),
                 *("" if value is None else form.format(value) for value, form in values),
                 _state(run),
             ]
@@ -156,7 +156,7 @@ def _compared(runs: Sequence[Recorded]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.config if name not in ("output_dir", "resume"))
     different = [name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1]
     if different:
-        heading = [_swatch(number) + _bdi(run.folder.name or run.folder) for number, run in enumerate(runs)]
+        heading = [_swatch(number) + _bdi(run.directory.name or run.directory) for number, run in enumerate(runs)]
         settings = [[text(name), *(_value(run.config.get(name)) for run in runs)] for name in different]
         result += "\n<h3>Settings that differ</h3>\n" + _table(["setting", *heading], settings, "Settings that differ")
     else:
@@ -193,7 +193,7 @@ def _charts(runs: Sequence[Recorded], axis: str) -> str:
             svg = line_chart(curves, axis, description, percent=percent, logarithmic=logarithmic)
             unit += "; logarithmic" * logarithmic
             cards.append(_card(title, unit, f'<p class="legend">{"".join(legend)}</p>\n{svg}'))
-    legend_of_runs = "".join(f"<span>{_swatch(number)}{_bdi(run.folder)}</span>" for number, run in enumerate(runs))
+    legend_of_runs = "".join(f"<span>{_swatch(number)}{_bdi(run.directory)}</span>" for number, run in enumerate(runs))
     above = f'<p class="legend">{legend_of_runs}</p>\n' if len(runs) > 1 else ""
     none = '<p class="note">No metrics yet.</p>'
     return _section("Curves", "curves", above + f'<div class="grid">\n{"".join(cards)}\n</div>' if cards else none)
@@ -252,12 +252,12 @@ def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
 
 def _evaluation(run: Recorded, number: int, several: bool) -> str:
     """Confusion matrix, scores of each class, calibration, and the most confident errors."""
-    key, name = f"scores-{number}", f" · {_bdi(run.folder)}" if several else ""
+    key, name = f"scores-{number}", f" · {_bdi(run.directory)}" if several else ""
     scores = run.scores
     if scores is None:
         why = "they are written at its end" if not run.finished else "it has no valid scores.json"
         if run.config.get("completion_column") is not None:
-            command = shlex.join(["python", "run.py", "evaluate", str(run.folder)])
+            command = shlex.join(["python", "run.py", "evaluate", str(run.directory)])
             why = f"it was trained on completions, which <code>{text(command)}</code> evaluates"
         return _section(f"Evaluation{name}", key, f'<p class="note">This run has no scores: {why}.</p>')
     labels, confusion = [_bdi(label) for label in scores["labels"]], scores["confusion"]
@@ -311,7 +311,7 @@ def _settings(run: Recorded, number: int, several: bool) -> str:
             f"<details>\n<summary>All {len(rows)} settings, those that are not the defaults in bold</summary>\n"
             f"{_table(['setting', 'value'], rows, 'Settings')}\n</details>"
         )
-    return _section("Settings" + (f" · {_bdi(run.folder)}" if several else ""), f"settings-{number}", content)
+    return _section("Settings" + (f" · {_bdi(run.directory)}" if several else ""), f"settings-{number}", content)
 
 
 def _metrics(run: Recorded, number: int, several: bool) -> str:
@@ -328,5 +328,5 @@ def _metrics(run: Recorded, number: int, several: bool) -> str:
         return ""
     shown = f"the last {MOST_ROWS:,} of {len(run.events):,}" if len(run.events) > MOST_ROWS else f"all {len(rows):,}"
     table = _table([text(key) for key in keys], rows, "Events")
-    name = f"{_swatch(number)}{_bdi(run.folder)}: " if several else ""
+    name = f"{_swatch(number)}{_bdi(run.directory)}: " if several else ""
     return f"<details>\n<summary>{name}{shown} lines of metrics.jsonl</summary>\n{table}\n</details>"

@@ -15,7 +15,7 @@ import ft
 from ft.checkpoint.model_description import read_description
 from ft.cli.main import main
 from ft.errors import FtError
-from ft.io.json_file import read_json
+from ft.io.plain_files import read_json
 from ft.model.packing import Packing
 from ft.model.pretrained import model_files
 

@@ -15,9 +15,8 @@ from ft.checks import field_types, flag
 from ft.cli.arguments import COMMANDS, read_arguments
 from ft.cli.main import main
 from ft.config import NEWEST, NO_FLAGS, Config
-from ft.data.demo import SETTINGS
 from ft.errors import FtError, UsageError
-from ft.settings import NOT_RECORDED, field_groups, field_help
+from ft.settings import DEMO_SETTINGS, NOT_RECORDED, field_groups, field_help
 from tests.test_config import EVERY_FIELD, FIELDS, other_value
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +60,7 @@ def test_every_field_has_a_flag(name, form):
         arguments = [flag(name), *value] if form == "two words" else [f"{flag(name)}={value[0]}"]
     else:
         arguments = [flag(name), str(value)] if form == "two words" else [f"{flag(name)}={value}"]
-    follows = {"demo": SETTINGS, "resume": {"output_dir": value}}.get(name, {})
+    follows = {"demo": DEMO_SETTINGS, "resume": {"output_dir": value}}.get(name, {})
     assert read_arguments(arguments) == Config(**{name: value, **follows})
 
 
@@ -162,13 +161,13 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default():
 
 
 def test_flag_and_file_win_over_the_demo():
-    assert SETTINGS.items() <= dataclasses.asdict(read_arguments(["--demo"])).items()
-    assert set(SETTINGS) <= set(FIELDS)
+    assert DEMO_SETTINGS.items() <= dataclasses.asdict(read_arguments(["--demo"])).items()
+    assert set(DEMO_SETTINGS) <= set(FIELDS)
     mine = write_json("mine.json", batch_size=5, epochs=1.5)
-    expected = {**SETTINGS, "batch_size": 3, "epochs": 1.5}
+    expected = {**DEMO_SETTINGS, "batch_size": 3, "epochs": 1.5}
     assert read_arguments(["--demo", "--config", mine, "--batch-size", "3"]) == Config(demo=True, **expected)
     asks_for_demo = write_json("demo.json", demo=True, batch_size=5)
-    assert read_arguments(["--config", asks_for_demo]) == Config(demo=True, **{**SETTINGS, "batch_size": 5})
+    assert read_arguments(["--config", asks_for_demo]) == Config(demo=True, **{**DEMO_SETTINGS, "batch_size": 5})
 
 
 def test_flag_and_file_win_over_the_resumed_run():
@@ -197,8 +196,8 @@ def test_resume_takes_a_run_or_one_of_its_checkpoints(path):
 
 def test_a_resumed_demo_goes_on_in_its_folder():
     resumed = read_arguments(["--demo", "--resume"])
-    assert resumed == Config(resume=NEWEST, demo=True, **SETTINGS)
-    in_b = {**SETTINGS, "output_dir": "runs/b"}
+    assert resumed == Config(resume=NEWEST, demo=True, **DEMO_SETTINGS)
+    in_b = {**DEMO_SETTINGS, "output_dir": "runs/b"}
     assert read_arguments(["--demo", "--resume", "--output-dir", "runs/b"]) == Config(resume=NEWEST, demo=True, **in_b)
     assert read_arguments(["--demo", "--resume", "runs/b"]) == Config(resume="runs/b", demo=True, **in_b)
 

@@ -187,7 +187,7 @@ def test_the_order_of_words_decides(rows):
 
 
 def test_settings_are_settings_of_a_run():
-    config = Config(**demo.SETTINGS)
+    config = Config(**DEMO_SETTINGS)
     assert config != Config()
 
 

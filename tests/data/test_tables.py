@@ -25,7 +25,7 @@ from ft.data.splits import Split, stratified
 from ft.data.tables import Columns, read_split
 from ft.errors import FtError
 from ft.io.formats import SUFFIXES
-from ft.io.json_file import read_json
+from ft.io.plain_files import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.pretrained import load_published
 from tests.conftest import write_parquet

@@ -17,7 +17,7 @@ from ft.evaluation import perplexity as perplexity_module
 from ft.evaluation.evaluate import evaluate
 from ft.evaluation.general_text import GENERAL_TEXT
 from ft.evaluation.perplexity import BUILTIN, WINDOWS_AT_ONCE, perplexity, read_general_text
-from ft.io.json_file import read_json
+from ft.io.plain_files import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.pretrained import load_weights
 

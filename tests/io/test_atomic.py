@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from ft.errors import FtError
 from ft.io import direct_io, lock
 from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
-from ft.io.json_file import read_json
 from ft.io.lock import locked
 from ft.io.manifest import MANIFEST, verify_manifest
+from ft.io.plain_files import read_json
 from ft.io.safetensors_file import safetensors_chunks
 from tests.faults import Fault, Faults
 

@@ -310,7 +310,7 @@ def test_a_configuration_of_another_model_is_refused(change, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_all_published_sizes_load_and_equal_transformers(size, tmp_path):
-    from ft.io.json_file import read_json
+    from ft.io.plain_files import read_json
     from ft.model.pretrained import load_weights
     from tests.reference.synthetic import write_model
 

@@ -18,6 +18,7 @@ from ft.cli.arguments import read_arguments
 from ft.cli.main import main
 from ft.config import Config
 from ft.report.run_record import command_of, read_run
+from ft.settings import DEMO_SETTINGS
 
 HARM = "<script>top.hacked = 1</script></style></title>\"'><img src=x onerror='top.hacked = 1'>&lt;"
 UNSEEN = "a\0b\x1b[31m\u202ereversed\u2066 \u200b\x85"
@@ -267,9 +268,7 @@ def test_hostile_texts_stay_text(tmp_path):
     ],
 )
 def test_the_command_makes_the_run_again(settings):
-    from ft.data.demo import SETTINGS
-
-    base = SETTINGS if settings.get("demo") else {}
+    base = DEMO_SETTINGS if settings.get("demo") else {}
     config = Config(**{**base, **settings})
     words = shlex.split(command_of(json.loads(json.dumps(vars(config)))))
     assert words[:2] == ["python", "run.py"]
