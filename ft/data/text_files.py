@@ -22,6 +22,7 @@ LARGEST_VALUE = 2**26  # characters of a value in a CSV file
 BINARY_SIGNATURES = {
     b"PK\x03\x04": "a ZIP archive, as Excel workbooks are: save the table as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook: save the table as CSV",
+    b"BZh": "compressed by bzip2: decompress it",
     b"\x1f\x8b": "compressed by gzip: add .gz to its name",
     b"PAR1": "a parquet file: name it .parquet",
 }

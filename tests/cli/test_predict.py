@@ -517,7 +517,7 @@ def test_perfect_predictions_score_one():
 
 
 @pytest.mark.parametrize(
-    ("suffix", "what"), [("xlsx", "a ZIP archive or an Excel workbook"), ("csv.bz2", "compressed by bzip2")]
+    ("suffix", "what"), [("xlsx", "a ZIP archive, as Excel workbooks are"), ("csv.bz2", "compressed by bzip2")]
 )
 def test_a_file_that_is_no_text_is_not_taken_for_one_in_another_encoding(finished, tmp_path, capsys, suffix, what):
     path, table = tmp_path / f"x.{suffix}", pandas.DataFrame({"text": ["a film"] * 9})

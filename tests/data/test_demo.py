@@ -19,6 +19,7 @@ from ft.config import Config
 from ft.data import demo
 from ft.data.examples import encode, label_tokens
 from ft.data.tables import read_split
+from ft.settings import DEMO_SETTINGS
 
 SPLITS = ("train", "validation", "test")
 

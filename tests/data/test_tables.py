@@ -431,7 +431,7 @@ def test_a_run_on_a_file_of_ones_own_learns_its_classes(demo_inputs, tmp_path, c
     recipe = ["--epochs", "6", "--learning-rate", "2e-3", "--output-dir", str(tmp_path / "run")]
     assert main(["data", *flags, *model]) == 0
     told = capsys.readouterr().out
-    assert f"{12 * classes // 2 * 3} train, {2 * classes} validation rows" in told
+    assert f"{12 * classes // 2 * 3} train, {2 * classes} validation examples" in told
     assert all(f"\n{topic} " in told for topic in list(TOPICS)[:classes])
     assert main([*flags, *model, *recipe]) == 0
     told = capsys.readouterr().out

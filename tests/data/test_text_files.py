@@ -259,7 +259,7 @@ def test_the_flags_that_an_error_proposes_are_right(demo_inputs, tmp_path, capsy
     error = capsys.readouterr().err
     assert ": try --" in error
     assert main([*flags, *shlex.split(error.partition(": try ")[2])]) == 0
-    assert f"{path}: 27 train, 3 validation rows" in capsys.readouterr().out
+    assert f"{path}: 27 train, 3 validation examples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ DATA = [
     (
         "a pipe in place of parquet",
         lambda i: ((i.data / "train.parquet").unlink(), os.mkfifo(i.data / "train.parquet")),
-        "train.parquet is no file",
+        "train.parquet is not a file",
     ),
     ("data folder empty", lambda i: (shutil.rmtree(i.data), i.data.mkdir()), "data"),
     ("data folder is a file", lambda i: (shutil.rmtree(i.data), i.data.write_text("x")), "data"),
@@ -214,10 +214,10 @@ MODEL = [
     ("untied head", lambda i: i.weights(lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1})), "not tied"),
     ("no weights", lambda i: (i.model / "model.safetensors").unlink(), "has no model.safetensors"),
     ("only a pickle", lambda i: (i.model / "model.safetensors").rename(i.model / "pytorch_model.bin"), "are not read"),
-    ("index leads outside", lambda i: shard(i, ["../data/x.safetensors"]), "names '../data/x.safetensors'"),
-    ("index with a root", lambda i: shard(i, ["/etc/passwd"]), "names '/etc/passwd'"),
+    ("index leads outside", lambda i: shard(i, ["../data/x.safetensors"]), "lists '../data/x.safetensors'"),
+    ("index with a root", lambda i: shard(i, ["/etc/passwd"]), "lists '/etc/passwd'"),
     ("index to what is not there", lambda i: shard(i, ["model-00002-of-00002.safetensors"]), "has no model-00002"),
-    ("index without names", lambda i: shard(i, []), "names ''"),
+    ("index without names", lambda i: shard(i, []), "lists ''"),
     ("index nested", lambda i: (shard(i, []), spoil_index(i, b'{"weight_map":' * 10**5)), "is not an index of weights"),
     (
         "index of lists",
@@ -228,7 +228,7 @@ MODEL = [
     (
         "a pipe in place of the configuration",
         lambda i: ((i.model / "config.json").unlink(), os.mkfifo(i.model / "config.json")),
-        "config.json is no file",
+        "config.json is not a file",
     ),
     ("config not JSON", lambda i: (i.model / "config.json").write_text("{"), "config.json"),
     ("config HTML", lambda i: (i.model / "config.json").write_bytes(HTML), "config.json"),
@@ -311,7 +311,7 @@ def test_a_bad_flag_is_told_in_one_line(spoilt, flags, status, message, capfd):
         (lambda c: (c / "rng.safetensors").write_bytes(b""), "rng.safetensors has 0 bytes"),
         (lambda c: (c / "state.json").write_text("{}"), "state.json has"),
         (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing or not a regular file"),
-        (lambda c: (c / "manifest.json").write_text('{"files": {"../x": {}}}'), "manifest.json is no list"),
+        (lambda c: (c / "manifest.json").write_text('{"files": {"../x": {}}}'), "manifest.json is not a list"),
         (
             lambda c: ((c / "rng.safetensors").unlink(), (c / "rng.safetensors").symlink_to("/etc/hosts")),
             "not a regular file",
@@ -336,7 +336,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(spoilt, s
     for folder in checkpoints(spoilt.run):
         (folder / "state.json").unlink()
     assert spoilt.main("--resume") == 1
-    assert "no checkpoint in" in capfd.readouterr().err
+    assert "all checkpoints in" in capfd.readouterr().err
 
 
 def resign(folder, **changes):
