@@ -144,7 +144,7 @@ def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
     else:
         tokens, table = TiedEmbedding.apply(model.wte.weight, batch.input_ids)
     hidden_states = model.drop(tokens + model.wpe(batch.packing.positions))
-    call = model._checkpointed_call()
+    call = model._block_runner()
     for block in model.h[:-1]:
         hidden_states = call(block, hidden_states, batch.packing)
     if variant.selected_before == "last block":

@@ -151,7 +151,7 @@ def write_without_text(folder):
     [
         (
             lambda folder: folder / "absent" / "notes.txt",
-            "which is not a text file, and as a data set: there is no f",
+            "which is not a text file, and as a data set: there is no d",
         ),
         (
             lambda folder: (folder / "latin1.txt").write_bytes(b"caf\xe9") and folder / "latin1.txt",

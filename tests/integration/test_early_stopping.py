@@ -67,12 +67,12 @@ LOSSES = [0.9, 0.8, 0.5, 0.4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 @pytest.fixture
 def staged(inputs, tmp_path, monkeypatch):
     """Run the program, its weights as they are, its validation figures those above, by step."""
-    note = State.note
+    note = State.record_evaluation
 
     def staged_note(self, loss, accuracy):
         note(self, LOSSES[self.step - 1], ACCURACIES[self.step - 1])
 
-    monkeypatch.setattr(State, "note", staged_note)
+    monkeypatch.setattr(State, "record_evaluation", staged_note)
 
     def run(*flags, name="run", status=0):
         assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / name), *flags]) == status
