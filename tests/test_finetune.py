@@ -139,11 +139,15 @@ def rewrite(small, split, columns, names=("neg", "pos")):
             [],
             "label in row 1 of the train split is 2",
         ),
-        (lambda s: rewrite(s, "train", {"text": ["a"], "label": [0]}, names=None), [], "by --label-names"),
+        (
+            lambda s: rewrite(s, "train", {"text": ["a"], "label": [0]}, names=None),
+            [],
+            "those to train on are 0: correct the data",
+        ),
         (lambda s: rewrite(s, "test", {"review": ["a"], "label": [0]}), [], "has no column 'text'"),
         (lambda s: None, ["--label-names", "pos,positive"], "begin with the same token"),
         (lambda s: None, ["--max-length", "200"], "--max-length is 200, but"),
-        (lambda s: None, ["--model", "./nowhere"], "no folder './nowhere'"),
+        (lambda s: None, ["--model", "./nowhere"], "no directory './nowhere'"),
         (lambda s: None, ["--save-dataset", str(ROOT)], "is not empty"),
     ],
 )

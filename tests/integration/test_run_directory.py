@@ -81,7 +81,7 @@ def test_what_is_lost_during_a_run_is_put_back_and_told_once(
 
     def keeps_others_out(self, *arguments, **keywords):
         write(self, *arguments, **keywords)
-        with pytest.raises(FtError, match="another run is at work"), locked(run):
+        with pytest.raises(FtError, match="another run is using"), locked(run):
             pytest.fail("two at once")
 
     run, write = tmp_path / "run", Report.write
@@ -109,7 +109,7 @@ def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(inputs, tmp
     with ExitStack() as others:
         assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 1
         error = capsys.readouterr().err
-        assert f"error: {run} was moved or deleted during the run, which ends here: another run is at work" in error
+        assert f"error: {run} was moved or deleted during the run, which ends here: another run is using" in error
         assert {path.name for path in run.iterdir()} <= {".lock", "theirs"}
 
 
@@ -123,7 +123,7 @@ def test_a_folder_that_is_lost_after_the_last_line_still_gets_all(inputs, finish
     run, gather_weights = tmp_path / "run", session.gather_weights
     monkeypatch.setattr(session, "gather_weights", lose)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "scores.json", "final"}
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "metrics.jsonl", "scores.json", "final"}
 
 
 # --- links and other special files ------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_event_files_are_not_written_behind_a_link(copy, outside, capsys):
     pytest.importorskip("tensorboard")
     (copy / "tensorboard").symlink_to(outside)
     assert main(["--resume", str(copy), "--max-steps", "8", "--tensorboard"]) == 1
-    assert "tensorboard is a link" in capsys.readouterr().err
+    assert "tensorboard is a symbolic link" in capsys.readouterr().err
 
 
 def test_the_demo_replaces_nothing_behind_a_link(tmp_path, outside, capsys):
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_replaced_by_the_next(cop
     rotated = []
     shutil.rmtree(copy / "final")
     monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
-    name = {"verified": "verify_checkpoint", "found": "_model_folder", "read": "read_description"}[moment]
+    name = {"verified": "verify_checkpoint", "found": "_model_directory", "read": "read_description"}[moment]
     target = f"ft.inference.language_model.{name}"
     monkeypatch.setattr(target, then_rotate(getattr(language_model, name)))
     assert main(["predict", str(copy), "a fine film", "--device", "cpu"]) == 0

@@ -134,7 +134,7 @@ def test_a_changed_newest_checkpoint_is_refused_and_the_one_before_taken(finishe
     status, out = statuses(run, capfd)
     if not is_whole:
         assert status == 0
-        assert f"{newest} is damaged and left out" in out
+        assert f"{newest} is damaged and ignored" in out
     if not is_whole or name in ("state.json", "config.json"):
         assert status == 0
         assert verify_checkpoint(checkpoints(run)[-1]) is None

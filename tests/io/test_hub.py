@@ -219,7 +219,7 @@ def test_shards_come_in_order_and_beside_no_single_file(tmp_path):
 def test_an_index_must_name_plain_files(tmp_path, name):
     put(tmp_path, {"x.safetensors": WEIGHTS, "m/a/b.safetensors": WEIGHTS, "m/pytorch_model.bin": b"pickle"})
     files = {"config.json": CONFIG, "tokenizer.json": TOKENIZER, "model.safetensors.index.json": index(name)}
-    with pytest.raises(FtError, match=r"index\.json names .* no \.safetensors file beside it"):
+    with pytest.raises(FtError, match=r"index\.json lists .* not the name of a \.safetensors file beside it"):
         model_files(str(put(tmp_path / "m", files)))
 
 
