@@ -1,8 +1,20 @@
-"""The door: `python run.py` fine-tunes GPT-2 on film reviews, `python run.py --help` lists what can be changed."""
+"""The entry point: `python run.py` fine-tunes GPT-2 on film reviews, `python run.py --help` lists all flags."""
 
 import sys
 
-from ft.cli.main import main
+from ft.train.signals import interrupts_on_signals, report_interrupt
+
+
+def main() -> int:
+    """Run the command line; a signal that comes while it is imported ends the process with a message too."""
+    try:
+        with interrupts_on_signals():
+            from ft.cli.main import main as run  # after the signal handlers are installed: importing takes 0.3 s
+
+            return run(sys.argv[1:])
+    except KeyboardInterrupt as interrupt:
+        return report_interrupt(interrupt)
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

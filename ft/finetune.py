@@ -68,8 +68,9 @@ def fine_tune(config: Config) -> None:
                     train(components, examples, session.collate_function(), config, state, session)
             finally:
                 session.close()
-            # 8. Evaluate on the test split, and save the model.
             session.finish(state)
+        # 8. Save the model, its card and its scores on the test split.
+        session.write_results(state)
 
 
 def _is_complete(run: RunDirectory, inputs: Inputs, state: State) -> bool:

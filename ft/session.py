@@ -170,32 +170,35 @@ class Session:
         self._writer.wait()
 
     def finish(self, state: State) -> None:
-        """Evaluate on the test split, and write the results and the final model.
+        """Evaluate on the test split; without one, on the validation split if that has not been done.
 
         Raises:
             Stopped: a signal was received; the run is saved.
-            FtError: the last checkpoint could not be written.
+            FtError: so it was, and the last checkpoint could not be written.
         """
-        splits = self._inputs.data.examples
-        scored = "test" if "test" in splits else "validation"
-        if scored not in self._evaluations and not self._stopping():
-            self._evaluate_split(scored)
+        if self._last_split not in self._evaluations and not self._stopping():
+            self._evaluate_split(self._last_split)
         ranks, path = self._components.ranks, self._run.path
         if self._stopping():
             if self._writer.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {self._writer.failure}")
             message = f"Stopped after step {state.step:,}. To continue: python run.py --resume {printable(str(path))}"
             raise self._stopping.stopped(message if ranks.is_rank_zero else "")
-        seconds = self._seconds()
+        self._seconds_in_all = self._seconds()
         test = self._evaluations.get("test")
         if test is not None:
             epoch = state.step / self._steps_per_epoch
             self._report.log_evaluation(state.step, epoch, loss=test.loss, accuracy=test.accuracy, split="test")
-        self._write_results(state, scored, seconds)
 
-    def _write_results(self, state: State, scored: str, seconds: float) -> None:
-        """Write scores.json, the model card and `final/` on rank 0, and print a summary."""
-        config, data, run = self._config, self._inputs.data, self._run
+    def write_results(self, state: State) -> None:
+        """Write scores.json, the model card and `final/` on rank 0, and print a summary; after `finish`.
+
+        This is outside the context of `open_session`: a signal ends the process at once, and a resumed run repeats it.
+
+        Raises:
+            FtError: the last checkpoint could not be written.
+        """
+        config, data, run, seconds = self._config, self._inputs.data, self._run, self._seconds_in_all
         weights = gather_weights(self._model, self._components.ranks)
         with eager_mode(config.compile):
             examples = (
@@ -206,9 +209,11 @@ class Session:
         if not self._components.ranks.is_rank_zero:
             return
         run.restore()
-        probabilities, test = self._evaluations[scored].probabilities, self._evaluations.get("test")
+        probabilities, test = self._evaluations[self._last_split].probabilities, self._evaluations.get("test")
         if probabilities is not None:
-            write_scores(run.path / "scores.json", state.step, probabilities, data.splits[scored], data.label_names)
+            write_scores(
+                run.path / "scores.json", state.step, probabilities, data.splits[self._last_split], data.label_names
+            )
         precision = self._components.precision
         card = model_card(
             config,

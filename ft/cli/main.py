@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +11,7 @@ from ft.cli.arguments import COMMANDS, RUN_FLAG_COMMANDS, read_arguments
 from ft.cli.parsers import CommandParser
 from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
 from ft.io.standard_streams import standard_streams
-from ft.train.signals import interrupts_on_signals
+from ft.train.signals import interrupts_on_signals, report_interrupt
 
 EXPLAIN_EXAMPLES = """\
 examples:
@@ -100,10 +99,7 @@ def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]
             print(stopped, end="\n" if str(stopped) else "", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt as interrupt:
-        number = next(iter(interrupt.args), signal.SIGINT)
-        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-        print(f"\ninterrupted{by}{advice}", file=sys.stderr)
-        return 128 + int(number)
+        return report_interrupt(interrupt, advice)
     return 0
 
 

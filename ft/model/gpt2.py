@@ -88,7 +88,7 @@ class GPT2Config:
             FtError: it is not a GPT-2 that this module implements, or a value is out of range; lists all problems.
         """
         problems = [
-            f"{key} is {published[key]!r}, this program computes {values[0]!r}"
+            f"{key} is {shown(published[key])}, this program computes {values[0]!r}"
             for key, values in cls.FIXED.items()
             if key in published and published[key] not in values
         ]

@@ -194,6 +194,9 @@ class Report:
                 self._pending = self._file.read() + self._pending
             file.truncate(0)
             self._file = file
+        elif os.fstat(self._file.fileno()).st_size < self._file.tell():
+            self._file.seek(0, os.SEEK_END)
+            self.print_line(f"WARNING: {self._path} was truncated during the run: lines of earlier steps are missing.")
         if lost:
             if self._tensorboard is not None:
                 self._tensorboard.restore()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,14 @@ def interrupts_on_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def report_interrupt(interrupt: KeyboardInterrupt, advice: str = "") -> int:
+    """Print which signal ended the program, and return the exit status of a shell: 128 and the signal's number."""
+    number = int(next(iter(interrupt.args), signal.SIGINT))
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    print(f"\ninterrupted{by}{advice}", file=sys.stderr)
+    return 128 + number
 
 
 class StopRequest:

@@ -19,7 +19,7 @@ from ft.checkpoint.async_writer import Saver
 from ft.checkpoint.snapshot import load_training_state, take_snapshot
 from ft.checkpoint.store import checkpoints, verify_checkpoint, write_checkpoint
 from ft.cli.main import main
-from ft.io import atomic, json_file
+from ft.io import atomic, plain_files
 from ft.model import pretrained
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.train.optim import build_optimizer
@@ -211,7 +211,7 @@ def test_a_defect_in_the_thread_is_raised_in_the_run():
 
 def test_a_snapshot_does_not_follow_the_training(demo_inputs, tmp_path):
     folder, _ = demo_inputs
-    published = json_file.read_json(folder / "config.json")
+    published = plain_files.read_json(folder / "config.json")
     model = GPT2(GPT2Config.from_dict(published))
     model.init_weights(1)
     optimizer, scaler = build_optimizer(model, 1e-3, 0.0), torch.amp.GradScaler("cpu", enabled=False)

@@ -123,7 +123,7 @@ def test_a_folder_that_is_lost_after_the_last_line_still_gets_all(inputs, finish
     run, gather_weights = tmp_path / "run", session.gather_weights
     monkeypatch.setattr(session, "gather_weights", lose)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "metrics.jsonl", "scores.json", "final"}
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "scores.json", "final"}
 
 
 # --- links and other special files ------------------------------------------------------------------------------------

@@ -301,3 +301,15 @@ def test_without_a_terminal_nothing_is_written_to_stderr(path, monkeypatch, cloc
         report.count_step(examples=8, tokens=100)
         report.log_training(1, 0.1, **FIGURES)
     assert stderr.getvalue() == ""
+
+
+def test_a_file_that_is_truncated_during_the_run_is_reported_once(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with open_report(path) as report:
+        report.write(1, 0.1, {"loss": 1.0})
+        path.write_bytes(b"")
+        report.write(2, 0.2, {"loss": 0.5})
+        report.write(3, 0.3, {"loss": 0.4})
+        assert report.metrics_bytes == path.stat().st_size
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 3]
+    assert capsys.readouterr().out.count("was truncated during the run: lines of earlier steps are missing") == 1

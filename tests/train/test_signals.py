@@ -70,7 +70,7 @@ def test_a_signal_in_an_evaluation_leaves_it_for_the_resumed_run(
             os.kill(os.getpid(), getattr(signal, name))
         return original(*arguments, stopping=stopping, **keywords)
 
-    original, calls = evaluate.evaluate, []
+    original, calls = session.evaluate, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(session, "evaluate", evaluate)
@@ -91,7 +91,7 @@ def test_a_signal_in_the_last_evaluations(inputs, calm, tmp_path, monkeypatch, c
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **keywords)
 
-    original, seen = evaluate.evaluate, []
+    original, seen = session.evaluate, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(session, "evaluate", evaluate)
@@ -259,3 +259,22 @@ def test_a_signal_after_the_last_step_leaves_the_run_to_be_finished(inputs, tmp_
     assert not (run / "final").exists()
     assert main(["--resume", str(run)]) == 0
     assert (run / "final" / "model.safetensors").is_file()
+
+
+SIGNAL_DURING_IMPORT = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ft.cli.main":
+            os.kill(os.getpid(), signal.SIGUSR1)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["run.py", "--help"]
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+def test_a_signal_while_the_program_is_imported_ends_it_with_a_message():
+    command = [sys.executable, "-c", SIGNAL_DURING_IMPORT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stderr == "\ninterrupted by SIGUSR1\n"
