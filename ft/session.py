@@ -82,6 +82,8 @@ class Session:
         self._source = inputs.description.source(inputs.data.label_names)
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
         self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
+        self._last_split = "test" if "test" in inputs.data.examples else "validation"
+        self._seconds_in_all = 0.0
         device, ranks = components.precision.device, components.ranks
         self._writer = Saver(
             self._write_checkpoint,
