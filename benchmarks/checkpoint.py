@@ -199,7 +199,7 @@ def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folde
     gate = Gate()
 
     def write(snapshot: Snapshot, executor: Executor) -> None:
-        write_checkpoint(folder, snapshot, source, keep=2, keep_best=False, do=gate.before(executor))
+        write_checkpoint(folder, snapshot, source, keep=2, keep_best=False, executor=gate.before(executor))
 
     saver = Saver(write, print, blocking=blocking)
 

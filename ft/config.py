@@ -186,12 +186,12 @@ class Config:
     train_only: tuple[str, ...] = setting(
         (),
         PARAMETERS,
-        "only those whose names match: wte.weight, h.11.*, *.bias, or last:N, the last N blocks and the final norm",
+        "train only parameters whose names match: wte.weight, h.11.*, *.bias, or last:N (last N blocks and final norm)",
     )
     """The others are frozen: no gradient and no moments (ft/model/freeze.py). Too few: the model cannot learn the task.
     All, the default: the most time and memory, and a long run can overwrite the most of the pretrained model.
     """
-    freeze: tuple[str, ...] = setting((), PARAMETERS, "not those whose names match; applied after --train-only")
+    freeze: tuple[str, ...] = setting((), PARAMETERS, "freeze parameters whose names match; applied after --train-only")
 
     device: str | None = setting(None, MACHINE, "cpu, cuda, cuda:1, mps; left out: the best present")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
@@ -235,15 +235,17 @@ class Config:
     process_timeout: float = setting(600.0, PROCESSES, "seconds after which the run ends if a process does not answer")
 
     logging_steps: int = setting(
-        100, LOGGING, "write loss, learning rate, gradient norm and speed to metrics.jsonl", minimum=1
+        100, LOGGING, "log loss, learning rate, gradient norm and speed every N steps", minimum=1
     )
-    eval_steps: int = setting(100, LOGGING, "evaluate on the validation split", minimum=1)
+    eval_steps: int = setting(100, LOGGING, "evaluate on the validation split every N steps", minimum=1)
     forgetting: str | None = setting(
         None,
         LOGGING,
         "also measure perplexity on general text, before, during and after: a UTF-8 file, a data set, or builtin",
     )
-    save_steps: int = setting(100, LOGGING, "save a checkpoint, from which --resume continues", minimum=1)
+    save_steps: int = setting(
+        100, LOGGING, "save a checkpoint, from which --resume continues, every N steps", minimum=1
+    )
     """On a GPU many steps are taken while a checkpoint is written. A save that comes due meanwhile is deferred until
     the writer is free. Those of the last step, of a stop and, with keep_best, of the best evaluation are not deferred,
     and with save_blocking none is.

@@ -152,7 +152,7 @@ def choose_precision(setting: str, device: torch.device) -> Precision:
         return Precision("fp32", "the format that MPS computes most reliably", device)
     if device.type == "cpu" and _has_bf16_matrix_instructions():
         return Precision("bf16", "this processor has AMX, which multiplies bf16 matrices", device)
-    return Precision("fp32", "bf16 is taken on processors with AMX (amx_bf16), and none is found here", device)
+    return Precision("fp32", "auto uses bf16 only on CPUs with AMX (amx_bf16), and this one has none", device)
 
 
 def _has_bf16_matrix_instructions() -> bool:

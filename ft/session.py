@@ -36,7 +36,7 @@ from ft.train.tensorboard import EventFiles
 def open_session(
     run: RunDirectory, inputs: Inputs, model: GPT2, components: Components, state: State
 ) -> Iterator["Session"]:
-    """A context with a session, its metrics file and signal handlers, which are closed and restored at the end.
+    """Open the metrics file, install signal handlers and yield a `Session`; undo both at the end.
 
     Raises:
         FtError: a loss or gradient was not finite; the message names a remedy.
@@ -279,5 +279,7 @@ class Session:
 
     def _write_checkpoint(self, snapshot: Snapshot, executor: Executor) -> None:
         keep, keep_best = self._config.keep_checkpoints, self._config.keep_best
-        store.write_checkpoint(self._run.path, snapshot, self._source, keep=keep, keep_best=keep_best, do=executor)
+        store.write_checkpoint(
+            self._run.path, snapshot, self._source, keep=keep, keep_best=keep_best, executor=executor
+        )
         self._run.restore_config()

@@ -32,7 +32,8 @@ DATA_SETTINGS = (
     "seed",
 )
 
-# What may change when a run is resumed: none of these changes the final weights.
+# What may change when a run is resumed. The device and sharding may change rounding; early stopping and the handling
+# of non-finite losses decide where a run ends and which steps it skips.
 FREE_ON_RESUME = (
     *NOT_RECORDED,
     "output_dir",

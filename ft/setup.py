@@ -68,7 +68,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
 
     Raises:
         FtError: a file is missing, unreadable or not valid.
-        UsageError: the ranks read different data, or a resumed run would become shorter.
+        UsageError: the ranks read different data.
     """
     config = run.config
     needs_weights = config.init == "pretrained" and run.resume_from is None

@@ -110,7 +110,7 @@ def test_a_device_that_is_absent_or_unknown_is_refused_by_its_flag(pretend, name
 # --- the number format ------------------------------------------------------------------------------------------------
 
 HAS_AMX = "this processor has AMX, which multiplies bf16 matrices"
-NO_AMX = "bf16 is taken on processors with AMX (amx_bf16), and none is found here"
+NO_AMX = "auto uses bf16 only on CPUs with AMX (amx_bf16), and this one has none"
 AMX = "processor : 0\nflags : fpu avx512f avx512_bf16 amx_bf16 amx_tile\n"
 AVX512 = "processor : 0\nflags : fpu avx512f avx512_bf16\n"
 

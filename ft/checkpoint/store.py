@@ -91,7 +91,7 @@ def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, T
 
 
 def write_checkpoint(
-    run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool, do: Executor = run_now
+    run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool, executor: Executor = run_now
 ) -> None:
     """Write `checkpoint-<step>` in the run directory, and then delete the checkpoints that are no longer kept.
 
@@ -101,7 +101,7 @@ def write_checkpoint(
         source: what is copied from the model's source.
         keep: the number of newest checkpoints to keep.
         keep_best: also keep the checkpoint of the best evaluation.
-        do: runs the work.
+        executor: runs the work.
 
     Raises:
         OSError: the disk is full, or writing fails; the earlier checkpoints are not affected.
@@ -109,7 +109,7 @@ def write_checkpoint(
     state = snapshot.state
     if snapshot.copied is not None:
         snapshot.copied.synchronize()
-    with atomic_directory(checkpoint_path(run, state.step), do) as new:
+    with atomic_directory(checkpoint_path(run, state.step), executor) as new:
         save_model(new, snapshot.config, snapshot.weights, source)
         new.write(OPTIMIZER, safetensors_chunks(snapshot.optimizer))
         new.write(RANDOM, safetensors_chunks(snapshot.random_states))

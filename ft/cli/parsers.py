@@ -50,8 +50,6 @@ FOREIGN_FLAGS = {
     "load-best-model-at-end": "keep-best",
     "log-interval": "logging-steps",
     "logging-dir": "output-dir",
-    "lora-dropout": "lora-dropout",
-    "lora-r": "lora-rank",
     "lr": "learning-rate",
     "lr-scheduler": "lr-schedule",
     "lr-scheduler-type": "lr-schedule",

@@ -14,7 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Example(NamedTuple):
-    """Tokens of one row; the last `len(target_ids)` rows of `input_ids` should predict `target_ids`.
+    """Tokens of one example; the last `len(target_ids)` positions of `input_ids` predict `target_ids`.
 
     For classification `input_ids` is [tokens of the text, end-of-text] and `target_ids` is [token of the label].
     """

@@ -44,8 +44,8 @@ def opening(
         f"Plan: {last_step:,} steps of {_global_batch(config)}; every "
         f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
         f"checkpoint, in {config.output_dir}.",
-        f"WARNING: --warmup-steps {config.warmup_steps:,} is no less than the {last_step:,} steps of the run: the "
-        "learning rate rises to the end, and never reaches --learning-rate."
+        f"WARNING: --warmup-steps {config.warmup_steps:,} is not below the {last_step:,} steps of the run: the "
+        "learning rate never reaches --learning-rate."
         if config.warmup_steps >= last_step
         else "",
     )

@@ -56,7 +56,7 @@ class Hooks(Protocol):
         """Evaluate the model, and record the result in `state`."""
 
     def defers_save(self, state: State) -> bool:
-        """Whether to defer a save that is due to a later step, because the previous one is still being written."""
+        """Whether to postpone the save that is due now, because the previous one is still being written."""
 
     def save(self, state: State) -> None:
         """Write a checkpoint."""

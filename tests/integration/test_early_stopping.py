@@ -165,4 +165,4 @@ def test_a_warm_up_beyond_the_end_is_told(inputs, tmp_path, capsys):
     for steps, told in ((1, False), (2, True), (3, True)):
         flags = ["--max-steps", "2", "--warmup-steps", str(steps), "--output-dir", str(tmp_path / str(steps))]
         assert main([*inputs, *flags]) == 0
-        assert (f"WARNING: --warmup-steps {steps} is no less than the 2 steps" in capsys.readouterr().out) == told
+        assert (f"WARNING: --warmup-steps {steps} is not below the 2 steps" in capsys.readouterr().out) == told
