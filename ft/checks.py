@@ -1,6 +1,6 @@
 """What makes settings wrong: types, limits, and combinations that cannot work.
 
-`Config` calls `find_problems` on itself, so this module imports it for its type only.
+`Config` calls `find_problems` on itself, so this module does not import it.
 """
 
 import sys
@@ -8,12 +8,9 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import Field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ft.errors import is_utf8, shown
-
-if TYPE_CHECKING:
-    from ft.config import Config
 
 
 def flag(name: str) -> str:
@@ -34,7 +31,7 @@ def field_types(settings: type) -> dict[str, tuple[type, tuple[str, ...]]]:
     return found
 
 
-def _values(config: "Config") -> Iterator[tuple[Field[Any], type, tuple[str, ...], Any]]:
+def _values(config: Any) -> Iterator[tuple[Field[Any], type, tuple[str, ...], Any]]:  # noqa: ANN401
     """Each field with its type, choices and value; a tuple of strings gives each of its strings."""
     types_by_name = field_types(type(config))
     for field in fields(config):
@@ -45,8 +42,8 @@ def _values(config: "Config") -> Iterator[tuple[Field[Any], type, tuple[str, ...
             yield field, kind, choices, value
 
 
-def find_problems(config: "Config") -> list[str]:
-    """Everything that is wrong with a configuration, one sentence each."""
+def find_problems(config: Any) -> list[str]:  # noqa: ANN401
+    """Everything that is wrong with a `Config`, one sentence each."""
     problems = []
     for field, kind, choices, value in _values(config):
         name = field.name
