@@ -416,7 +416,7 @@ def test_what_a_repository_lacks_is_said_before_anything_is_fetched(hub, run):
     assert "owner/csv has no training split" in csv
     assert "owner/two holds several data sets, in a, b" in two
     assert partial == "owner/partial lacks 1 of the 2 shards of train: train-00001-of-00002.parquet."
-    assert "names '../../x.safetensors'" in evil
+    assert "lists '../../x.safetensors'" in evil
     assert [name for name, _ in hub.fetched()] == ["config.json", "tokenizer.json", "model.safetensors.index.json"]
 
 
