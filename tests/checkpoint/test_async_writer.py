@@ -94,18 +94,21 @@ def as_on_a_gpu(monkeypatch):
     """Steps do not wait for saves, and the checkpoints of some steps are written until a later step is logged."""
     from ft import session
 
-    ends_at, logged = {}, {}
+    ends_at, progress, changed = {}, {"step": 0}, threading.Condition()
 
     def write_checkpoint(run, snapshot, *arguments, **keywords):
         if step := ends_at.get(snapshot.state.step):
-            assert logged.setdefault(step, threading.Event()).wait(120)
+            with changed:
+                assert changed.wait_for(lambda: progress["step"] >= step, 120)
         write(run, snapshot, *arguments, **keywords)
 
     def training(self, step, *arguments, **keywords):
         log(self, step, *arguments, **keywords)
-        logged.setdefault(step, threading.Event()).set()
+        with changed:
+            progress["step"] = step
+            changed.notify_all()
         if step in ends_at.values():
-            for thread in threading.enumerate():  # it may have ended by now
+            for thread in threading.enumerate():
                 if thread.name == "checkpoint":
                     thread.join(120)
 
