@@ -628,12 +628,12 @@ def test_a_token_that_is_not_accepted_appears_in_no_message(hub, run, token):
 def test_a_cache_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     error = run(("model_files", "owner/gpt"), HF_HOME=str(tmp_path / "file"))["error"]
-    assert f"cannot write model owner/gpt in the cache {tmp_path / 'file'}" in error
+    assert f"cannot write model owner/gpt to the cache {tmp_path / 'file'}" in error
     assert "HF_HOME" in error
 
 
 def test_a_disk_that_is_full(hub, run):
     hub.repositories["models/owner/gpt"].files = MODEL | {"model.safetensors": tensors(size=1 << 20)}
     error = run(("model_files", "owner/gpt"), LARGEST_FILE=str(1 << 19))["error"]
-    assert "cannot write model owner/gpt in the cache" in error
+    assert "cannot write model owner/gpt to the cache" in error
     assert "File too large" in error

@@ -150,4 +150,4 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_in_fp16_too(monkeypat
 
 def test_the_summary_reports_that_no_validation_loss_was_finite(tmp_path):
     summary = closing(tmp_path, State(step=3, last_accuracy=0.0, last_loss=math.nan), 3, 60.0, Config(), None)
-    assert "Validation accuracy 0.00% at the end, 0.00% at best, with no loss that was finite.\n" in summary
+    assert "Validation accuracy 0.00% at the end, 0.00% at best, without a finite loss.\n" in summary
