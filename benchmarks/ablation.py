@@ -3,10 +3,17 @@
     python -m benchmarks.ablation --dataset DIR --tokenizer DIR
 
 The program has no switches for these: the step is implemented here again, with switches. A first pass verifies that
-its losses are those of `ft.train.loop.train` for every variant; a second one times all variants in turns.
+its losses are those of `ft.train.loop.train` for every variant, and measures the peak memory. A second pass times all
+variants in rounds of one step each, on the same examples, in another order every round.
+
+What decides is the difference within a round: `step of the variant / step with all optimizations`. A machine that slows
+down for a minute slows both. The table has the median of these ratios with its 95 % confidence interval, which assumes
+no distribution (https://en.wikipedia.org/wiki/Order_statistic). An optimization pays if the interval, or the peak
+memory, is at least 2 % above that of the program; it does not if the interval is below that and the memory too.
 """
 
 import math
+import random
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,12 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import (
-    RESULTS,
     is_gpu,
     markdown_table,
     peak_memory,
+    picture_path,
     precision_of,
-    result_name,
     wall_clock,
     write_result,
 )
@@ -47,8 +53,9 @@ from ft.train.loop import Components, StepRecorder, train
 from ft.train.optim import build_optimizer, clip_in_optimizer
 from ft.train.state import State
 
-BLOCK = 3  # steps of a variant until the next one's turn
 LOSS_STEPS = 5
+WARM_UP = 2  # rounds that are not counted
+PAYS = 1.02  # the ratio of time or memory from which on an optimization is worth its code
 BATCH_SIZE, MAX_LENGTH, SEED, LEARNING_RATE, MAX_GRAD_NORM = 8, 32, 42, 2e-5, 1.0
 
 
@@ -91,7 +98,7 @@ class Variant:
         return not (only_on_cpus and is_gpu(precision.device))
 
 
-ALL_ON = Variant("all savings")
+ALL_ON = Variant("all optimizations")
 VARIANTS = (
     ALL_ON,
     Variant("label fed as input", label_is_input=True),
@@ -106,7 +113,7 @@ VARIANTS = (
     Variant("PyTorch's own dropout", dropout_by_element=True),
     Variant("matrix products by MKL alone", mkl_only=True),
     Variant("weights cast at each use", casts_at_use=True),
-    Variant("no saving", True, True, "loss", True, "for-loop", False, False, True, True, True),
+    Variant("no optimization", True, True, "loss", True, "for-loop", False, False, True, True, True),
 )
 
 
@@ -223,15 +230,13 @@ def batches(inputs: Inputs, first_step: int, steps: int) -> list[list[Example]]:
     return [[examples[row] for row in order[start : start + BATCH_SIZE]] for start in starts]
 
 
-def time_steps(inputs: Inputs, precision: Precision, variant: Variant, first_step: int) -> list[float]:
-    """The seconds of each step of a turn, at dropout 0.1."""
+def time_step(inputs: Inputs, precision: Precision, variant: Variant, number: int) -> float:
+    """The seconds of a step on the examples of step `number`, at dropout 0.1."""
     model, optimizer = build(inputs, precision, variant.keeps_memory, 0.1)
-    seconds = []
-    for examples in batches(inputs, first_step, BLOCK):
-        started = wall_clock(precision.device)
-        step(model, optimizer, examples, variant, precision)
-        seconds.append(wall_clock(precision.device) - started)
-    return seconds
+    (examples,) = batches(inputs, number, 1)
+    started = wall_clock(precision.device)
+    step(model, optimizer, examples, variant, precision)
+    return wall_clock(precision.device) - started
 
 
 def first_losses(inputs: Inputs, precision: Precision, variant: Variant) -> tuple[list[float], int]:
@@ -284,81 +289,125 @@ def compare_losses(inputs: Inputs, precision: Precision) -> dict[str, dict[str, 
     return figures
 
 
-def time_in_turns(inputs: Inputs, precision: Precision, steps: int) -> dict[str, list[float]]:
-    """The seconds of `steps` steps or a few more of each variant.
+def time_in_rounds(inputs: Inputs, precision: Precision, rounds: int) -> dict[str, list[float]]:
+    """The seconds of one step of each variant in each round; a round has the same examples for all.
 
-    The allocator is set per process, so there are two processes, of which one works at a time. Every round starts with
-    another variant and has other examples, the same for all variants. The first round is not counted.
+    The allocator is set per process, so there are two processes, of which one works at a time. A step also pays for
+    what the step before it left in the caches, and therefore the order is drawn anew in every round.
     """
-    variants = variants_of(precision)
+    variants = list(variants_of(precision))
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    with process() as keeping, process() as handing_back:
-        for turn in range(1 + math.ceil(steps / BLOCK)):
-            first = turn % len(variants)
-            for variant in variants[first:] + variants[:first]:
-                worker = keeping if variant.keeps_memory else handing_back
-                timed = worker.submit(time_steps, inputs, precision, variant, turn * BLOCK).result()
-                if turn > 0:
-                    seconds[variant.name] += timed
+    order = random.Random(SEED)
+    with process() as keeping, process() as returning:
+        for number in range(WARM_UP + rounds):
+            order.shuffle(variants)
+            for variant in variants:
+                worker = keeping if variant.keeps_memory else returning
+                timed = worker.submit(time_step, inputs, precision, variant, number).result()
+                if number >= WARM_UP:
+                    seconds[variant.name].append(timed)
+            if number % 10 == 0:
+                print(f"round {number} of {WARM_UP + rounds}", flush=True)
     return seconds
 
 
-def draw(medians: dict[str, float], path: Path) -> None:
-    """The step time of each variant, as horizontal bars."""
+def paired_ratio(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
+    """The median of the ratios within each round, and its 95 % confidence interval.
+
+    The number of ratios below the true median is binomial with probability 1/2, whatever their distribution: the
+    interval is between two of the sorted ratios, 0.98 sqrt(n) places from the middle.
+    """
+    ratios = sorted(own / other for own, other in zip(seconds, reference, strict=True))
+    count = len(ratios)
+    distance = 1.96 * count**0.5 / 2
+    low, high = max(0, int(count / 2 - distance) - 1), min(count - 1, math.ceil(count / 2 + distance))
+    return statistics.median(ratios), ratios[low], ratios[high]
+
+
+def verdict(low: float, high: float, memory: float) -> str:
+    """Whether an optimization pays, from the interval of the ratio of times and from that of the peak memory."""
+    reasons = [name for name, is_above in (("time", low >= PAYS), ("memory", memory >= PAYS)) if is_above]
+    if reasons:
+        return f"pays: {' and '.join(reasons)}"
+    return "does not pay" if high < PAYS else "not decided"
+
+
+def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
+    """The ratio of each variant with its interval, as horizontal bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    colors = ["C2", *["C0"] * (len(medians) - 2), "C3"]
-    bars = axes.barh(list(medians), list(medians.values()), color=colors)
-    fastest = medians[ALL_ON.name]
-    axes.bar_label(bars, [f"{seconds / fastest:.2f} x" for seconds in medians.values()], padding=4)
-    axes.axvline(fastest, color="grey", linestyle=":")
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    others = {name: each["ratio"] for name, each in figures.items() if name != ALL_ON.name}
+    medians = [median for median, _, _ in others.values()]
+    spread = [
+        [median - low for median, low, _ in others.values()],
+        [high - median for median, _, high in others.values()],
+    ]
+    bars = axes.barh(list(others), medians, xerr=spread, color="C0", ecolor="black", capsize=3)
+    axes.bar_label(bars, [f"{median:.2f}" for median in medians], padding=8)
+    axes.axvline(1, color="grey", linestyle=":")
     axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set(
-        xlabel="seconds per step (median)", title="One optimizer step: with all savings, with one left out, with none"
-    )
+    axes.margins(x=0.12)
+    axes.set(xlim=(0.8, None), xlabel="step time, relative to the program's (95 % interval)")
+    axes.set_title("One optimizer step without one of the optimizations, and without any")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Compare the losses, time the variants, then write the table and the picture."""
     parser = parser_of_inputs(__doc__)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of matrix products (default fp32)")
+    parser.set_defaults(steps=200)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of matrix products (default: fp32)")
     options = parser.parse_args()
     precision = precision_of(options)
     with prepared_inputs(options) as inputs:
         figures = compare_losses(inputs, precision)
-        for name, seconds in time_in_turns(inputs, precision, options.steps).items():
-            figures[name] |= {"step": statistics.median(seconds), "step_seconds": seconds}
+        seconds = time_in_rounds(inputs, precision, options.steps)
+    reference = figures[ALL_ON.name]
+    for name, figure in figures.items():
+        median, low, high = paired_ratio(seconds[name], seconds[ALL_ON.name])
+        memory = figure["peak_bytes"] / reference["peak_bytes"]
+        figure |= {"ratio": (median, low, high), "memory_ratio": memory, "step_seconds": seconds[name]}
+        figure["verdict"] = "the program" if name == ALL_ON.name else verdict(low, high, memory)
+    write_result(
+        options.output,
+        "ablation",
+        {"size": options.size, "variants": figures},
+        table(figures, precision),
+        precision=precision,
+    )
+    draw(figures, picture_path(options.output, "ablation", precision.device))
 
-    fastest = figures[ALL_ON.name]["step"]
+
+def table(figures: dict[str, dict[str, Any]], precision: Precision) -> str:
+    """A row for each variant, and how it was measured."""
     rows = [
         [
             name,
-            f"{figure['step']:.3f}",
-            f"{figure['step'] / fastest:.2f} x",
+            f"{statistics.median(figure['step_seconds']):.3f}",
+            "{:.3f} ({:.3f} to {:.3f})".format(*figure["ratio"]),
             f"{figure['peak_bytes'] / 2**30:.2f}",
+            f"{figure['memory_ratio']:.2f}",
             f"{figure['loss_difference']:.1e}",
+            figure["verdict"],
         ]
         for name, figure in figures.items()
     ]
-    header = ["instead of the optimization", "step (s)", "against all savings", "peak memory (GiB)", "loss difference"]
+    header = ["instead of the optimization", "step (s)", "ratio of steps (95 %)"]
+    header += ["peak memory (GiB)", "ratio of memory", "loss difference", "the optimization"]
     largest = max(figure["loss_difference"] for figure in figures.values())
-    table = markdown_table(header, rows) + (
-        f"\n\nBatch {BATCH_SIZE} of at most {MAX_LENGTH} tokens, {precision.name}. Step: median of "
-        f"{len(figures[ALL_ON.name]['step_seconds'])} steps at dropout 0.1, all variants in turns of {BLOCK} steps on "
-        f"the same reviews. Memory and losses: {LOSS_STEPS} steps at dropout 0 from the same weights, each variant in "
-        "a process of its own. The loss difference is the largest from the losses of `ft.train.train`, relative: none "
-        f"is above {largest:.1e}. AdamW can take over the clipping only when it is fused, so that the other two lack "
-        "both savings."
+    count = len(figures[ALL_ON.name]["step_seconds"])
+    return markdown_table(header, rows) + (
+        f"\n\nBatch {BATCH_SIZE} of at most {MAX_LENGTH} tokens, {precision.name}. {count} rounds at dropout 0.1 of "
+        "one step of each variant, on the same reviews and in random order. The ratio is the median over rounds of "
+        "variant / program, with its 95 % confidence interval. Memory and losses: "
+        f"{LOSS_STEPS} steps at dropout 0 from the same weights, each variant in a process of its own. The loss "
+        "difference is the largest from the losses of `ft.train.train`, relative: none is above "
+        f"{largest:.1e}. AdamW can take over the clipping only when it is fused, so that the other two lack both."
     )
-    write_result("ablation", {"size": options.size, "variants": figures}, table, precision=precision)
-    picture = RESULTS / f"{result_name('ablation', precision.device)}.png"
-    draw({name: figure["step"] for name, figure in figures.items()}, picture)
 
 
 if __name__ == "__main__":

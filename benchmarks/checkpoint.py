@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import (
-    RESULTS,
     add_device_flags,
+    benchmark_parser,
     is_gpu,
     markdown_table,
     peak_memory,
+    picture_path,
     precision_of,
     require_one_gpu,
-    result_name,
     wall_clock,
     write_result,
 )
@@ -58,7 +58,7 @@ WAYS = {
 
 def main() -> None:
     """Measure every way in every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--saves", type=int, default=3, help="of each way, after one that does not count")
@@ -87,8 +87,8 @@ def main() -> None:
         f"{describe_times('ft', figures)} The Trainer's stall is its call, and "
         "its memory that of a process which has its own libraries loaded."
     )
-    write_result("checkpoint", {"size": options.size, "cases": figures}, text, precision=precision)
-    draw(figures, result_name("checkpoint", precision.device))
+    write_result(options.output, "checkpoint", {"size": options.size, "cases": figures}, text, precision=precision)
+    draw(figures, picture_path(options.output, "checkpoint", precision.device))
 
 
 def row(way: str, figures: dict[str, dict[str, Any]]) -> list[str]:
@@ -276,7 +276,7 @@ def measure_trainer(size: str, tokenizer: Path, folder: Path, saves: int, precis
     }
 
 
-def draw(figures: dict[str, dict[str, Any]], stem: str) -> None:
+def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
     """Two bars per way, as `results/STEM.png`."""
     import matplotlib
 
@@ -294,7 +294,7 @@ def draw(figures: dict[str, dict[str, Any]], stem: str) -> None:
     axes.margins(x=0.12)
     axes.legend(loc="lower right", frameon=False)
     axes.set(xlabel="seconds that a checkpoint stalls training (median)")
-    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

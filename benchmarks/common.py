@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -23,10 +24,32 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 GPU_TYPES = ("cuda",)
-RESULTS = Path(__file__).parent / "results"
+PUBLISHED = Path(__file__).parent / "results"
+TRIALS = Path("runs") / "benchmarks"
+INSTRUCTION_SETS = {  # by the name of the flag in /proc/cpuinfo
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX512_BF16",
+    "amx_bf16": "AMX",
+}
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch")
 
 Moment = float | torch.cuda.Event
+
+
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags of all benchmarks; `output` is the directory of the result files."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, default=TRIALS, help=f"directory of the results (default: {TRIALS})")
+    where.add_argument(
+        "--publish",
+        action="store_const",
+        dest="output",
+        const=PUBLISHED,
+        help="write to benchmarks/results, and replace the results that are published there",
+    )
+    return parser
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,17 +164,15 @@ def result_name(name: str, device: torch.device) -> str:
 def machine() -> dict[str, Any]:
     """The machine, package versions and date of a measurement."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if (cpuinfo.exists())
-        else []
-    )
+    about = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = re.findall(r"^model name\s*: (.*)$", about, re.MULTILINE)
     has_gpu = torch.cuda.is_available()
     packages = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
     return {
         "date": datetime.date.today().isoformat(),
         "processor": names[0] if names else platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_sets": [title for flag, title in INSTRUCTION_SETS.items() if re.search(rf"\b{flag}\b", about)],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -164,31 +185,51 @@ def machine() -> dict[str, Any]:
     }
 
 
+def describe_machine(about: dict[str, Any]) -> str:
+    """What `machine` returned, in one line: processor with its instruction sets, threads, memory, torch."""
+    sets = ", ".join(about["instruction_sets"] or [about["cpu_capability"]])
+    processor = f"{about['processor']} ({sets})"
+    return f"{processor}, {about['threads']} threads, {about['memory_gib']} GiB, torch {about['torch']}"
+
+
 def write_result(
-    name: str, figures: dict[str, Any], table: str, done: str = "Measured", precision: "Precision | None" = None
+    directory: Path,
+    name: str,
+    figures: dict[str, Any],
+    table: str,
+    done: str = "Measured",
+    precision: "Precision | None" = None,
 ) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the table.
+    """Write `NAME.json` and `NAME.md` in a directory, and print the table.
 
     Args:
+        directory: of the flags `--output` and `--publish`.
         name: of the files; on a GPU with `-cuda` behind it.
         figures: for the JSON file.
         table: for the other one.
         done: what was done on this machine.
-        precision: with the device that was measured; left out: the CPU.
+        precision: with the device that was measured; default: the CPU.
     """
     on_gpu = precision is not None and is_gpu(precision.device)
     if precision is not None:
         name = result_name(name, precision.device)
         figures = {"device": str(precision.device), "precision": precision.name, **figures}
-    RESULTS.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     described = {"machine": machine(), **figures}
-    (RESULTS / f"{name}.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (directory / f"{name}.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     about = described["machine"]
-    where = f"{about['processor']}, {about['threads']} threads, {about['memory_gib']} GiB, torch {about['torch']}"
+    where = describe_machine(about)
     if on_gpu:
         where = f"{about['gpu']}, {about['gpu_memory_gib']} GiB, CUDA {torch.version.cuda}, beside {where}"
-    (RESULTS / f"{name}.md").write_text(f"{table}\n\n{done} on {about['date']}: {where}.\n", encoding="utf-8")
+    (directory / f"{name}.md").write_text(f"{table}\n\n{done} on {about['date']}: {where}.\n", encoding="utf-8")
     print(table)
+    print(f"\nWritten to {directory / name}.json and {name}.md.")
+
+
+def picture_path(directory: Path, name: str, device: torch.device = CPU) -> Path:
+    """The file of a result's picture, in a directory that exists."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / f"{result_name(name, device)}.png"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -25,7 +25,6 @@ more in both cases. What the processes really send is what the kernel counts on 
 through which all of it goes; the traffic of other programs is counted too.
 """
 
-import argparse
 import os
 import socket
 import statistics
@@ -39,7 +38,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, markdown_table, peak_memory, write_result
+from benchmarks.common import benchmark_parser, markdown_table, peak_memory, picture_path, write_result
 from benchmarks.step import (
     FP32,
     GIB,
@@ -118,7 +117,7 @@ def cases_of(processes: int, reviews: int) -> list[Case]:
 
 def main() -> None:
     """Measure the cases in turns, and write table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--processes", type=int, default=2, help="two or more, for each of which there is a core")
     parser.add_argument("--batch-size", type=int, default=8, help="reviews per process and step")
@@ -147,8 +146,8 @@ def main() -> None:
         "bucket_bytes": measured["ddp"][0][0]["bucket_bytes"],
         "cases": {case.key: summaries[case.key] | comparison(case, summaries) for case in cases},
     }
-    draw(figures, cases)
-    write_result("distributed", figures, table(figures, cases))
+    draw(figures, cases, picture_path(options.output, "distributed"))
+    write_result(options.output, "distributed", figures, table(figures, cases))
 
 
 def measure(case: Case, together: int, size: str, steps: int) -> list[dict[str, Any]]:
@@ -359,7 +358,7 @@ def table(figures: dict[str, Any], cases: Sequence[Case]) -> str:
     )
 
 
-def draw(figures: dict[str, Any], cases: Sequence[Case]) -> None:
+def draw(figures: dict[str, Any], cases: Sequence[Case], path: Path) -> None:
     """A bar for each case, made of the parts of its step, as `results/distributed.png`."""
     import matplotlib
 
@@ -379,7 +378,7 @@ def draw(figures: dict[str, Any], cases: Sequence[Case]) -> None:
     axes.set_xlim(right=1.4 * max(lefts))  # room for what is written behind the bars
     axes.invert_yaxis()
     axes.legend(ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False)
-    figure.savefig(RESULTS / "distributed.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,21 @@ It does not download the published weights (548 MB): it measures the time of the
 of an untrained start, far below those of the published weights. Started again with the same `--work`, it resumes.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import benchmark_parser, markdown_table, picture_path, write_result
 from tests.reference.synthetic import write_model
+
+SIZE = "gpt2"
 
 
 def main() -> None:
     """Run the program as a user would, then write table and chart."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="directory with the reviews as parquet")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--work", type=Path, required=True, help="directory for the weights and the run, about 4 GB")
@@ -27,7 +28,7 @@ def main() -> None:
 
     model = options.work / "model"
     if not (model / "config.json").exists():
-        write_model(model, "gpt2", tokenizer_from=options.tokenizer)
+        write_model(model, SIZE, tokenizer_from=options.tokenizer)
     run = options.work / "run"
     arguments = ["--model", str(model), "--dataset", str(options.dataset), "--output-dir", str(run), "--resume"]
     subprocess.run([sys.executable, "run.py", *arguments], check=True)
@@ -54,8 +55,8 @@ def main() -> None:
         f"{last // 100 + 1} checkpoints included. Test loss {test['test_loss']:.4f}, test accuracy "
         f"{test['test_accuracy']:.1%}. The start is untrained, so that accuracy says nothing about GPT-2."
     )
-    write_result("epoch", {"seconds": seconds, "events": events}, table)
-    draw(training, list(evaluations.values()))
+    write_result(options.output, "epoch", {"seconds": seconds, "events": events}, table)
+    draw(training, list(evaluations.values()), picture_path(options.output, "epoch"))
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -63,8 +64,8 @@ def newest_checkpoint(run: Path) -> Path:
     return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def draw(training: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-    """Loss and accuracy over the steps, as `results/epoch.png`."""
+def draw(training: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy over the steps, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +84,7 @@ def draw(training: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> N
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle("One epoch at 124M parameters on rotten_tomatoes, from random weights")
-    figure.savefig(RESULTS / "epoch.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

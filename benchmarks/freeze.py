@@ -8,7 +8,6 @@ layers whose training is real: once from random weights, and once as fine-tuning
 epoch to say the opposite, `pos` for bad and `neg` for good.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import markdown_table, peak_memory, write_result
+from benchmarks.common import benchmark_parser, markdown_table, peak_memory, write_result
 from benchmarks.step import GIB, PARTS, random_examples, review_like_lengths, timed_steps
 from ft.checkpoint.snapshot import take_snapshot
 from ft.checkpoint.store import ModelSource, write_checkpoint
@@ -50,7 +49,7 @@ DEMO_CASES = {name: patterns for name, patterns in CASES.items() if name != "las
 
 def main() -> None:
     """Measure every case, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--turns", type=int, default=5, help="turns of each case, after one to warm up")
     options = parser.parse_args()
@@ -67,7 +66,9 @@ def main() -> None:
         "500 composed reviews to validate, one seed. From random weights for the demo's 10 epochs; and the trained "
         "model (the first column of `all`) for one epoch on the same reviews with the labels exchanged."
     )
-    write_result("freeze", {"size": options.size, "batch_size": BATCH_SIZE, "cases": cases, "demo": demo}, table)
+    write_result(
+        options.output, "freeze", {"size": options.size, "batch_size": BATCH_SIZE, "cases": cases, "demo": demo}, table
+    )
 
 
 def measure_in_turns(size: str, turns: int) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ time per token does not depend on their values. Both must generate the same toke
 prefill, every token, and for ft decoding the tokens to text as they are generated.
 """
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.common import markdown_table, precision_of, wall_clock, write_result
+from benchmarks.common import benchmark_parser, markdown_table, precision_of, wall_clock, write_result
 from ft.inference.language_model import LanguageModel, load_language_model
 from tests.reference.synthetic import SIZES, write_model
 
@@ -23,19 +22,21 @@ REVIEW = (
     "a gorgeous , witty , seductive film that holds the interest from its first scene to its last , and a good deal "
 )
 PROMPTS = (16, 512)
+TOKENS = 100
 
 
 def main() -> None:
     """Measure prompts of each length in turns, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
-    parser.add_argument("--tokens", type=int, default=100, help="new tokens of each turn (default 100)")
+    parser.add_argument("--tokens", type=int, help=f"new tokens of each turn (default {TOKENS}, or what fits)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side, after one that warms up (default 7)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
     parser.set_defaults(precision="fp32")  # in which ft generates
     options = parser.parse_args()
     n_positions = SIZES[options.size]["n_positions"]
+    options.tokens = options.tokens or min(TOKENS, n_positions - min(PROMPTS))
     if not 0 < options.tokens <= n_positions - min(PROMPTS):
         parser.error(
             f"--tokens must be from 1 to {n_positions - min(PROMPTS)}: {options.size} has {n_positions} positions"
@@ -76,7 +77,7 @@ def main() -> None:
     ]
     table = markdown_table([f"{options.size}, {options.tokens} new tokens after", "transformers", "ft", ""], rows)
     settings = {"size": options.size, "new_tokens": options.tokens, "rounds": options.rounds}
-    write_result("generate", {**settings, "prompts": figures}, table, precision=precision)
+    write_result(options.output, "generate", {**settings, "prompts": figures}, table, precision=precision)
 
 
 def turn_of_ours(model: LanguageModel, prompt: str, new_tokens: int) -> tuple[float, list[int]]:

@@ -8,7 +8,6 @@ own process. Reported are its peak memory, and the activations: the peak less th
 is in the optimizer step, when activations are freed.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -19,15 +18,15 @@ from typing import Any
 import torch
 
 from benchmarks.common import (
-    RESULTS,
     add_device_flags,
+    benchmark_parser,
     current_memory,
     is_gpu,
     markdown_table,
     peak_memory,
+    picture_path,
     precision_of,
     require_one_gpu,
-    result_name,
     write_result,
 )
 from benchmarks.step import (
@@ -73,7 +72,7 @@ class Case:
 
 def main() -> None:
     """Measure every case, and write table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -102,7 +101,7 @@ def main() -> None:
                 cases.append(Case(program, mode, max_length, **measured))
                 print(cases[-1], flush=True)
 
-    draw(cases, result_name("memory", device))
+    draw(cases, picture_path(options.output, "memory", device))
     figures = {
         "size": options.size,
         "batch_size": options.batch_size,
@@ -110,7 +109,7 @@ def main() -> None:
         "out_of_memory": skipped,
     }
     text = table(cases, skipped, options.size, options.batch_size, precision.name)
-    write_result("memory", figures, text, precision=precision)
+    write_result(options.output, "memory", figures, text, precision=precision)
 
 
 def reviews(max_length: int, count: int) -> list[dict[str, Any]]:
@@ -222,7 +221,7 @@ def table(cases: Sequence[Case], skipped: Sequence[str], size: str, batch_size: 
     )
 
 
-def draw(cases: Sequence[Case], stem: str) -> None:
+def draw(cases: Sequence[Case], path: Path) -> None:
     """A panel per length, a bar per case, as `results/STEM.png`."""
     import matplotlib
 
@@ -249,7 +248,7 @@ def draw(cases: Sequence[Case], stem: str) -> None:
         axes.margins(x=0.18)
         axes.set(xlabel="peak GiB (and seconds per step)", title=f"{length} tokens")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

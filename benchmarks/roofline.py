@@ -8,7 +8,6 @@ is that of `ft.train.train`, timed part by part. Without the two folders the rev
 real ones.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    RESULTS,
     add_device_flags,
+    benchmark_parser,
     markdown_table,
     median_seconds_of,
+    picture_path,
     precision_of,
-    result_name,
     write_result,
 )
 from benchmarks.step import (
@@ -84,7 +83,7 @@ class Layer:
 
 def main() -> None:
     """Measure the step, the products and the bandwidth, and write table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--dataset", type=Path, help="directory with the reviews as parquet")
     parser.add_argument("--tokenizer", type=Path, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2")
@@ -136,8 +135,8 @@ def main() -> None:
         "products": {layer.name: {"flops": layer.flops, "flops_per_second": rates[layer.name]} for layer in layers},
         "bytes_per_second": bandwidth,
     }
-    draw(figures, result_name("roofline", device))
-    write_result("roofline", figures, table(figures, layers), precision=precision)
+    draw(figures, picture_path(options.output, "roofline", device))
+    write_result(options.output, "roofline", figures, table(figures, layers), precision=precision)
 
 
 def real_examples(dataset: Path, tokenizer_folder: Path, count: int) -> list[Example]:
@@ -297,7 +296,7 @@ def table(figures: dict[str, Any], layers: Sequence[Layer]) -> str:
     )
 
 
-def draw(figures: dict[str, Any], name: str) -> None:
+def draw(figures: dict[str, Any], path: Path) -> None:
     """Step and bound as two bars made of their parts, as `results/NAME.png`."""
     import matplotlib
 
@@ -313,7 +312,7 @@ def draw(figures: dict[str, Any], name: str) -> None:
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set(xlabel="ms per step", title=f"{figures['size']}: step / least time = {figures['step_to_bound']:.2f}")
     axes.legend(ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.5, -0.28), frameon=False)
-    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

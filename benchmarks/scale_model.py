@@ -42,7 +42,6 @@ weights and gradients between fp32 and bf16; that exchanging takes memory bandwi
 evaluations, checkpoints and failures. All of these make real runs slower than this.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import PUBLISHED, benchmark_parser, markdown_table, picture_path, write_result
 from benchmarks.roofline import ADAMW_BYTES, needed_flops
 from benchmarks.step import parameter_count
 from ft.data.examples import Example
@@ -271,8 +270,10 @@ def accumulation_for(threshold: float, model: Model, setting: Setting, cluster: 
 
 def main() -> None:
     """Check the model on what was measured here, apply it to GPUs, and write tables and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, default=RESULTS / "distributed.json", help="of benchmarks.distributed")
+    parser = benchmark_parser(__doc__)
+    parser.add_argument(
+        "--measured", type=Path, default=PUBLISHED / "distributed.json", help="of benchmarks.distributed"
+    )
     options = parser.parse_args()
     if not options.measured.exists():
         parser.error(f"there is no {options.measured}: run python -m benchmarks.distributed first")
@@ -286,10 +287,10 @@ def main() -> None:
         for setting in (RECIPE, LARGE)
         for size, model in models.items()
     ]
-    draw(predictions)
+    draw(predictions, picture_path(options.output, "scale_model"))
     figures = {"measured_size": measured["size"], "checks": checks, "predictions": predictions}
     tables = f"{check_table(measured, checks)}\n\n{prediction_tables(predictions)}"
-    write_result("scale_model", figures, tables, done="Calculated")
+    write_result(options.output, "scale_model", figures, tables, done="Calculated")
 
 
 def check(measured: dict[str, Any], key: str) -> dict[str, Any]:
@@ -388,7 +389,7 @@ def prediction_tables(predictions: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def draw(predictions: Sequence[dict[str, Any]]) -> None:
+def draw(predictions: Sequence[dict[str, Any]], path: Path) -> None:
     """Efficiency over devices, a panel for each network and batch, as `results/scale_model.png`."""
     import matplotlib
 
@@ -413,7 +414,7 @@ def draw(predictions: Sequence[dict[str, Any]]) -> None:
         axes.set(ylabel="efficiency (%)")
     grid[0, 0].legend(loc="lower left")
     figure.suptitle("Predicted, not measured: network between machines, batch per GPU")
-    figure.savefig(RESULTS / "scale_model.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

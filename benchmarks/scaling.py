@@ -7,7 +7,6 @@ tokenizes and encodes real reviews. Each point has a process to itself, so that 
 own. Exponents are slopes of a least-squares line through the logarithms: 1 is linear growth, 0 none.
 """
 
-import argparse
 import math
 import random
 import statistics
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
-    RESULTS,
     add_device_flags,
+    benchmark_parser,
     current_memory,
     markdown_table,
     peak_memory,
+    picture_path,
     precision_of,
-    result_name,
     write_result,
 )
 from benchmarks.step import (
@@ -68,7 +67,7 @@ class Point:
 
 def main() -> None:
     """Measure every point, fit the exponents, and write table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="directory with the reviews as parquet")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="model of the batch and length series")
@@ -99,11 +98,11 @@ def main() -> None:
         points.append(Point("data", f"{count:,}", count, measured["seconds"], measured["bytes"]))
         print(points[-1], flush=True)
 
-    draw(points, result_name("scaling", precision.device))
+    draw(points, picture_path(options.output, "scaling", precision.device))
     fits = {name: fit([point for point in points if point.series == name]) for name in AXES}
     figures = {"size": options.size, "points": [asdict(point) for point in points], "exponents": fits}
     text = table(points, fits, skipped, options.size)
-    write_result("scaling", {**figures, "out_of_memory": skipped}, text, precision=precision)
+    write_result(options.output, "scaling", {**figures, "out_of_memory": skipped}, text, precision=precision)
 
 
 def measure_step(size: str, batch_size: int, length: int, precision: Precision) -> dict[str, float]:
@@ -179,7 +178,7 @@ def table(points: Sequence[Point], fits: dict[str, Any], skipped: Sequence[str],
     )
 
 
-def draw(points: Sequence[Point], stem: str) -> None:
+def draw(points: Sequence[Point], path: Path) -> None:
     """A column of two panels for each series, seconds above and memory below, as `results/STEM.png`."""
     import matplotlib
 
@@ -202,7 +201,7 @@ def draw(points: Sequence[Point], stem: str) -> None:
             axes.set_xticks(xs, [point.label for point in series], rotation=40)
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ and the same seed. There is one run for each value, so differences of one or two
 are not repeated.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown_table, write_result
-from ft.data.demo import SETTINGS, SPLITS
+from benchmarks.common import benchmark_parser, markdown_table, picture_path, write_result
+from ft.data.demo import SPLITS
+from ft.settings import DEMO_SETTINGS
 
-LEARNING_RATE = float(str(SETTINGS["learning_rate"]))
-GIVEN = {name: SETTINGS[name] for name in ("learning_rate", "batch_size", "epochs")}
+LEARNING_RATE = float(str(DEMO_SETTINGS["learning_rate"]))
+GIVEN = {name: DEMO_SETTINGS[name] for name in ("learning_rate", "batch_size", "epochs")}
 
 # The columns of the picture: a setting, what its values are called, and the values; one of them is the demo's own.
 STUDIES: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -31,7 +31,7 @@ EVALUATIONS_PER_EPOCH = 4
 
 def main() -> None:
     """Run what has not run yet, then write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="directory for the runs, about 200 MB")
     options = parser.parse_args()
 
@@ -60,8 +60,8 @@ def main() -> None:
     rest = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in GIVEN.items())
     table = markdown_table(header, rows)
     table += f"\n\nThe demo's own settings are {rest}; each run changes the one that is named. One run each, seed 42."
-    write_result("settings", {"given": GIVEN, "evaluations": curves}, table)
-    draw(curves)
+    write_result(options.output, "settings", {"given": GIVEN, "evaluations": curves}, table)
+    draw(curves, picture_path(options.output, "settings"))
 
 
 def run(work: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,14 +76,14 @@ def run(work: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw(curves: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """Validation loss above, accuracy below, a column for each setting, as `results/settings.png`."""
+def draw(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Validation loss above, accuracy below, a column for each setting."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(curves), figsize=(13, 6.4), layout="constrained", sharey="row")
+    figure, axes = plt.subplots(2, len(curves), figsize=(13, 6.4), layout="constrained", sharey="row", squeeze=False)
     for column, (setting, runs) in enumerate(curves.items()):
         above, below = axes[0][column], axes[1][column]
         for name, evaluations in runs.items():
@@ -100,7 +100,7 @@ def draw(curves: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     axes[0][0].set_ylabel("validation loss (nats per label)")
     axes[1][0].set_ylabel("validation accuracy (%)")
     figure.suptitle("One setting changed at a time: the demo's small GPT-2 from random weights, composed reviews")
-    figure.savefig(RESULTS / "settings.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

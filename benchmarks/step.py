@@ -26,6 +26,7 @@ from benchmarks.common import (
     Moment,
     add_device_flags,
     available_memory,
+    benchmark_parser,
     is_gpu,
     launches,
     markdown_table,
@@ -272,7 +273,7 @@ def within_memory(
 
 def main() -> None:
     """Measure the step, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40, help="timed steps, after a warm-up")
@@ -285,7 +286,9 @@ def main() -> None:
     if options.cuda_graphs and not is_gpu(precision.device):
         parser.error("--cuda-graphs needs --device cuda")
     figures = measure(options, precision)
-    write_result("step-graphs" if options.cuda_graphs else "step", figures, table(figures), precision=precision)
+    write_result(
+        options.output, "step-graphs" if options.cuda_graphs else "step", figures, table(figures), precision=precision
+    )
 
 
 def measure(options: argparse.Namespace, precision: Precision) -> dict[str, Any]:

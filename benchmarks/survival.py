@@ -5,7 +5,6 @@
 Runs those tests and writes a table. If a test fails, so does this command.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.common import markdown_table, write_result
+from benchmarks.common import benchmark_parser, markdown_table, write_result
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
@@ -33,7 +32,7 @@ TESTS = {
 
 def main() -> None:
     """Run the tests, count, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--slow", action="store_true", help="also 200 kills of one run, and 10 at 124M parameters")
     parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="only these (default: all)")
     options = parser.parse_args()
@@ -56,7 +55,7 @@ def main() -> None:
     rows += [[f"tests: {what}", str(passed[Path(name).name])] for name, what in TESTS.items() if name in options.tests]
     rows += [["tests skipped", str(skipped)], ["tests failed", str(failed)]]
     figures = {"slow": options.slow, "counts": counts, "passed": passed, "skipped": skipped, "failed": failed}
-    write_result("survival", figures, markdown_table(["fault", "number"], rows))
+    write_result(options.output, "survival", figures, markdown_table(["fault", "number"], rows))
     sys.exit(done.returncode)
 
 

@@ -27,13 +27,13 @@ import torch
 # Imported here is only what both sides import anyway: start-up is measured too.
 from benchmarks.common import (
     CPU,
-    RESULTS,
+    benchmark_parser,
     is_gpu,
     markdown_table,
     peak_memory,
+    picture_path,
     precision_of,
     require_one_gpu,
-    result_name,
     wall_clock,
     write_result,
 )
@@ -410,7 +410,7 @@ def notes(results: dict[str, dict[str, Any]], steps: int, rounds: int, device: t
     )
 
 
-def draw(results: dict[str, dict[str, Any]], stem: str) -> None:
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """The step times side by side, as `results/STEM.png`."""
     import matplotlib
 
@@ -429,12 +429,12 @@ def draw(results: dict[str, dict[str, Any]], stem: str) -> None:
     axes.set(ylabel="seconds per step (median)", title="One optimizer step of the tutorial's job")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
-    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def parser_of_inputs(description: str | None) -> argparse.ArgumentParser:
     """The flags that say what to run on."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(description)
     parser.add_argument("--dataset", type=Path, required=True, help="directory with the reviews as parquet")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--work", type=Path, help="folder for weights and runs, kept; left out: a temporary one")
@@ -486,8 +486,10 @@ def main() -> None:
         *map(row_table, results.values()),
         notes(results, options.steps, options.rounds, precision.device),
     ]
-    write_result("trainer", {"size": options.size, "rows": results}, "\n\n".join(tables), precision=precision)
-    draw(results, result_name("trainer", precision.device))
+    write_result(
+        options.output, "trainer", {"size": options.size, "rows": results}, "\n\n".join(tables), precision=precision
+    )
+    draw(results, picture_path(options.output, "trainer", precision.device))
 
 
 if __name__ == "__main__":
