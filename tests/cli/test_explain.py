@@ -40,6 +40,7 @@ def explained(capsys, tmp_path, monkeypatch):
 def test_figures_are_those_of_transformers_and_torch(explained, inputs, batch_size, accumulation, max_length, row):
     folder, dataset = Path(inputs[1]), Path(inputs[3])
     flags = ["--batch-size", batch_size, "--gradient-accumulation-steps", accumulation, "--max-length", max_length]
+    flags += ["--precision", "fp32"]  # on every processor
     text = explained(
         *inputs, *flags, "--dropout", "0", "--weight-decay", "0.1", *([] if row is None else ["--row", row])
     )
