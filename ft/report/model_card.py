@@ -203,7 +203,12 @@ def _forgotten(state: State) -> list[str]:
 
 
 def _limits(config: Config, data: Data) -> list[str]:
-    kept = f"In training, examples of more than {config.max_length} tokens were truncated to their end."
+    lengths = data.lengths["train"]
+    cut = sum(length > config.max_length for length in lengths)
+    kept = (
+        f"In training, examples of more than {config.max_length} tokens were truncated to their end: {cut:,} of "
+        f"{len(lengths):,}."
+    )
     if not data.label_names:
         return [
             f"- {kept}",
