@@ -87,6 +87,11 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
         if getattr(config, text) == getattr(config, answer):
             same = shown(getattr(config, text))
             problems.append(f"{flag(text)} and {flag(answer)} are both {same}: the model would read its answer")
+    default_prompt = next(field.default for field in fields(config) if field.name == "prompt_column")
+    if config.completion_column is None and config.prompt_column != default_prompt:
+        problems.append(
+            f"--prompt-column is {shown(config.prompt_column)} without --completion-column: give both or neither"
+        )
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
     excluded = {

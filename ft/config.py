@@ -56,11 +56,15 @@ class Config:
         None, FILES, "also write a copy of the data to this directory, which --dataset can read"
     )
     text_column: str = setting("text", FILES, "column of the text that the model reads")
-    label_column: str = setting("label", FILES, "column of the label: numbers from 0, or words")
+    label_column: str = setting("label", FILES, "column of the label: whole numbers, or words")
     label_names: str | None = setting(
         None,
         FILES,
-        "words for the labels 0, 1, ..., separated by commas; left out: those of the data set, or the numbers",
+        "words for the labels 0, 1, ... (or for other numbers, in ascending order), separated by commas; left out: "
+        "those of the data set, or the numbers",
+    )
+    skip_empty: bool = setting(
+        False, FILES, "leave out rows without a text, label or completion, or in which it is blank, and count them"
     )
     delimiter: str | None = setting(
         None,

@@ -2,6 +2,8 @@
 
 import re
 import reprlib
+import shlex
+import sys
 
 MAX_MESSAGE_LENGTH = 1500  # characters of one problem
 MAX_PROBLEMS = 20  # reported at once; a wrong file as --config may have many more
@@ -37,6 +39,14 @@ def is_utf8(text: str) -> bool:
 def shown(value: object) -> str:
     """A value as a message quotes it: its `repr`, shortened in the middle if it is long."""
     return _VALUES.repr(value)
+
+
+def quoted(path: object) -> str:
+    """A path as a word of a command line that a message suggests, quoted for the shell of the system if it needs it."""
+    word = printable(str(path))
+    if sys.platform == "win32":
+        return f'"{word}"' if " " in word else word
+    return shlex.quote(word)
 
 
 def one_line(text: str, width: int = 60) -> str:

@@ -56,7 +56,7 @@ def fine_tune(config: Config) -> None:
         if run.resume_from is not None and _is_complete(run, inputs, state):
             return
         disk_space = run.begin(state, num_parameters, num_trained, ranks)
-        notes = [f"Note: {printable(note)}." for note in (*inputs.description.tokenizer.notes, *inputs.data.notes)]
+        notes = [f"Note: {printable(note)}." for note in inputs.notes(config)]
         print(
             opening(config, model, precision, inputs.data, inputs.general_text, last_step), disk_space, *notes, sep="\n"
         )

@@ -14,7 +14,7 @@ from ft.checkpoint.snapshot import Snapshot, gather_weights, take_snapshot
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.device import read_synchronizes, threads_for
-from ft.errors import FtError, printable
+from ft.errors import FtError, quoted
 from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
@@ -79,7 +79,9 @@ class Session:
         self._seconds_before = state.seconds  # in earlier processes of a resumed run
         self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
         self._components, self._report, self._stopping = components, report, stopping
-        self._source = inputs.description.source(inputs.data.label_names)
+        self._source = inputs.description.source(
+            inputs.data.label_names, run.config.max_length, inputs.data.splits["train"].label_numbers
+        )
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
         self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
         self._last_split = "test" if "test" in inputs.data.examples else "validation"
@@ -184,7 +186,7 @@ class Session:
         if self._stopping():
             if self._writer.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {self._writer.failure}")
-            message = f"Stopped after step {state.step:,}. To continue: python run.py --resume {printable(str(path))}"
+            message = f"Stopped after step {state.step:,}. To continue: python run.py --resume {quoted(path)}"
             raise self._stopping.stopped(message if ranks.is_rank_zero else "")
         self._seconds_in_all = self._seconds()
         test = self._evaluations.get("test")

@@ -27,6 +27,7 @@ DATA_SETTINGS = (
     "encoding",
     "prompt_column",
     "completion_column",
+    "skip_empty",
     "train_fraction",
     "max_train_samples",
     "seed",

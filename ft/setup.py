@@ -45,6 +45,11 @@ class Inputs:
     general_text: GeneralText | None
     sha256: str
 
+    def notes(self, config: Config) -> list[str]:
+        """Notes for the user on the tokenizer and the data, a sentence each."""
+        cut = self.data.describe_cut(config.max_length, self.model_config.n_positions)
+        return [*self.description.tokenizer.notes, *self.data.notes, *cut]
+
 
 def prepare_device(config: Config) -> Precision:
     """Choose device and precision, and apply process-wide settings of PyTorch and of the allocator.

@@ -22,8 +22,7 @@ def explain_nonfinite(config: Config, run: Path, split: Split) -> Iterator[None]
     try:
         yield
     except NonFiniteError as error:
-        numbers = split.rows or range(len(split.texts))
-        rows = ", ".join(str(numbers[row]) for row in rows_of_step(len(split.texts), config, error.step))
+        rows = ", ".join(str(split.number_in_files(row)) for row in rows_of_step(len(split.texts), config, error.step))
         before = [path for path in store.checkpoints(run) if store.step_of(path) <= error.step]
         newest = before[-1] if before else None
         raise FtError(

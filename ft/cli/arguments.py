@@ -51,6 +51,12 @@ RUN_FLAG_COMMANDS = {
     "data": ("ft.cli.describe_data", "describe"),
 }
 
+# What --demo generates or sets itself.
+DEMO_INPUTS = (
+    *("model", "model_revision", "dataset", "dataset_config", "dataset_revision"),
+    *("text_column", "label_column", "prompt_column", "completion_column", "delimiter", "encoding", "skip_empty"),
+)
+
 # The value of a flag that was given without one, so that this problem is reported together with all others.
 _NO_VALUE = "\0no value"
 
@@ -107,6 +113,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     problems += map(_describe_unknown, without_values(rest))
     config_file = vars(parsed).pop("config", None)
     settings: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     for name, value in vars(parsed).items():
         if value in (_NO_VALUE, []):
             problems.append(f"{flag(name)} needs a value")
@@ -119,11 +126,41 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         if config_file == _NO_VALUE:
             problems.append("--config needs a value")
         elif config_file is not None:
-            settings = {**read_config_file(Path(expand_home(config_file)), may_be_pipe=True), **settings}
+            recorded = read_config_file(Path(expand_home(config_file)), may_be_pipe=True)
+        given, settings = settings, {**recorded, **settings}
         settings = {**_base_settings(settings), **settings}
+        problems += _unused_flags(given, recorded, settings)
     except UsageError as error:
         problems += error.problems
     return build_config(settings, problems)
+
+
+def _unused_flags(given: dict[str, Any], recorded: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """A problem for each flag that another setting leaves without effect.
+
+    Args:
+        given: the settings of the command line.
+        recorded: those of the --config file.
+        settings: all of them, with those of the resumed run or the demo.
+    """
+    problems = []
+    if settings.get("demo") is True:
+        defaults = {field.name: field.default for field in fields(Config)}
+        own = {} if recorded.get("demo") is True else recorded
+        ignored = [flag(name) for name in DEMO_INPUTS if name in given]
+        ignored += [
+            f"{name} of the --config"
+            for name in DEMO_INPUTS
+            if name not in given and own.get(name, defaults[name]) != defaults[name]
+        ]
+        if ignored:
+            problems.append(f"--demo has its own model and data: leave out --demo, or {', '.join(ignored)}")
+    columns = [flag(name) for name in ("text_column", "label_column") if name in given]
+    if settings.get("completion_column") is not None and columns:
+        problems.append(f"--completion-column trains on completions, without labels: leave out {' and '.join(columns)}")
+    if "max_skipped_steps" in given and settings.get("on_nonfinite", Config.on_nonfinite) != "skip":
+        problems.append("--max-skipped-steps limits what --on-nonfinite skip leaves out: give both or neither")
+    return problems
 
 
 def _join_negative_numbers(arguments: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ python run.py data --dataset ./my-reviews --max-length 64
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ft.checkpoint.error_hints import explain_out_of_memory
@@ -20,7 +19,6 @@ from ft.model.pretrained import model_config_of
 
 BARS = 12  # maximum number of lines of the histogram
 WIDTH = 40  # characters of its longest bar
-UNLIMITED = 2**62  # a --max-length that truncates nothing
 
 
 def describe(config: Config) -> None:
@@ -41,15 +39,13 @@ def describe(config: Config) -> None:
             config = with_demo_inputs(config, Path(directory))
         files = pretrained.model_files(config.model, config.model_revision, with_weights=False)
         described = read_description(files)
-        model_config_of(described.config, config)  # raises if --max-length exceeds the model's n_positions
+        limit = model_config_of(
+            described.config, config
+        ).n_positions  # raises if --max-length exceeds the model's n_positions
         tokenizer = described.tokenizer.tokenizer
-        data = read_data(replace(config, max_length=UNLIMITED), tokenizer)
+        data = read_data(config, tokenizer)
     splits = data.splits
-    lengths = {
-        name: [len(example.input_ids) + len(example.target_ids) for example in examples]
-        for name, examples in data.examples.items()
-    }
-
+    lengths = data.lengths
     sizes = ", ".join(f"{len(split.texts):,} {name}" for name, split in splits.items())
     print(f"{printable(source)}: {sizes} examples")
     for note in (*described.tokenizer.notes, *data.notes):
@@ -64,6 +60,8 @@ def describe(config: Config) -> None:
             f"{name}: {sum(counts):,} tokens; {cut:,} of {len(counts):,} examples ({cut / len(counts):.1%}) are longer "
             f"than --max-length {config.max_length} and lose their beginning"
         )
+    for note in data.describe_cut(config.max_length, limit):
+        print(f"{note}.")
     print(_duplicates(splits))
 
 

@@ -4,12 +4,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.checks import flag
+from ft.cli.parsers import find_output_problems, to_path
 from ft.cli.predict import (
     ModelParser,
     find_flag_problems,
@@ -18,9 +19,10 @@ from ft.cli.predict import (
     read_run_settings,
 )
 from ft.config import Config
-from ft.data.tables import listed
+from ft.data.table import listed
 from ft.errors import FtError, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
+from ft.io.paths import expand_home
 from ft.settings import build_config
 
 if TYPE_CHECKING:
@@ -67,7 +69,17 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--delimiter", metavar="TEXT", help="column delimiter of .csv and .tsv files")
     parser.add_argument("--encoding", metavar="TEXT", help="encoding of text files (default: UTF-8)")
     parser.add_argument(
+        "--skip-empty", action="store_true", help="leave out rows without a text, label or completion, or a blank one"
+    )
+    parser.add_argument(
         "--mistakes", metavar="N", type=int, default=5, help="print the N most confident errors (default 5)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=to_path,
+        help="also write each text with its label, prediction and probabilities to a .csv, .tsv, .json, .jsonl or "
+        ".parquet",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args(arguments)
@@ -79,6 +91,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     """Load the model, read the data, and print the scores of each split."""
+    from ft.cli.output_table import open_output
     from ft.data.evaluation_splits import read_evaluation_splits
 
     classifier = load_classifier(options)
@@ -88,10 +101,16 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
         print(f"Note: {printable(note)}.", file=sys.stderr)
     evaluate_split = _evaluate_labels if config.completion_column is None else _evaluate_completions
     results = {}
+    rows: list[dict[str, Any]] = []
     for number, split in enumerate(splits.values()):
         if number and not options.json:
             print()
-        results[split.name] = evaluate_split(classifier, split, options)
+        results[split.name], of_split = evaluate_split(classifier, split, options)
+        rows += of_split
+    if options.output is not None:
+        with open_output(options.output, list(rows[0])) as writer:
+            writer.write([list(row.values()) for row in rows])
+        print(f"{len(rows):,} rows are written to {printable(str(options.output))}.", file=sys.stderr)
     if options.json:
         print(json.dumps(results if options.split == "all" else results[split.name], indent=2))
 
@@ -103,6 +122,8 @@ def _build_config(options: argparse.Namespace) -> Config:
         UsageError: with one sentence for each problem.
     """
     problems = find_flag_problems(options)
+    if options.output is not None:
+        problems += find_output_problems(options.output, [Path(expand_home(options.dataset or ""))])
     if options.mistakes < 0:
         problems.append(f"--mistakes is {options.mistakes}, it must be at least 0")
     settings: dict[str, Any] = read_run_settings(Path(options.model))
@@ -110,6 +131,8 @@ def _build_config(options: argparse.Namespace) -> Config:
         settings = {name: value for name, value in settings.items() if name in COLUMNS}
     flags = ("dataset", "dataset_config", *COLUMNS, *FORMAT_SETTINGS)
     settings |= {name: getattr(options, name) for name in flags if getattr(options, name) is not None}
+    if options.skip_empty:
+        settings["skip_empty"] = True
     if "dataset" not in settings:
         missing = "" if Path(options.model).is_dir() else ", which is not a directory here,"
         problems.append(f"{options.model}{missing} does not record its training data: pass a --dataset")
@@ -120,24 +143,22 @@ def _build_config(options: argparse.Namespace) -> Config:
             for name in LABEL_SETTINGS
             if getattr(options, name) is not None
         ]
-    elif options.prompt_column is not None:
-        problems.append(
-            f"--prompt-column is {shown(options.prompt_column)} without --completion-column: pass both or neither"
-        )
     return build_config(settings, problems)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def _evaluate_labels(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> dict[str, Any]:
-    """The scores of the predicted labels; printed as tables unless --json."""
+def _evaluate_labels(
+    classifier: "Classifier", split: "Split", options: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The scores of the predicted labels, printed as tables unless --json; and a row of --output for each example."""
     import torch
 
     from ft.evaluation.classification import mistake_records, scores
 
     names = classifier.label_names
-    split = _renumber_labels(split, names, were_given=options.label_names is not None)
+    split = _renumber_labels(classifier, split, were_given=options.label_names is not None)
     started = time.perf_counter()
     predictions = classifier.predict(split.texts, options.batch_size)
     seconds = time.perf_counter() - started
@@ -146,8 +167,20 @@ def _evaluate_labels(classifier: "Classifier", split: "Split", options: argparse
     result = scores(probabilities, torch.tensor(split.labels))
     mistakes = mistake_records(probabilities, split, names, options.mistakes)
     record = {"split": split.name, "labels": names, **asdict(result), "mistakes": mistakes}
+    output = [
+        {
+            "split": split.name,
+            **split.place_record(row),
+            "text": split.texts[row],
+            "label": names[split.labels[row]],
+            "predicted": prediction.label,
+            "probability": prediction.probabilities[prediction.label],
+            **{f"probability_{name}": value for name, value in prediction.probabilities.items()},
+        }
+        for row, prediction in enumerate(predictions)
+    ]
     if options.json:
-        return record
+        return record, output
     print(
         f"{split.name}: {len(predictions):,} examples, accuracy {result.accuracy:.2%}, macro F1 "
         f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%} "
@@ -158,20 +191,46 @@ def _evaluate_labels(classifier: "Classifier", split: "Split", options: argparse
         print("\nmost confident errors:")
     for mistake in mistakes:
         label, true = (one_line(str(mistake[name])) for name in ("label", "true"))
-        print(f"  {label} ({mistake['probability']:.1%}, true label {true}): {one_line(str(mistake['text']), 90)}")
-    return record
+        place = _place(mistake, several_files=len(split.files) > 1)
+        text = one_line(str(mistake["text"]), 90)
+        print(f"  {label} ({mistake['probability']:.1%}, true label {true}, {place}): {text}")
+    return record, output
 
 
-def _renumber_labels(split: "Split", names: Sequence[str], *, were_given: bool) -> "Split":
+def _place(record: Mapping[str, object], *, several_files: bool) -> str:
+    """The place of a row in a few words: its line, else its row, and its file if there are several."""
+    line = record.get("line")
+    place = f"row {record['row']}" if line is None else f"line {line}"
+    return f"{place} of {one_line(str(record['file']))}" if several_files else place
+
+
+def _number_by(split: "Split", places: dict[int, int]) -> "Split":
+    """Replace the labels of a split by their `places` among the labels of the model.
+
+    Raises:
+        FtError: the model does not have a label of the split.
+    """
+    for row, label in enumerate(split.labels):
+        if label not in places:
+            known = listed(list(map(str, places)))
+            raise FtError(f"the label in {split.where(row)} is {label}, the model has {known}: correct the data")
+    return replace(split, labels=[places[label] for label in split.labels])
+
+
+def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bool) -> "Split":
     """Number the labels of a split as the model does, by their names if both have names.
 
     Raises:
         FtError: the model does not have a label of the split.
     """
+    from ft.checkpoint.saved_task import read_task
     from ft.data.load import renumber
     from ft.data.tables import WHOLE_NUMBER
 
-    data_names = split.label_names
+    names, data_names = classifier.label_names, split.label_names
+    numbers = read_task(classifier.published).label_numbers
+    if numbers is not None and data_names is None and not were_given:
+        return _number_by(split, {number: place for place, number in enumerate(numbers)})
     split = renumber(split, names)
     if data_names is not None and not set(data_names) & set(names):
         print(
@@ -181,10 +240,12 @@ def _renumber_labels(split: "Split", names: Sequence[str], *, were_given: bool) 
         )
     # If the model's label names are numbers, such as stars from 1 to 5, a number is a name and not an index.
     are_names = data_names is None and not were_given and all(map(WHOLE_NUMBER.fullmatch, names))
+    if are_names:
+        return _number_by(split, {int(name): place for place, name in enumerate(names)})
     for row, label in enumerate(split.labels):
-        if are_names or not 0 <= label < len(names):
-            known = listed(names) if are_names else f"0 to {len(names) - 1} ({listed(names)})"
-            raise FtError(f"the label in row {row} of the {split.name} split is {label}, the model has {known}")
+        if not 0 <= label < len(names):
+            known = f"0 to {len(names) - 1} ({listed(names)})"
+            raise FtError(f"the label in {split.where(row)} is {label}, the model has {known}")
     return split
 
 
@@ -215,8 +276,10 @@ def _tables(result: "Scores", names: Sequence[str]) -> str:
 # --- completions ------------------------------------------------------------------------------------------------------
 
 
-def _evaluate_completions(classifier: "Classifier", split: "Split", options: argparse.Namespace) -> dict[str, Any]:
-    """The scores of the completions; printed unless --json."""
+def _evaluate_completions(
+    classifier: "Classifier", split: "Split", options: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The scores of the completions, printed unless --json; and a row of --output for each example."""
     from ft.data.examples import encode
     from ft.evaluation.completions import failure_records, score_completions
 
@@ -238,8 +301,20 @@ def _evaluate_completions(classifier: "Classifier", split: "Split", options: arg
     result = completion_scores.scores()
     failures = failure_records(model, tokenizer, split, examples, completion_scores, options.mistakes)
     record = {"split": split.name, **asdict(result), "mistakes": failures}
+    output = [
+        {
+            "split": split.name,
+            **split.place_record(row),
+            "prompt": split.texts[row],
+            "completion": completion,
+            "loss": (completion_scores.losses[row] / completion_scores.counts[row]).item(),
+            "right_tokens": int(completion_scores.hits[row]),
+            "tokens": int(completion_scores.counts[row]),
+        }
+        for row, completion in enumerate(split.completions or [])
+    ]
     if options.json:
-        return record
+        return record, output
     print(
         f"{_summary(split.name, result)} ({len(examples) / seconds:,.1f} examples/s, by {printable(classifier.source)})"
     )
@@ -247,9 +322,11 @@ def _evaluate_completions(classifier: "Classifier", split: "Split", options: arg
         print("\nhighest loss per token:")
     for failure in failures:
         prompt, expected, written = (one_line(str(failure[name])) for name in ("prompt", "completion", "written"))
-        print(f"  {failure['loss']:.2f} ({failure['right_tokens']} of {failure['tokens']} tokens correct): {prompt}")
+        place = _place(failure, several_files=len(split.files) > 1)
+        right = f"{failure['right_tokens']} of {failure['tokens']} tokens correct"
+        print(f"  {failure['loss']:.2f} ({right}, {place}): {prompt}")
         print(f"       expected:  {expected}\n       generated: {written}")
-    return record
+    return record, output
 
 
 def _summary(split: str, result: "CompletionScores") -> str:

@@ -12,6 +12,8 @@ from ft.io.paths import expand_home
 
 DESTRUCTIVE = ("--overwrite",)
 
+OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
+
 # Names of flags in other tools, with dashes for underscores, and our flag; of several the first that the command has.
 # For an empty one nothing is suggested, though one of our flags may have a similar name.
 FOREIGN_FLAGS = {
@@ -134,6 +136,23 @@ class CommandParser(argparse.ArgumentParser):
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{found[1]} is {found[3]}, it must be {'a whole number' if found[2] == 'int' else 'a number'}"
         raise UsageError(message)
+
+
+def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
+    """A message for an --output that cannot be written as a table, or that is one of the `inputs`."""
+    if path.suffix.lower() not in OUTPUT_SUFFIXES:
+        known = f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}"
+        return [f"--output is {shown(str(path))}, it must end in {known}"]
+    if path.is_dir():
+        return [f"--output is {shown(str(path))}, which is a directory: name a file in it"]
+    if not path.parent.is_dir():
+        return [
+            f"--output is {shown(str(path))}, it must be the name of a file in a directory that exists, "
+            f"{shown(str(path.parent))} does not"
+        ]
+    if any(source.exists() and path.exists() and path.samefile(source) for source in inputs):
+        return [f"--output is {shown(str(path))}, the file that is read: name another"]
+    return []
 
 
 def to_path(text: str) -> Path:

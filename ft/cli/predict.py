@@ -4,25 +4,27 @@ The flags that select and load a model are here too; the command `evaluate` shar
 """
 
 import argparse
-import csv
-import io
+import codecs
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft.cli.parsers import CommandParser, to_path
+from tqdm import tqdm
+
+from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, is_utf8, one_line, printable, shown
-from ft.io.atomic import atomic_write_text
+from ft.errors import FtError, UsageError, is_utf8, one_line, printable, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
 
 if TYPE_CHECKING:
+    from ft.data.table import Table
     from ft.inference.classifier import Classifier, Prediction
 
 
@@ -36,6 +38,8 @@ examples:
 
 MOST_COLUMNS = 8  # up to this many labels each has a column for its probability
 LIKELIEST = 3  # of more labels this many are printed
+CHUNK_OF_BATCHES = 16  # batches of a table that are predicted, sorted by length, before they are written
+BLOCK = 2**16  # bytes of lines that are predicted together, at most
 
 
 class ModelParser(CommandParser):
@@ -55,7 +59,7 @@ class ModelParser(CommandParser):
 
 
 def predict(arguments: Sequence[str]) -> None:
-    """Parse the command line, read the examples, and print a label and probabilities for each.
+    """Parse the command line, read the examples, and print or write a label and probabilities for each.
 
     Raises:
         UsageError: the command line is wrong, or there are no examples.
@@ -67,6 +71,7 @@ def predict(arguments: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--file",
+        "--input",
         metavar="FILE",
         type=to_path,
         help="one example per line, or a table: .parquet, .arrow, .csv, .tsv, .json or .jsonl",
@@ -74,90 +79,171 @@ def predict(arguments: Sequence[str]) -> None:
     parser.add_argument("--text-column", metavar="TEXT", help="column of a table (default: that of the run, or text)")
     parser.add_argument("--delimiter", metavar="TEXT", help="column delimiter of .csv and .tsv files")
     parser.add_argument("--encoding", metavar="TEXT", help="encoding of the file (default: UTF-8)")
-    parser.add_argument("--output", metavar="FILE", type=to_path, help="write one row per example to a .csv or .jsonl")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=to_path,
+        help="write the table with the predictions as added columns, or a row per line, to a .csv, .tsv, .json, .jsonl "
+        "or .parquet",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     options = parser.parse_args(arguments)
-    problems = find_flag_problems(options)
-    if options.texts and options.file:
-        problems.append("pass examples or --file, not both")
-    if options.output and options.output.suffix.lower() not in (".csv", ".jsonl"):
-        problems.append(f"--output is {str(options.output)!r}, it must end in .csv or .jsonl")
-    elif options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
-        where = f"it must be the name of a file in a directory that exists, {str(options.output.parent)!r} does not"
-        where = "which is a directory: name a file in it" if options.output.is_dir() else where
-        problems.append(f"--output is {str(options.output)!r}, {where}")
-    if options.file and not suffix_of(options.file.name):
-        problems += [
-            f"{flag} is of tables, and {str(options.file)!r} is read as lines of text: leave the flag out, or let the "
-            "name of a table end in .csv or .tsv"
-            for flag, value in (("--text-column", options.text_column), ("--delimiter", options.delimiter))
-            if value is not None
-        ]
-    if not options.texts and not options.file and (sys.stdin is None or sys.stdin.isatty()):
-        problems.append("there are no examples: pass them as arguments, with --file FILE, or through a pipe")
-    if options.label_names is None and read_run_settings(Path(options.model)).get("completion_column") is not None:
-        problems.append(
-            f"{options.model} was trained on completions and has no labels: use python run.py generate {options.model} "
-            '"a prompt"'
-        )
-    if problems:
-        raise UsageError(*problems)
-
+    _check_flags(options)
     with inference_memory_advice(options):
-        texts = options.texts or _read_examples(options)
+        table, chunks = _read_chunks(options)
+        first = next(chunks, None)  # read before the model is loaded, which takes longer
+        if first is None:
+            raise FtError(f"{options.file or 'standard input'} has no lines: there is nothing to predict")
         classifier = load_classifier(options)
-        started = time.perf_counter()
-        predictions = classifier.predict(texts, options.batch_size)
-    seconds = time.perf_counter() - started
-    if options.output:
-        serialize = _to_csv if options.output.suffix.lower() == ".csv" else _to_json_lines
-        atomic_write_text(options.output, serialize(texts, predictions, classifier.label_names))
-    elif options.json:
-        print(_to_json_lines(texts, predictions, classifier.label_names), end="")
-    else:
-        print(_table(texts, predictions, classifier.label_names))
+        count, seconds = _predict_all(classifier, chain([first], chunks), table, options)
     print(
-        f"{len(texts):,} examples, {len(texts) / seconds:,.1f} examples/s, by {printable(classifier.source)}",
+        f"{count:,} examples, {count / seconds:,.1f} examples/s, by {printable(classifier.source)}",
         file=sys.stderr,
     )
 
 
-def _to_json_lines(texts: Sequence[str], predictions: Sequence["Prediction"], _: Sequence[str]) -> str:
-    """An object for each example, with its row in the input from 0."""
-    rows = (
-        {"row": row, "text": text, "label": prediction.label, "probabilities": prediction.probabilities}
-        for row, (text, prediction) in enumerate(zip(texts, predictions, strict=True))
-    )
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _check_flags(options: argparse.Namespace) -> None:
+    """Check the flags against each other.
+
+    Raises:
+        UsageError: with one sentence for each problem.
+    """
+    problems = find_flag_problems(options)
+    is_table = options.file is not None and suffix_of(options.file.name)
+    if options.texts and options.file:
+        problems.append("pass examples or --file, not both")
+    if options.output:
+        problems += find_output_problems(options.output, [options.file] if options.file else [])
+        if options.json:
+            problems.append("--json prints the predictions that --output writes: leave one out")
+    if not is_table:
+        read = f"{str(options.file)!r} is read as lines of text" if options.file else "there is no --file"
+        problems += [
+            f"{flag} is of tables, and {read}: leave the flag out, or let the name of a table end in .csv or .tsv"
+            for flag, value in (("--text-column", options.text_column), ("--delimiter", options.delimiter))
+            if value is not None
+        ]
+    if options.texts and options.encoding is not None:
+        problems.append("--encoding is of files, and the examples are arguments: leave it out")
+    if not options.texts and not options.file and (sys.stdin is None or sys.stdin.isatty()):
+        problems.append("there are no examples: pass them as arguments, with --file FILE, or through a pipe")
+    if options.label_names is None and read_run_settings(Path(options.model)).get("completion_column") is not None:
+        problems.append(
+            f"{options.model} was trained on completions and has no labels: use python run.py generate "
+            f'{quoted(options.model)} "a prompt"'
+        )
+    if problems:
+        raise UsageError(*problems)
 
 
-def _to_csv(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
-    """A line for each example, with its row in the input from 0, and a column for the probability of each label."""
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["row", "text", "label", *(f"probability_{name}" for name in names)])
-    for row, (text, (label, probabilities)) in enumerate(zip(texts, predictions, strict=True)):
-        writer.writerow([row, text, label, *probabilities.values()])
-    return file.getvalue()
+Chunk = list[str | None]
 
 
-def _table(texts: Sequence[str], predictions: Sequence["Prediction"], names: Sequence[str]) -> str:
-    """A line for each example: its label, and the probability of each label, or of the most probable of many."""
-    few = len(names) <= MOST_COLUMNS
-    rows = [["label", *([one_line(name) for name in names] if few else ["most probable"])]]
-    for label, probabilities in predictions:
-        if few:
-            cells = [f"{value:.2%}" for value in probabilities.values()]
-        else:
-            ranked = sorted(probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
-            cells = [", ".join(f"{one_line(name)} {value:.2%}" for name, value in ranked)]
-        rows.append([one_line(label), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for (label, *cells), text in zip(rows, ["text", *texts], strict=True):
-        aligned = [f"{cell:{'>' if few else '<'}{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *aligned, one_line(text, 80)]))
-    return "\n".join(lines)
+def _predict_all(
+    classifier: "Classifier", chunks: Iterator[Chunk], table: "Table | None", options: argparse.Namespace
+) -> tuple[int, float]:
+    """Predict chunk by chunk, and print or write each; returns the number of examples and the seconds of predicting."""
+    names = classifier.label_names
+    total = None if table is None else len(table.column(0))
+    shows_bar = sys.stderr.isatty() and bool(options.output or not sys.stdout.isatty())
+    count, seconds, missing = 0, 0.0, 0
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=total, unit=" examples", disable=not shows_bar, leave=False))
+        write = stack.enter_context(_open_answers(options, table, names))
+        for texts in chunks:
+            present = [text for text in texts if text is not None]
+            started = time.perf_counter()
+            predictions = iter(classifier.predict(present, options.batch_size))
+            seconds += time.perf_counter() - started
+            write(count, texts, [None if text is None else next(predictions) for text in texts])
+            count, missing = count + len(texts), missing + len(texts) - len(present)
+            bar.update(len(texts))
+    if missing:
+        print(f"Note: {missing:,} rows have no text, and no prediction.", file=sys.stderr)
+    return count, seconds
+
+
+@contextmanager
+def _open_answers(
+    options: argparse.Namespace, table: "Table | None", names: Sequence[str]
+) -> Iterator[Callable[[int, Chunk, "Sequence[Prediction | None]"], None]]:
+    """A function that prints or writes the predictions of a chunk, whose first row has the number that it gets."""
+    if options.output is None:
+        printed = _ConsoleTable(names)
+        yield _print_json_lines if options.json else lambda _, texts, predictions: printed.print(texts, predictions)
+        return
+    from ft.cli.output_table import new_names, open_output
+
+    if table is None:
+        is_json = options.output.suffix.lower() in (".json", ".jsonl")
+        columns = ["row", "text", "label", *(["probabilities"] if is_json else _probability_names(names))]
+    else:
+        wanted = ["predicted", "probability", *(_probability_names(names) if len(names) <= MOST_COLUMNS else [])]
+        columns = new_names(table.names, wanted)
+        if columns != wanted:
+            taken = ", ".join(name for name in wanted if name in table.names)
+            print(f"Note: {table.path} has {taken} already: the new columns are {', '.join(columns)}.", file=sys.stderr)
+    with open_output(options.output, columns, table) as writer:
+
+        def write(first: int, texts: Chunk, predictions: "Sequence[Prediction | None]") -> None:
+            rows: list[list[Any]] = []
+            for row, (text, prediction) in enumerate(zip(texts, predictions, strict=True), start=first):
+                if prediction is None:
+                    rows.append([None] * len(columns))
+                    continue
+                label, probabilities = prediction
+                if table is not None:
+                    rows.append([label, probabilities[label], *probabilities.values()][: len(columns)])
+                else:
+                    values = [probabilities] if columns[-1] == "probabilities" else probabilities.values()
+                    rows.append([row, text, label, *values])
+            writer.write(rows)
+
+        yield write
+
+
+def _probability_names(names: Sequence[str]) -> list[str]:
+    return [f"probability_{name}" for name in names]
+
+
+def _print_json_lines(first: int, texts: Chunk, predictions: "Sequence[Prediction | None]") -> None:
+    """Print an object for each example, with its row in the input from 0."""
+    for row, (text, prediction) in enumerate(zip(texts, predictions, strict=True), start=first):
+        label, probabilities = prediction or (None, None)
+        record = {"row": row, "text": text, "label": label, "probabilities": probabilities}
+        print(json.dumps(record, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+class _ConsoleTable:
+    """Prints a line for each example: its label, and the probability of each label, or of the most probable of many."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._few = len(names) <= MOST_COLUMNS
+        self._header = ["label", *([one_line(name) for name in names] if self._few else ["most probable"])]
+        self._widths: list[int] = []  # of the first chunk, also for those after it
+
+    def print(self, texts: Chunk, predictions: "Sequence[Prediction | None]") -> None:
+        """Print the next examples."""
+        rows = [] if self._widths else [(self._header, "text")]
+        for text, prediction in zip(texts, predictions, strict=True):
+            if prediction is None:
+                cells = [""] * len(self._header)
+            elif self._few:
+                cells = [one_line(prediction.label), *(f"{value:.2%}" for value in prediction.probabilities.values())]
+            else:
+                ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
+                likeliest = ", ".join(f"{one_line(name)} {value:.2%}" for name, value in ranked)
+                cells = [one_line(prediction.label), likeliest]
+            rows.append((cells, one_line(text or "", 80)))
+        self._widths = self._widths or [
+            max(map(len, column)) for column in zip(*(cells for cells, _ in rows), strict=True)
+        ]
+        align = ">" if self._few else "<"
+        for (label, *values), text in rows:
+            aligned = [f"{cell:{align}{width}}" for cell, width in zip(values, self._widths[1:], strict=True)]
+            print("  ".join([label.ljust(self._widths[0]), *aligned, text]))
+        sys.stdout.flush()
 
 
 def find_flag_problems(options: argparse.Namespace) -> list[str]:
@@ -199,26 +285,50 @@ def read_run_settings(source: Path) -> dict[str, Any]:
     return {}
 
 
-def _read_examples(options: argparse.Namespace) -> list[str]:
-    """Read the examples of --file, a table or one per line, or of standard input, one per line.
+def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[Chunk]]:
+    """The table of --file, if it is one, and its texts, or those of the arguments or lines, in chunks.
 
     Raises:
-        FtError: the input cannot be read, or is empty.
+        FtError: the input cannot be read, also while the chunks are.
     """
-    from ft.data.tables import read_texts  # here, since it imports torch
+    from ft.data.tables import read_table  # here, since it imports torch
 
     path, form = options.file, TextFormat(options.delimiter, options.encoding)
+    if options.texts:
+        return None, iter([options.texts])
+    if path is None or not suffix_of(path.name):
+        return None, _read_lines(path, form.encoding)
     try:
-        if path is not None and suffix_of(path.name):
-            column = options.text_column or read_run_settings(Path(options.model)).get("text_column", "text")
-            texts, notes = read_texts(path, column, form)
-            for note in notes:
-                print(f"Note: {note}.", file=sys.stderr)
-        else:
-            content = path.read_bytes() if path else sys.stdin.buffer.read()
-            texts = plain_lines(decoded(content, str(path or "standard input"), form.encoding))
+        column = options.text_column or read_run_settings(Path(options.model)).get("text_column", "text")
+        table, texts = read_table(path, column, form)
     except OSError as error:
-        raise FtError(f"cannot read {path or 'standard input'}: {error.strerror}") from error
-    if not texts:
-        raise FtError(f"{path or 'standard input'} has no lines: there is nothing to predict")
-    return texts
+        raise FtError(f"cannot read {path}: {error.strerror}") from error
+    for note in table.notes:
+        print(f"Note: {note}.", file=sys.stderr)
+    step = CHUNK_OF_BATCHES * options.batch_size
+    return table, (texts[first : first + step] for first in range(0, len(texts), step))
+
+
+def _read_lines(path: Path | None, encoding: str | None) -> Iterator[Chunk]:
+    """The lines of a file or of standard input, as they come.
+
+    Raises:
+        FtError: the input cannot be read, or is not text.
+    """
+    name = str(path or "standard input")
+    try:
+        with path.open("rb") if path else nullcontext(sys.stdin.buffer) as file:
+            pending, before, is_first = b"", 0, True
+            while block := file.read1(BLOCK):  # type: ignore[union-attr]  # what is there, without waiting for more
+                pending += block
+                if is_first and (encoding is not None or pending[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    pending += file.read()  # a line break may be other bytes
+                    break
+                complete, newline, pending = pending.rpartition(b"\n")
+                if newline:
+                    yield list(plain_lines(decoded(complete + newline, name, encoding, lines_before=before)))
+                    before, is_first = before + complete.count(b"\n") + 1, False
+            if pending:
+                yield list(plain_lines(decoded(pending, name, encoding, lines_before=before)))
+    except OSError as error:
+        raise FtError(f"cannot read {name}: {error.strerror}") from error

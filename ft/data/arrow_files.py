@@ -25,7 +25,7 @@ def read_parquet_table(path: Path) -> Table:
     def column(place: int) -> list[Any]:
         return _arrow_values(file.read(columns=[schema.names[place]]).column(0), path, schema.names[place])
 
-    return Table(path, schema.names, column, metadata=schema.metadata)
+    return Table(path, schema.names, column, metadata=schema.metadata, arrow=file.read)
 
 
 def read_arrow_table(path: Path) -> Table:
@@ -48,7 +48,7 @@ def read_arrow_table(path: Path) -> Table:
         values.validate(full=True)  # offsets of a damaged file may be out of bounds
         return _arrow_values(values, path, names[place])
 
-    return Table(path, names, column, metadata=table.schema.metadata)
+    return Table(path, names, column, metadata=table.schema.metadata, arrow=lambda: table)
 
 
 def _arrow_values(column: "pa.ChunkedArray", path: Path, name: str) -> list[Any]:

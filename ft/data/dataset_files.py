@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
-from ft.errors import FtError, shown
+from ft.errors import FtError, UsageError, shown
 from ft.io.formats import SUFFIXES, check_first_bytes, suffix_of
 from ft.io.hub import CONVERTED_REVISION, Source, find_files
 
@@ -68,6 +68,9 @@ def dataset_files(
     """
     path = Path(os.path.expanduser(dataset))
     if path.is_file():
+        if given := [name for name, value in (("revision", revision), ("config", part)) if value is not None]:
+            flags = " and ".join(f"--dataset-{name}" for name in given)
+            raise UsageError(f"--dataset is the file {path}, where {flags} has no meaning: leave it out")
         return {"train": [_single_file(path)]}
     if not path.exists() and suffix_of(dataset):
         raise FtError(f"there is no file {shown(dataset)}: check --dataset.")

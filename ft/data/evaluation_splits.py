@@ -8,7 +8,8 @@ from ft.data import dataset_files
 from ft.data.dataset_files import NoSplitError
 from ft.data.load import columns_of, read_splits
 from ft.data.splits import Split
-from ft.data.tables import NoLabelsError, read_split
+from ft.data.table import NoLabelsError
+from ft.data.tables import read_split
 from ft.data.text_files import TextFormat
 from ft.errors import FtError
 
@@ -35,10 +36,12 @@ def read_evaluation_splits(
     order = {None: ("test", "validation", "train"), "all": ("train", "validation", "test")}
     wanted: Sequence[str] = order.get(split, (str(split),))
     path = Path(config.dataset).expanduser()
-    if path.is_file() and not of_run:
-        wanted = [path.name if split in order else wanted[0]]
-    splits: dict[str, Split] = {}
     notes: list[str] = []
+    if path.is_file() and not of_run:
+        if split not in order:
+            notes.append(f"{path.name} is one file, without splits: all its rows are evaluated")
+        wanted = [path.name]
+    splits: dict[str, Split] = {}
     failures: list[FtError] = []
     for name in wanted:
         try:
@@ -77,5 +80,6 @@ def _read_split(
     (paths,) = files.values()
     remedy = "use the labels of the model in the data"
     form = TextFormat(config.delimiter, config.encoding)
-    split = read_split(name, paths, columns_of(config), label_names, form, remedy=remedy)
+    columns = columns_of(config)
+    split = read_split(name, paths, columns, label_names, form, skip_empty=config.skip_empty, remedy=remedy)
     return split, split.notes

@@ -94,6 +94,17 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
     return tokens
 
 
+def length_of(example: Example) -> int:
+    """The tokens of an example, all targets included, as --max-length counts them."""
+    return len(example.input_ids) + 1  # all targets but the last are inputs too
+
+
+def keep_end(example: Example, max_length: int) -> Example:
+    """The last `max_length` tokens of an example."""
+    input_ids = example.input_ids[-(max_length - 1) :]
+    return Example(input_ids, example.target_ids[-len(input_ids) :])
+
+
 def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_length: int) -> list[Example]:
     """Tokenize the rows of a split: the input is [tokens of the text, end-of-text], the target the token of the label.
 
@@ -118,12 +129,12 @@ def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_len
         if not 0 <= label < len(label_ids):
             limit = len(label_ids) - 1
             raise FtError(
-                f"the label in row {split.rows[row] if split.rows else row} of the {split.name} split is {label}, it "
-                f"must be from 0 to {limit}; correct the data or name more labels by --label-names"
+                f"the label in {split.where(row)} is {label}, it must be from 0 to {limit}; correct the data, or name "
+                "all labels by --label-names"
             )
     encodings = tokenizer.encode_batch_fast(split.texts, add_special_tokens=False)
     return [
-        Example(input_ids=[*encoding.ids, end_of_text][-(max_length - 1) :], target_ids=[label_ids[label]])
+        keep_end(Example(input_ids=[*encoding.ids, end_of_text], target_ids=[label_ids[label]]), max_length)
         for encoding, label in zip(encodings, split.labels, strict=True)
     ]
 
@@ -142,6 +153,6 @@ def _encode_completions(
     examples = []
     for prompt, completion in zip(encoded_prompts, encoded_completions, strict=True):
         targets = [*completion.ids, end_of_text]
-        tokens = [*(prompt.ids or [end_of_text]), *targets][-max_length:]
-        examples.append(Example(input_ids=tokens[:-1], target_ids=targets[-(len(tokens) - 1) :]))
+        tokens = [*(prompt.ids or [end_of_text]), *targets]
+        examples.append(keep_end(Example(tokens[:-1], targets), max_length))
     return examples

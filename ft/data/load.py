@@ -10,13 +10,16 @@ from tokenizers import Tokenizer
 from ft.config import Config
 from ft.data import dataset_files
 from ft.data.demo import write_demo
-from ft.data.examples import Example, encode, label_tokens
+from ft.data.examples import Example, encode, keep_end, label_tokens, length_of
 from ft.data.splits import Split, stratified
-from ft.data.tables import WHOLE_NUMBER, Columns, NoLabelsError, listed, read_split
+from ft.data.table import NoLabelsError, listed
+from ft.data.tables import WHOLE_NUMBER, Columns, read_split
 from ft.data.text_files import TextFormat
-from ft.errors import FtError, UsageError, shown
+from ft.errors import FtError, shown
+from ft.io.formats import TEXT_SUFFIXES
 
 VALIDATION_FRACTION = 0.1  # of the training rows, if there is no validation split
+UNLIMITED = 2**62  # a maximum length that cuts nothing
 MOST_NOTES = 4  # on labels of several tokens; more are summed up in one
 
 
@@ -30,6 +33,7 @@ class Data:
         label_names: the names of the labels; empty for completions.
         label_ids: the token of each label; empty for completions.
         tokenizer: that of the model.
+        lengths: tokens of each row of each split, before it is cut to --max-length.
         notes: notes for the user on how the data were read, a sentence each.
     """
 
@@ -38,7 +42,31 @@ class Data:
     label_names: tuple[str, ...]
     label_ids: list[int]
     tokenizer: Tokenizer
+    lengths: dict[str, list[int]]
     notes: list[str]
+
+    def describe_cut(self, max_length: int, limit: int) -> list[str]:
+        """A note on the examples that are longer than `max_length`, and the lengths that keep more; none if none is.
+
+        Args:
+            max_length: the tokens that are kept.
+            limit: the most that the model can read.
+        """
+        lengths = sorted(length for lengths in self.lengths.values() for length in lengths)
+        cut = sum(length > max_length for length in lengths)
+        if not cut:
+            return []
+        wanted = {"95%": lengths[(len(lengths) * 95 - 1) // 100], "all": lengths[-1]}
+        better = [f"{length:,} {share}" for share, length in wanted.items() if max_length < length <= limit]
+        advice = f"the model reads at most {limit:,}"
+        if better:
+            advice = f"--max-length {better[0].replace(' ', ' keeps ')} of them complete" + "".join(
+                f", {each}" for each in better[1:]
+            )
+        return [
+            f"{cut:,} of {len(lengths):,} examples are longer than --max-length {max_length:,} and keep their end; "
+            f"{advice}"
+        ]
 
     def sha256(self) -> str:
         """The SHA-256 of all examples, by which a resumed run recognizes its data."""
@@ -58,15 +86,7 @@ def with_demo_inputs(config: Config, directory: Path, *, write: bool = True) -> 
 
 
 def columns_of(config: Config) -> Columns:
-    """The columns that a run reads.
-
-    Raises:
-        UsageError: a prompt column is named, but no completion column.
-    """
-    if config.completion_column is None and config.prompt_column != Config.prompt_column:
-        raise UsageError(
-            f"--prompt-column is {shown(config.prompt_column)} without --completion-column: give both or neither"
-        )
+    """The columns that a run reads."""
     if config.completion_column is not None:
         return Columns(text=config.prompt_column, completion=config.completion_column)
     return Columns(text=config.text_column, label=config.label_column)
@@ -92,10 +112,11 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     label_names = label_names or _configured_names(config)
     splits: dict[str, Split] = {}
     notes: list[str] = []
+    notes += _unused_format(form, files)
     for name, paths in files.items():  # the training split first: its words are the labels of all splits
         names = label_names or (splits["train"].label_names if splits else None)
         try:
-            splits[name] = read_split(name, paths, columns, names, form)
+            splits[name] = read_split(name, paths, columns, names, form, skip_empty=config.skip_empty)
         except NoLabelsError as error:
             if name == "train":
                 raise
@@ -108,10 +129,8 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         # Empty or duplicate names are left for `label_tokens`, whose error gives the reason.
         if train_names is not None and len(set(train_names) - {""}) == len(train_names) > 1:
             splits = {name: renumber(split, train_names) for name, split in splits.items()}
-        if label_names is None and splits["train"].label_names is None:
-            splits = _with_numbers_as_names(splits)
-            numbers = listed(splits["train"].label_names or ())
-            notes.append(f"the labels are the numbers {numbers} themselves; --label-names names them in this order")
+        splits, numbers_note = _name_numbers(splits, label_names)
+        notes += numbers_note
     train = splits["train"]
     if "validation" not in splits:
         count = round(VALIDATION_FRACTION * len(train.texts))
@@ -137,31 +156,66 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     return {**ordered, "train": train}, notes
 
 
+def _unused_format(form: TextFormat, files: dict[str, list[Path]]) -> list[str]:
+    """Notes on a --delimiter and an --encoding that no file uses."""
+    names = [path.name.lower().removesuffix(".gz") for paths in files.values() for path in paths]
+    notes = []
+    if form.delimiter is not None and not any(name.endswith((".csv", ".tsv")) for name in names):
+        notes.append("--delimiter has no effect, as no file is a .csv or .tsv")
+    if form.encoding is not None and not any(name.endswith(tuple(TEXT_SUFFIXES)) for name in names):
+        notes.append("--encoding has no effect, as no file is text")
+    return notes
+
+
 def _configured_names(config: Config) -> list[str] | None:
     """The label names of --label-names."""
     return None if config.label_names is None else [name.strip() for name in config.label_names.split(",")]
 
 
-def _with_numbers_as_names(splits: dict[str, Split]) -> dict[str, Split]:
-    """The same splits with the numbers of the training split, such as stars from 1 to 5, as label names.
+def _name_numbers(splits: dict[str, Split], label_names: Sequence[str] | None) -> tuple[dict[str, Split], list[str]]:
+    """Name the numbers of the training split that are not 0, 1, ..., such as stars from 1 to 5.
+
+    Without `label_names` the numbers are their own names. Otherwise the names are those of the numbers in ascending
+    order, if there are as many of each.
+
+    Returns:
+        The splits, with labels that are places in the names, and at most one note.
 
     Raises:
         FtError: another split has a label that the training split has not.
     """
-    numbers = sorted(set(splits["train"].labels))
+    train = splits["train"]
+    numbers = sorted(set(train.labels))
+    if train.in_words or train.label_names is not None:
+        return splits, []
+    if label_names is None:
+        names = tuple(map(str, numbers))
+        note = f"the labels are the numbers {listed(names)} themselves; --label-names names them in this order"
+    elif numbers[-1] >= len(label_names) == len(numbers) or (numbers[0] < 0 and len(label_names) == len(numbers)):
+        names = tuple(label_names)
+        pairs = [f"{number} is {name}" for number, name in zip(numbers, names, strict=True)]
+        note = f"the label {listed(pairs)}"
+    else:
+        return splits, []
     index_of = {number: i for i, number in enumerate(numbers)}
-    names = tuple(map(str, numbers))
-    for name, split in splits.items():
+    for split in splits.values():
         row = next((row for row, label in enumerate(split.labels) if label not in index_of), None)
         if row is not None:
             raise FtError(
-                f"the label in row {row} of the {name} split is {split.labels[row]}, those to train on are "
-                f"{listed(names)}: correct the data"
+                f"the label in {split.where(row)} is {split.labels[row]}, those to train on are "
+                f"{listed(list(map(str, numbers)))}: correct the data"
             )
-    return {
-        name: replace(split, labels=[index_of[label] for label in split.labels], label_names=names, in_words=True)
+    named = {
+        name: replace(
+            split,
+            labels=[index_of[label] for label in split.labels],
+            label_names=names,
+            label_numbers=None if label_names is None else tuple(numbers),
+            in_words=True,
+        )
         for name, split in splits.items()
     }
+    return named, [note]
 
 
 def renumber(split: Split, names: Sequence[str]) -> Split:
@@ -181,8 +235,7 @@ def renumber(split: Split, names: Sequence[str]) -> Split:
         name = split_names[label] if 0 <= label < len(split_names) else str(label)
         if name not in number_of:
             raise FtError(
-                f"the label in row {split.rows[row] if split.rows else row} of the {split.name} split is {name!r}, "
-                f"the labels are {listed(names)}: correct the data"
+                f"the label in {split.where(row)} is {name!r}, the labels are {listed(names)}: correct the data"
             )
         labels.append(number_of[name])
     return replace(split, labels=labels, label_names=tuple(names))
@@ -236,8 +289,10 @@ def read_data(config: Config, tokenizer: Tokenizer) -> Data:
         or_numbers = config.label_names is None or splits["train"].in_words
         label_ids = label_tokens(names, tokenizer, or_numbers=or_numbers)
         notes += _notes_on_tokens(names, label_ids, tokenizer)
-    examples = {name: encode(split, tokenizer, label_ids, config.max_length) for name, split in splits.items()}
-    return Data(splits, examples, names, label_ids, tokenizer, notes)
+    complete = {name: encode(split, tokenizer, label_ids, UNLIMITED) for name, split in splits.items()}
+    lengths = {name: list(map(length_of, examples)) for name, examples in complete.items()}
+    cut = {name: [keep_end(each, config.max_length) for each in examples] for name, examples in complete.items()}
+    return Data(splits, cut, names, label_ids, tokenizer, lengths, notes)
 
 
 def names_of(config: Config, train: Split) -> tuple[str, ...]:

@@ -58,13 +58,21 @@ def read_bytes(path: Path) -> bytes:
         raise FtError(f"cannot read {path}: it is damaged or truncated ({error})") from error
 
 
-def decoded(content: bytes, name: str, encoding: str | None) -> str:
+def encoding_of(content: bytes, encoding: str | None) -> str:
+    """Python's name of the encoding that `decoded` uses; what is written in it begins with the same byte order mark."""
+    marked = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
+    mark = next((kind for mark, kind in BYTE_ORDER_MARKS if content.startswith(mark)), None)
+    return marked[mark] if mark else encoding or "utf-8"
+
+
+def decoded(content: bytes, name: str, encoding: str | None, *, lines_before: int = 0) -> str:
     """Decode the content of a file: by its byte order mark, else in `encoding`, else as UTF-8.
 
     Args:
         content: the bytes.
         name: the file, for messages.
         encoding: the encoding that the user names.
+        lines_before: lines of the file before `content`, for messages.
 
     Raises:
         FtError: the content is in another encoding, or is not text.
@@ -79,9 +87,10 @@ def decoded(content: bytes, name: str, encoding: str | None) -> str:
     try:
         text = content.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = lines_before + content.count(b"\n", 0, error.start) + 1
+        byte = error.start - (content.rfind(b"\n", 0, error.start) + 1 if lines_before else 0)
         raise FtError(
-            f"{name} is not {encoding or 'UTF-8'}: {error.reason} in line {line:,}, byte {error.start:,}; name its "
+            f"{name} is not {encoding or 'UTF-8'}: {error.reason} in line {line:,}, byte {byte:,}; name its "
             "encoding, such as --encoding cp1252 for files of Windows programs, or save it as UTF-8"
         ) from error
     except (LookupError, UnicodeError) as error:
@@ -121,7 +130,8 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
         FtError: it is not a table.
         UsageError: the delimiter is not one character, or there is no such encoding.
     """
-    text = decoded(read_bytes(path), str(path), form.encoding)
+    content = read_bytes(path)
+    text = decoded(content, str(path), form.encoding)
     if not text.strip():
         raise FtError(f"{path} is empty: its first line must name the columns")
     default = "\t" if ".tsv" in path.name.lower() else ","
@@ -140,7 +150,10 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
         notes.append(f"{len(rows) - len(kept):,} rows of {path.name} that repeat the names of its columns are left out")
         rows, lines = [rows[row] for row in kept], [lines[row] for row in kept]
     columns = list(zip(*rows, strict=True)) or [()] * len(found.names)
-    return Table(path, found.names, columns.__getitem__, lines, notes=tuple(notes))
+    encoding = encoding_of(content, form.encoding)
+    return Table(
+        path, found.names, columns.__getitem__, lines, delimiter=delimiter, encoding=encoding, notes=tuple(notes)
+    )
 
 
 def _detect_delimiter(text: str, wanted: Sequence[str], default: str, given: str | None) -> str:

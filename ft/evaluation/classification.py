@@ -110,14 +110,14 @@ def confident_mistakes(probabilities: Tensor, labels: Tensor, number: int) -> li
 
 def mistake_records(
     probabilities: Tensor, split: Split, label_names: Sequence[str], number: int
-) -> list[dict[str, int | float | str]]:
-    """The most confident errors: row in the split, true label, predicted label, its probability, and text."""
-    mistakes: list[dict[str, int | float | str]] = []
+) -> list[dict[str, int | float | str | None]]:
+    """The most confident errors: place in the files, true label, predicted label, its probability, and text."""
+    mistakes: list[dict[str, int | float | str | None]] = []
     for row in confident_mistakes(probabilities, torch.tensor(split.labels), number):
         probability, label = probabilities[row].max(dim=0)
         mistakes.append(
             {
-                "row": row,
+                **split.place_record(row),
                 "true": label_names[split.labels[row]],
                 "label": label_names[int(label)],
                 "probability": probability.item(),

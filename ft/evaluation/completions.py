@@ -98,12 +98,12 @@ def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int)
 
 def failure_records(
     model: GPT2, tokenizer: Tokenizer, split: Split, examples: Sequence[Example], scored: ExampleScores, number: int
-) -> list[dict[str, int | float | str]]:
-    """The worst completions: row in the split, loss per token, prompt, completion, and what the model generates."""
+) -> list[dict[str, int | float | str | None]]:
+    """The worst completions: place in the files, loss per token, prompt, completion, and what the model generates."""
     completions = split.completions or []
     return [
         {
-            "row": row,
+            **split.place_record(row),
             "loss": (scored.losses[row] / scored.counts[row]).item(),
             "right_tokens": int(scored.hits[row]),
             "tokens": int(scored.counts[row]),

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ft.checkpoint.model_description import read_description
 from ft.checkpoint.store import checkpoints, is_checkpoint, verify_checkpoint
-from ft.data.tables import listed
+from ft.data.table import listed
 from ft.device import use_device
 from ft.errors import FtError
 from ft.inference.generation import Generation

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ft.io.direct_io import BufferPair, write_verified
 from ft.io.manifest import MANIFEST
@@ -107,8 +107,9 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file under a temporary name, flush it, and rename it.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name, flush it, and rename it when the context ends without an exception.
 
     Raises:
         OSError: the disk is full or the system refuses; `path` is unchanged.
@@ -116,10 +117,16 @@ def atomic_write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".unfinished-{os.getpid()}")
     try:
         unfinished.unlink(missing_ok=True)  # a link planted here would be written through
-        with unfinished.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with unfinished.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode())

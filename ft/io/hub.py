@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ft.errors import FtError, shown
+from ft.errors import FtError, UsageError, shown
 from ft.io.formats import check_first_bytes, suffix_of
 from ft.io.stall import StalledError, run_with_stall_timeout
 
@@ -69,7 +69,9 @@ def find_files(source: Source, choose: _Choice) -> dict[str, Path]:
         elif source.revision is None:
             files = {name: directory / name for name in choose(_names_in(directory, source))}
         else:
-            raise FtError(f"{directory} is a local directory and has no revisions: leave out --{source.kind}-revision.")
+            raise UsageError(
+                f"{directory} is a local directory and has no revisions: leave out --{source.kind}-revision."
+            )
         for path in files.values():
             check_first_bytes(path)
     except OSError as error:

@@ -6,9 +6,9 @@ from pathlib import Path
 from ft.checkpoint import resume
 from ft.config import Config
 from ft.data.load import Data
-from ft.data.tables import listed
+from ft.data.table import listed
 from ft.device import Precision
-from ft.errors import one_line, printable
+from ft.errors import one_line, printable, quoted
 from ft.evaluation.evaluate import Evaluation
 from ft.evaluation.perplexity import GeneralText, perplexity
 from ft.inference.classifier import predict
@@ -70,7 +70,7 @@ def _describe_targets(config: Config, data: Data) -> str:
 def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
     """The summary at the end of a run."""
     examples = state.step * config.rows_per_step
-    run = Path(printable(str(run)))
+    command, run = quoted(run), Path(printable(str(run)))
     return (
         ("" if state.step >= last_step else f"\nStopped early: {resume.describe_end(state, last_step)}.")
         + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
@@ -83,7 +83,7 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + _forgotten(state)
         + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
         f"{run / 'metrics.jsonl'}. To use it: python run.py "
-        + (f'predict {run} "an example"' if config.completion_column is None else f'generate {run} "a prompt"')
+        + (f'predict {command} "an example"' if config.completion_column is None else f'generate {command} "a prompt"')
     )
 
 

@@ -288,11 +288,12 @@ def _evaluation(run: Recorded, number: int, several: bool) -> str:
 
 def _mistake(mistake: dict[str, object]) -> str:
     words, probability = str(mistake["text"]), mistake["probability"]
+    place = f"row {mistake['row']}" if mistake.get("line") is None else f"line {mistake['line']}"
     rest = f' <span class="soft">… and {len(words) - LONGEST_TEXT:,} more characters</span>'
     return (
         f'<li><blockquote dir="auto">{text(words[:LONGEST_TEXT])}{rest * (len(words) > LONGEST_TEXT)}</blockquote>\n'
         f"<p>predicted <b>{_bdi(mistake['label'])}</b> at {probability:.1%}, true <b>{_bdi(mistake['true'])}</b> "
-        f'<span class="soft">row {text(mistake["row"])}</span></p></li>'
+        f'<span class="soft">{text(place)}</span></p></li>'
     )
 
 

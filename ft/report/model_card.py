@@ -42,7 +42,7 @@ The same with ft:
 ```python
 import ft
 
-classifier = ft.load(".", max_length={max_length})
+classifier = ft.load(".")
 print(classifier.predict(["an input like the training data"]))
 ```
 """
@@ -93,9 +93,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
     task = "classifies text" if data.label_names else "completes a prompt"
     length = config.max_length
     usage = CLASSIFY if data.label_names else COMPLETE
-    snippet = usage.format(
-        labels=repr(list(data.label_names)), label_ids=data.label_ids, length=length - 1, max_length=length
-    )
+    snippet = usage.format(labels=repr(list(data.label_names)), label_ids=data.label_ids, length=length - 1)
     return "\n".join(
         [
             "---",
@@ -205,7 +203,12 @@ def _forgotten(state: State) -> list[str]:
 
 
 def _limits(config: Config, data: Data) -> list[str]:
-    kept = f"In training, examples of more than {config.max_length} tokens were truncated to their end."
+    lengths = data.lengths["train"]
+    cut = sum(length > config.max_length for length in lengths)
+    kept = (
+        f"In training, examples of more than {config.max_length} tokens were truncated to their end: {cut:,} of "
+        f"{len(lengths):,}."
+    )
     if not data.label_names:
         return [
             f"- {kept}",

@@ -60,7 +60,15 @@ def test_every_field_has_a_flag(name, form):
         arguments = [flag(name), *value] if form == "two words" else [f"{flag(name)}={value[0]}"]
     else:
         arguments = [flag(name), str(value)] if form == "two words" else [f"{flag(name)}={value}"]
-    follows = {"demo": DEMO_SETTINGS, "resume": {"output_dir": value}}.get(name, {})
+    arguments += {"prompt_column": ["--completion-column", "c"], "max_skipped_steps": ["--on-nonfinite", "skip"]}.get(
+        name, []
+    )
+    follows = {
+        "prompt_column": {"completion_column": "c"},
+        "max_skipped_steps": {"on_nonfinite": "skip"},
+        "demo": DEMO_SETTINGS,
+        "resume": {"output_dir": value},
+    }.get(name, {})
     assert read_arguments(arguments) == Config(**{name: value, **follows})
 
 

@@ -123,7 +123,10 @@ REMEDY = ": name them by --text-column and --label-column, or --prompt-column an
         ({"sentence": ["a"]}, "{path} has no column 'text'; its columns are sentence" + REMEDY),
         ({"text": [7], "label": [0]}, "the text in row 0 of {path} is 7, it must be text"),
         ({"text": [b"a"], "label": [0]}, "the text in row 0 of {path} is b'a', it must be text"),
-        ({"text": [None], "label": [0]}, "the text in row 0 of {path} is missing; fill it in or leave the row out"),
+        (
+            {"text": [None], "label": [0]},
+            "the text in row 0 of {path} is missing; fill it in, or leave the row out by --skip-empty",
+        ),
         (
             {"text": ["a"], "label": [0.5]},
             "the label in row 0 of {path} is 0.5, it must be a whole number or a word",
@@ -134,11 +137,11 @@ REMEDY = ": name them by --text-column and --label-column, or --prompt-column an
         ),
         (
             {"text": ["a", "b", None, None], "label": [0, 1, 0, 1]},
-            "the text in 2 rows of {path} (rows 2, 3) is missing; fill it in or leave the rows out",
+            "the text in 2 rows of {path} (rows 2, 3) is missing; fill it in, or leave the rows out by --skip-empty",
         ),
         (
             {"text": ["a", "b"], "label": [0, None]},
-            "the label in row 1 of {path} is missing; fill it in or leave the row out",
+            "the label in row 1 of {path} is missing; fill it in, or leave the row out by --skip-empty",
         ),
         (
             {"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())},

@@ -160,7 +160,7 @@ def test_words_are_numbered_by_the_names_given(tmp_path):
         (
             "x.csv",
             b"text,label\na,\nb,pos\n",
-            r"the label in row 0 of .*x.csv \(line 2\) is missing; fill it in or leave",
+            r"the label in row 0 of .*x.csv \(line 2\) is missing; fill it in, or leave",
         ),
         ("x.csv", b"text,label\n\xff,1\n", "x.csv is not UTF-8: invalid start byte in line 2, byte 11; name its enc"),
         ("x.csv", b'text,label\n"a,b,1\nc,0\n', "the row that begins in line 2 is not complete"),

@@ -402,7 +402,7 @@ def test_all_empty_labels_are_counted_with_their_lines(tmp_path):
     frame = pandas.DataFrame({"text": ["two\nlines", "b", "c", "d"], "label": ["pos", None, "neg", None]})
     frame.to_csv(tmp_path / "x.csv", index=False)
     with pytest.raises(
-        FtError, match=r"the label in 2 rows of .*x.csv \(lines 4, 6\) is missing; fill it in or leave the"
+        FtError, match=r"the label in 2 rows of .*x.csv \(lines 4, 6\) is missing; fill it in, or leave the"
     ):
         split_of(tmp_path / "x.csv")
     frame.to_parquet(tmp_path / "x.parquet")

@@ -100,8 +100,8 @@ HTML = b"<!DOCTYPE html><html><body>502 Bad Gateway</body></html>"
 DATA = [
     ("null text", lambda i: i.rows(texts(None), labels(0)), "the text in row 0 of"),
     ("null label", lambda i: i.rows(texts("a"), labels(None)), "the label in row 0 of"),
-    ("label too large", lambda i: i.rows(texts("a"), labels(2)), "the label in row 0 of the train split is 2"),
-    ("label negative", lambda i: i.rows(texts("a"), labels(-1)), "the label in row 0 of the train split is -1"),
+    ("label too large", lambda i: i.rows(texts("a"), labels(2)), "train.parquet is 2, it must be from 0 to 1"),
+    ("label negative", lambda i: i.rows(texts("a"), labels(-1)), "train.parquet is -1, it must be from 0 to 1"),
     (
         "a word that is no label",
         lambda i: i.rows(texts(), ["pos", "neg"] * 4 + ["po", "neg"], "validation"),
