@@ -79,7 +79,7 @@ class Session:
         self._seconds_before = state.seconds  # in earlier processes of a resumed run
         self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
         self._components, self._report, self._stopping = components, report, stopping
-        self._source = inputs.description.source(inputs.data.label_names)
+        self._source = inputs.description.source(inputs.data.label_names, run.config.max_length)
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
         self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
         self._last_split = "test" if "test" in inputs.data.examples else "validation"

@@ -28,15 +28,15 @@ class ModelDescription:
     config: GPT2Config
     tokenizer: TokenizerSource
 
-    def source(self, label_names: Sequence[str]) -> ModelSource:
-        """What every saved model gets from its source. Texts end with `<|endoftext|>`, as in training."""
+    def source(self, label_names: Sequence[str], max_length: int | None = None) -> ModelSource:
+        """What every saved model gets from its source and its task. Texts end with `<|endoftext|>`, as in training."""
         tokenizer = self.tokenizer.tokenizer
         published, end = dict(self.published), tokenizer.token_to_id(END_OF_TEXT)
         ends = published.get("eos_token_id")
         if end != ends and not (isinstance(ends, list) and end in ends):
             published["eos_token_id"] = end
         published.setdefault("bos_token_id", end)
-        return ModelSource(published, self.tokenizer.serialized, label_names, self.tokenizer.about)
+        return ModelSource(published, self.tokenizer.serialized, label_names, self.tokenizer.about, max_length)
 
 
 def read_description(files: ModelFiles) -> ModelDescription:

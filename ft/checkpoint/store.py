@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ft.checkpoint.saved_task import task_fields
 from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot, read_state
 from ft.errors import FtError
 from ft.io.atomic import UNFINISHED, Executor, StagedDirectory, atomic_directory, run_now
@@ -61,14 +62,16 @@ class ModelSource:
     Attributes:
         config: the published config.json.
         tokenizer: the content of tokenizer.json, whose file may be gone when the model is saved.
-        label_names: the names of the labels, saved in config.json as `id2label`.
+        label_names: the names of the labels, saved in config.json; empty for completions.
         about_tokenizer: the content of tokenizer_config.json and similar files, by file name.
+        max_length: tokens of an example in training, saved in config.json; None if unknown.
     """
 
     config: dict[str, Any]
     tokenizer: bytes
     label_names: Sequence[str]
     about_tokenizer: Mapping[str, bytes]
+    max_length: int | None = None
 
 
 def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
@@ -82,6 +85,7 @@ def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, T
     published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     if source.label_names:  # none for completions
         published |= labels
+    published |= task_fields(source.label_names, source.max_length)
     staged.write_json("config.json", published)
     staged.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})
     for name, content in source.about_tokenizer.items():

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ft.checkpoint.saved_task import read_task
 from ft.config import Config
 from ft.data.batches import by_length, in_batches
 from ft.data.examples import encode, label_tokens, require_utf8
@@ -91,36 +92,26 @@ def load(
             directory or Hub id with config.json, tokenizer.json and model.safetensors of a GPT-2.
         device: as for `--device`. Default: the best that is available. A CUDA device becomes the current one.
         label_names: the names of the labels. Default: those in the model's config.json.
-        max_length: tokens per example. Default: that of the run, or 32 without a run.
+        max_length: tokens per example. Default: that saved with the model, else that of the run it is in, else 32.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         FtError: there is no such model, it is damaged, or two labels begin with the same token.
     """
     loaded = load_language_model(source, device=device, revision=revision)
-    published_names = _label_names(loaded.published)
-    names = tuple(label_names) if label_names is not None else published_names
+    saved = read_task(loaded.published)
+    names = tuple(label_names) if label_names is not None else saved.label_names
+    length = max_length or saved.max_length or _max_length_of_run(Path(loaded.source))
     return Classifier(
         **vars(loaded),
         named_labels=names,
-        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=names == published_names),
-        max_length=min(max_length or _max_length_of_run(Path(loaded.source)), loaded.model.config.n_positions),
+        label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=names == saved.label_names),
+        max_length=min(length, loaded.model.config.n_positions),
     )
 
 
-def _label_names(published: dict[str, object]) -> tuple[str, ...] | None:
-    """The names in `id2label`, unless they are the placeholders LABEL_0, LABEL_1, ... of `transformers`."""
-    entries = published.get("id2label")
-    if not isinstance(entries, dict):
-        return None
-    names = [entries.get(str(label)) for label in range(len(entries))]
-    if not all(isinstance(name, str) for name in names) or names == [f"LABEL_{i}" for i in range(len(names))]:
-        return None
-    return tuple(map(str, names))
-
-
 def _max_length_of_run(directory: Path) -> int:
-    """--max-length of the run that a model or checkpoint is in; the default if it is not in a run directory."""
+    """--max-length of the run that a model of an earlier version is in; the default if it is not in a run."""
     if not (directory.is_dir() or is_path(str(directory))):  # a Hub id
         return Config.max_length
     try:

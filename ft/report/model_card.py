@@ -42,7 +42,7 @@ The same with ft:
 ```python
 import ft
 
-classifier = ft.load(".", max_length={max_length})
+classifier = ft.load(".")
 print(classifier.predict(["an input like the training data"]))
 ```
 """
@@ -93,9 +93,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
     task = "classifies text" if data.label_names else "completes a prompt"
     length = config.max_length
     usage = CLASSIFY if data.label_names else COMPLETE
-    snippet = usage.format(
-        labels=repr(list(data.label_names)), label_ids=data.label_ids, length=length - 1, max_length=length
-    )
+    snippet = usage.format(labels=repr(list(data.label_names)), label_ids=data.label_ids, length=length - 1)
     return "\n".join(
         [
             "---",

@@ -83,7 +83,7 @@ def test_every_place_of_a_model_is_found(finished, inputs, tmp_path):
     assert load(unfinished, device="cpu").predict(TEXTS) == whole
     shutil.copytree(finished / "final", tmp_path / "moved")
     moved = load(tmp_path / "moved", device="cpu")
-    assert (moved.max_length, moved.label_names) == (32, ("neg", "pos"))
+    assert (moved.max_length, moved.label_names) == (20, ("neg", "pos"))
     untrained = load(inputs[1], device="cpu", label_names=["neg", "pos"], max_length=9)
     assert untrained.max_length == 9
     assert untrained.predict(TEXTS) != whole
