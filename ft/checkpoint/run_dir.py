@@ -15,6 +15,7 @@ from ft.distributed.ranks import Ranks
 from ft.errors import FtError, UsageError, shown
 from ft.io.atomic import remove_stale_staging
 from ft.io.lock import LOCK, DirectoryLock, locked
+from ft.io.model_layout import EXPORTED_FILES
 from ft.io.plain_files import remove
 from ft.settings import read_config_file, run_directory_of
 from ft.train.state import State
@@ -189,7 +190,7 @@ def _size(number: float) -> str:
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, except the inputs of --demo; other files in the directory are kept."""
-    written = ("metrics.jsonl", "scores.json", "tensorboard", "final")
+    written = ("metrics.jsonl", "scores.json", "tensorboard", "final", *EXPORTED_FILES)
     for path in (
         *(run / name for name in written),
         *store.checkpoints(run),

@@ -38,7 +38,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COPIED_FIELDS = (*GPT2Config.FIXED, "n_ctx", *TOKEN_IDS)
 
 
-def _copied_fields(published: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def copied_fields(published: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The fields that are copied, if their values are of the types that `transformers` reads."""
     kept = {}
     for key in (key for key in COPIED_FIELDS if key in published):
@@ -82,7 +82,7 @@ def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, T
         "id2label": {str(label): name for label, name in enumerate(source.label_names)},
         "label2id": {name: label for label, name in enumerate(source.label_names)},
     }
-    published = _copied_fields(source.config, config.vocab_size) | asdict(config)
+    published = copied_fields(source.config, config.vocab_size) | asdict(config)
     # The weights are fp32, whatever dtype the source had; `transformers` loads them in the dtype of the file.
     published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     if source.label_names:  # none for completions

@@ -18,14 +18,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ft.data.examples import END_OF_TEXT, read_tokenizer, require_utf8
 from ft.errors import FtError
-from ft.io.model_layout import ABOUT_TOKENIZER, MERGES, TOKENIZER, VOCABULARY
+from ft.io.model_layout import ABOUT_TOKENIZER, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from ft.io.plain_files import read_json
 
-TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 # Where `transformers` loaded a tokenizer from, and `auto_map`, which names remote code.
 NOT_COPIED = ("auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local", "local_files_only")
 # `transformers` loads the second from tokenizer.json as it is, and the first from its vocabulary alone.
@@ -93,7 +89,7 @@ def _saved_config(config: Mapping[str, Any], tokenizer: Tokenizer, special: Mapp
     if not _is_gpt2_class(saved.get("tokenizer_class")) and not is_remote:
         return saved
     saved = {**{name: END_OF_TEXT for name in SPECIAL_NAMES[:3] if name not in special}, **saved}
-    if is_remote or not _is_gpt2_pipeline(tokenizer):
+    if is_remote or not is_gpt2_pipeline(tokenizer):
         return {**saved, "tokenizer_class": GENERAL_CLASS}
     return {"tokenizer_class": GPT2_CLASS, **saved, "add_prefix_space": tokenizer.pre_tokenizer.add_prefix_space}
 
@@ -103,7 +99,7 @@ def _is_gpt2_class(name: object) -> bool:
     return name in (None, GPT2_CLASS, f"{GPT2_CLASS}Fast")
 
 
-def _is_gpt2_pipeline(tokenizer: Tokenizer) -> bool:
+def is_gpt2_pipeline(tokenizer: Tokenizer) -> bool:
     """Whether a pipeline is the one that `GPT2Tokenizer` builds: byte-level BPE and nothing else."""
     model, pre_tokenizer = tokenizer.model, tokenizer.pre_tokenizer
     return (
@@ -125,7 +121,7 @@ def _apply_prefix_space(tokenizer: Tokenizer, config: Mapping[str, Any]) -> bool
     prefix = config.get("add_prefix_space")
     if type(prefix) is not bool or not _is_gpt2_class(config.get("tokenizer_class")):
         return False
-    if not _is_gpt2_pipeline(tokenizer) or tokenizer.pre_tokenizer.add_prefix_space == prefix:
+    if not is_gpt2_pipeline(tokenizer) or tokenizer.pre_tokenizer.add_prefix_space == prefix:
         return False
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=prefix)
     return True

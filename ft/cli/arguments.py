@@ -34,6 +34,7 @@ examples:
   python run.py evaluate runs/rotten_tomatoes --split test
   python run.py explain --demo           follow one example through one training step
   python run.py generate runs/rotten_tomatoes "the film"
+  python run.py export runs/rotten_tomatoes --to classifier     for pipelines of transformers; --to gguf for llama.cpp
   python run.py report runs/rotten_tomatoes     curves, mistakes and settings as one HTML file
 """
 
@@ -43,6 +44,7 @@ COMMANDS = {
     "evaluate": ("ft.cli.evaluate", "evaluate"),
     "explain": ("ft.cli.main", "explain"),
     "generate": ("ft.cli.generate", "generate"),
+    "export": ("ft.cli.export", "export"),
     "report": ("ft.cli.report", "report"),
 }
 

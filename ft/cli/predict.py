@@ -251,7 +251,7 @@ def find_flag_problems(options: argparse.Namespace) -> list[str]:
     problems = [
         f"--{name.replace('_', '-')} is {getattr(options, name)}, it must be at least {least}"
         for name, least in (("batch_size", 1), ("max_length", 2))
-        if getattr(options, name) is not None and getattr(options, name) < least
+        if getattr(options, name, None) is not None and getattr(options, name) < least
     ]
     if options.label_names is not None and not is_utf8(options.label_names):
         problems.append(f"--label-names is {shown(options.label_names)}, it must be valid UTF-8")

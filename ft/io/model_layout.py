@@ -9,8 +9,16 @@ from ft.errors import FtError, shown
 
 CONFIG, TOKENIZER, VOCABULARY, MERGES = "config.json", "tokenizer.json", "vocab.json", "merges.txt"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CARD, GGUF = "README.md", ".gguf"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Optional files that describe the tokenizer.
-ABOUT_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+ABOUT_TOKENIZER = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CLASSIFIER = "GPT2ForSequenceClassification"  # the class of `transformers`
+# The files of an export by its format, which is also the name of its directory in a run.
+EXPORTED_FILES = {
+    "classifier": {CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD},
+    "gguf": {f"model-f32{GGUF}", f"model-f16{GGUF}", CARD},
+}
 
 
 def choose_model_files(names: Collection[str], model: str, *, with_weights: bool) -> list[str]:

@@ -44,8 +44,13 @@ def safetensors_chunks(
     yield len(encoded).to_bytes(8, "little")
     yield encoded
     for tensor in tensors.values():
-        values = tensor.detach().cpu().contiguous()
-        size = values.numel() * values.element_size()
-        array: Any = (ctypes.c_char * size).from_address(values.data_ptr())
-        array.owner = values  # keeps the memory alive as long as the view
-        yield memoryview(array).cast("B")
+        yield tensor_bytes(tensor)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor in row-major order: a view of its memory if it is contiguous and on the CPU, else a copy."""
+    values = tensor.detach().cpu().contiguous()
+    size = values.numel() * values.element_size()
+    array: Any = (ctypes.c_char * size).from_address(values.data_ptr())
+    array.owner = values  # keeps the memory alive as long as the view
+    return memoryview(array).cast("B")

@@ -15,7 +15,18 @@ MOST_LINES_OF_FUNCTION, MOST_LINES_OF_MODULE = 80, 350
 MOST_MODULES_AT_THE_TOP, MOST_MODULES_IN_A_PACKAGE = 9, 12
 
 # From the top down: a module imports only from its own layer and from those after it.
-TOP_LAYERS = ("cli", "finetune", "session", "setup", "report", "evaluation", "inference", "checkpoint", "train")
+TOP_LAYERS = (
+    "cli",
+    "finetune",
+    "session",
+    "setup",
+    "report",
+    "export",
+    "evaluation",
+    "inference",
+    "checkpoint",
+    "train",
+)
 LAYERS = (*TOP_LAYERS, "distributed", "data", "model", "settings", "config", "checks", "io", "device", "errors")
 
 # `import ft`, `--help` and a wrong flag do not wait for these packages: only here a function may import modules that
