@@ -22,6 +22,7 @@ from ft.data.tables import listed
 from ft.errors import FtError, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.settings import build_config
+from ft.train.progress import progress_bar
 
 if TYPE_CHECKING:
     from ft.data.splits import Split
@@ -139,7 +140,8 @@ def _evaluate_labels(classifier: "Classifier", split: "Split", options: argparse
     names = classifier.label_names
     split = _renumber_labels(split, names, were_given=options.label_names is not None)
     started = time.perf_counter()
-    predictions = classifier.predict(split.texts, options.batch_size)
+    with progress_bar(len(split.texts), "example") as bar:
+        predictions = classifier.predict(split.texts, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
     rows = [list(prediction.probabilities.values()) for prediction in predictions]
     probabilities = torch.tensor(rows, dtype=torch.float64)
@@ -233,7 +235,8 @@ def _evaluate_completions(classifier: "Classifier", split: "Split", options: arg
             file=sys.stderr,
         )
     started = time.perf_counter()
-    completion_scores = score_completions(model, examples, options.batch_size)
+    with progress_bar(len(examples), "completion") as bar:
+        completion_scores = score_completions(model, examples, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
     result = completion_scores.scores()
     failures = failure_records(model, tokenizer, split, examples, completion_scores, options.mistakes)

@@ -21,6 +21,7 @@ from ft.io.atomic import atomic_write_text
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
+from ft.train.progress import progress_bar
 
 if TYPE_CHECKING:
     from ft.inference.classifier import Classifier, Prediction
@@ -107,7 +108,8 @@ def predict(arguments: Sequence[str]) -> None:
         texts = options.texts or _read_examples(options)
         classifier = load_classifier(options)
         started = time.perf_counter()
-        predictions = classifier.predict(texts, options.batch_size)
+        with progress_bar(len(texts), "example") as bar:
+            predictions = classifier.predict(texts, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
     if options.output:
         serialize = _to_csv if options.output.suffix.lower() == ".csv" else _to_json_lines
