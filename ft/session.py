@@ -20,9 +20,10 @@ from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
 from ft.io.atomic import Executor, atomic_directory
+from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2
-from ft.report.console import closing, count_parameters, three_completions, three_predictions
+from ft.report.console import AFTER_DEMO, closing, count_parameters, three_completions, three_predictions
 from ft.report.model_card import Outcome, model_card
 from ft.setup import Inputs
 from ft.train.loop import Components
@@ -58,6 +59,7 @@ def open_session(
             tensorboard=tensorboard,
             lock=run.lock,
             planned=_planned_work(inputs, config, state),
+            quiet=config.quiet,
         ) as report,
         explain_nonfinite(config, run.path, inputs.data.splits["train"]),
     ):
@@ -246,10 +248,11 @@ class Session:
                 f"the model is saved to {run.path / 'final'}, but the last checkpoint could not be written "
                 f"({failure.strerror or failure}): a longer run could only continue from the one before"
             )
-        print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
-        print(examples)
+        with results():
+            print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
+            print(examples)
         if config.demo:
-            print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
+            print(AFTER_DEMO)
 
     def _seconds(self) -> float:
         """Seconds of the run, including earlier processes."""

@@ -51,8 +51,9 @@ class ModelParser(CommandParser):
             "--label-names", metavar="TEXT", help="label names, comma-separated (default: those saved with the model)"
         )
         self.add_argument("--max-length", metavar="N", type=int, help="tokens per example (default: that of the run)")
-        self.add_argument("--batch-size", metavar="N", type=int, default=64, help="examples per batch (default 64)")
+        self.add_argument("--batch-size", metavar="N", type=int, default=64, help="examples per batch (default: 64)")
         self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
+        self.add_argument("--quiet", action="store_true", help="print the results alone: no bar, notes or speed")
 
 
 def predict(arguments: Sequence[str]) -> None:
@@ -108,7 +109,7 @@ def predict(arguments: Sequence[str]) -> None:
         texts = options.texts or _read_examples(options)
         classifier = load_classifier(options)
         started = time.perf_counter()
-        with progress_bar(len(texts), "example") as bar:
+        with progress_bar(len(texts), "example", quiet=options.quiet) as bar:
             predictions = classifier.predict(texts, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
     if options.output:
@@ -118,10 +119,11 @@ def predict(arguments: Sequence[str]) -> None:
         print(_to_json_lines(texts, predictions, classifier.label_names), end="")
     else:
         print(_table(texts, predictions, classifier.label_names))
-    print(
-        f"{len(texts):,} examples, {len(texts) / seconds:,.1f} examples/s, by {printable(classifier.source)}",
-        file=sys.stderr,
-    )
+    if not options.quiet:
+        print(
+            f"{len(texts):,} examples, {len(texts) / seconds:,.1f} examples/s, by {printable(classifier.source)}",
+            file=sys.stderr,
+        )
 
 
 def _to_json_lines(texts: Sequence[str], predictions: Sequence["Prediction"], _: Sequence[str]) -> str:
@@ -214,7 +216,7 @@ def _read_examples(options: argparse.Namespace) -> list[str]:
         if path is not None and suffix_of(path.name):
             column = options.text_column or read_run_settings(Path(options.model)).get("text_column", "text")
             texts, notes = read_texts(path, column, form)
-            for note in notes:
+            for note in () if options.quiet else notes:
                 print(f"Note: {note}.", file=sys.stderr)
         else:
             content = path.read_bytes() if path else sys.stdin.buffer.read()

@@ -46,7 +46,7 @@ class Report:
             tensorboard: also gets each event.
             lock: of the run directory; with it, files that are moved or deleted during the run are restored.
             planned: units of each kind of work between the steps, by the names that `pause` gets, for the time left.
-            quiet: show no bar, and print no lines but warnings.
+            quiet: show no bar.
 
         Raises:
             FtError: the file is a symbolic link or a FIFO.
