@@ -39,7 +39,7 @@ class Config:
         FILES,
         "Hub id or local directory of the GPT-2 to fine-tune: config.json, tokenizer.json, model.safetensors",
     )
-    model_revision: str | None = setting(None, FILES, "branch, tag or commit of the model on the Hub")
+    model_revision: str | None = setting(None, FILES, "branch, tag or commit of the model on the Hub (default: main)")
     init: Literal["pretrained", "random"] = setting(
         "pretrained", FILES, "start from the pretrained weights, or train from scratch with GPT-2's initialization"
     )
@@ -51,7 +51,9 @@ class Config:
     dataset_config: str | None = setting(
         None, FILES, "the subdirectory of one of several data sets that are side by side in --dataset"
     )
-    dataset_revision: str | None = setting(None, FILES, "branch, tag or commit of the data set on the Hub")
+    dataset_revision: str | None = setting(
+        None, FILES, "branch, tag or commit of the data set on the Hub (default: main, or its conversion to parquet)"
+    )
     save_dataset: str | None = setting(
         None, FILES, "also write a copy of the data to this directory, which --dataset can read"
     )
@@ -60,8 +62,8 @@ class Config:
     label_names: str | None = setting(
         None,
         FILES,
-        "words for the labels 0, 1, ... (or for other numbers, in ascending order), separated by commas; left out: "
-        "those of the data set, or the numbers",
+        "words for the labels 0, 1, ... (or for other numbers, in ascending order), separated by commas (default: "
+        "those of the data set, or the numbers)",
     )
     skip_empty: bool = setting(
         False, FILES, "leave out rows without a text, label or completion, or in which it is blank, and count them"
@@ -69,10 +71,10 @@ class Config:
     delimiter: str | None = setting(
         None,
         FILES,
-        "separator of the columns of .csv and .tsv files: a character, or tab; left out: found in the first line",
+        "separator of the columns of .csv and .tsv files: a character, or tab (default: found in the first line)",
     )
     encoding: str | None = setting(
-        None, FILES, "encoding of text files, such as cp1252; left out: that of the byte order mark, else UTF-8"
+        None, FILES, "encoding of text files, such as cp1252 (default: that of the byte order mark, else UTF-8)"
     )
     prompt_column: str = setting("prompt", FILES, "with --completion-column: column of the text that the model reads")
     completion_column: str | None = setting(
@@ -84,7 +86,7 @@ class Config:
         1.0, FILES, "fraction of the training rows to use, for a quick try; drawn by --seed, each label in proportion"
     )
     max_train_samples: int | None = setting(
-        None, FILES, "use at most this many training rows, drawn in the same way", minimum=1
+        None, FILES, "use at most this many training rows, drawn in the same way (default: all)", minimum=1
     )
     output_dir: str = setting("runs/rotten_tomatoes", FILES, "directory for metrics.jsonl, the checkpoints and final/")
     overwrite: bool = setting(False, FILES, "delete what an earlier run left in --output-dir")
@@ -108,7 +110,7 @@ class Config:
     early_stopping_patience: int | None = setting(
         None,
         LENGTH,
-        "stop after this many evaluations in a row without a better one, by accuracy, then loss; left out: never",
+        "stop after this many evaluations in a row without a better one, by accuracy, then loss (default: never)",
         minimum=1,
     )
     batch_size: int = setting(8, LENGTH, "examples per forward and backward pass, in each process", minimum=1)
@@ -179,7 +181,7 @@ class Config:
     dropout: float | None = setting(
         None,
         OPTIMIZER,
-        "probability of GPT-2's three dropouts; left out: the model's own (0.1 as published)",
+        "probability of GPT-2's three dropouts (default: the model's own, 0.1 as published)",
         minimum=0.0,
     )
     """In training a value x becomes 0 with probability p, else x / (1 - p): after the embeddings, in the attention
@@ -197,7 +199,7 @@ class Config:
     """
     freeze: tuple[str, ...] = setting((), PARAMETERS, "freeze parameters whose names match; applied after --train-only")
 
-    device: str | None = setting(None, MACHINE, "cpu, cuda, cuda:1, mps; left out: the best present")
+    device: str | None = setting(None, MACHINE, "cpu, cuda, cuda:1, mps (default: the best present)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", MACHINE, "format of matrix products; auto: bf16 or fp16 where the device computes it faster, else fp32"
     )
@@ -262,6 +264,9 @@ class Config:
     )
     tensorboard: bool = setting(
         False, LOGGING, "also write the metrics as event files for TensorBoard, to tensorboard/ in --output-dir"
+    )
+    quiet: bool = setting(
+        False, LOGGING, "print the results alone: no progress; warnings and errors go to standard error"
     )
     save_blocking: bool = setting(
         False,

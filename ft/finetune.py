@@ -14,6 +14,7 @@ from ft.checkpoint.run_dir import RunDirectory, open_run_directory
 from ft.config import Config
 from ft.distributed.launch import process_group
 from ft.errors import printable
+from ft.io.standard_streams import quiet_output, results
 from ft.model.freeze import num_trainable_parameters
 from ft.report.console import count_parameters, opening
 from ft.session import open_session
@@ -38,6 +39,7 @@ def fine_tune(config: Config) -> None:
     with (
         process_group(precision.device, config.process_timeout) as ranks,
         ranks.rank_zero_prints(),
+        quiet_output(config.quiet),
         explain_out_of_memory_in_training(config),
         # 2. Lock the run directory, and find the checkpoint to resume from, if any.
         open_run_directory(config, ranks) as run,
@@ -86,7 +88,8 @@ def _is_complete(run: RunDirectory, inputs: Inputs, state: State) -> bool:
     has_ended = state.step >= last_step or state.is_out_of_patience(config.early_stopping_patience)
     if has_ended and not state.evaluation_due and resume.is_finished(run.path, run.resume_from):
         reason, final = resume.describe_end(state, last_step), run.path / "final"
-        print(printable(f"This run is finished: {reason}, and the model is saved to {final}."))
+        with results():
+            print(printable(f"This run is finished: {reason}, and the model is saved to {final}."))
         return True
     print(
         printable(f"Continuing after step {state.step:,}, from {run.resume_from}.") + (f" {longer}" if longer else "")

@@ -11,6 +11,7 @@ from ft.checkpoint.error_hints import explain_nonfinite
 from ft.checkpoint.host_buffer import HostBuffer
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import Snapshot, gather_weights, take_snapshot
+from ft.config import Config
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.device import read_synchronizes, threads_for
@@ -19,14 +20,15 @@ from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
 from ft.io.atomic import Executor, atomic_directory
+from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2
-from ft.report.console import closing, count_parameters, three_completions, three_predictions
+from ft.report.console import AFTER_DEMO, closing, count_parameters, three_completions, three_predictions
 from ft.report.model_card import Outcome, model_card
 from ft.setup import Inputs
 from ft.train.loop import Components
 from ft.train.metrics import Report
-from ft.train.schedule import steps_per_epoch, total_steps
+from ft.train.schedule import steps_per_epoch, times_due, total_steps
 from ft.train.signals import StopRequest
 from ft.train.state import State
 from ft.train.tensorboard import EventFiles
@@ -56,10 +58,24 @@ def open_session(
             metrics_bytes=state.metrics_bytes,
             tensorboard=tensorboard,
             lock=run.lock,
+            planned=_planned_work(inputs, config, state),
+            quiet=config.quiet,
         ) as report,
         explain_nonfinite(config, run.path, inputs.data.splits["train"]),
     ):
         yield Session(run, inputs, model, components, state, report, stopping)
+
+
+def _planned_work(inputs: Inputs, config: Config, state: State) -> dict[str, float]:
+    """The examples to evaluate, the windows of general text and the saves in the rest of the run."""
+    examples, text = inputs.data.examples, inputs.general_text
+    last_step = total_steps(len(examples["train"]), config)
+    evaluations = times_due(config.eval_steps, state.step, last_step)
+    return {
+        "evaluating": evaluations * len(examples["validation"]) + len(examples.get("test", [])),
+        "general text": evaluations * len(text.windows) if text else 0,
+        "saving": times_due(config.save_steps, state.step, last_step),
+    }
 
 
 class Session:
@@ -234,10 +250,11 @@ class Session:
                 f"the model is saved to {run.path / 'final'}, but the last checkpoint could not be written "
                 f"({failure.strerror or failure}): a longer run could only continue from the one before"
             )
-        print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
-        print(examples)
+        with results():
+            print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
+            print(examples)
         if config.demo:
-            print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
+            print(AFTER_DEMO)
 
     def _seconds(self) -> float:
         """Seconds of the run, including earlier processes."""
@@ -254,7 +271,7 @@ class Session:
         text = self._inputs.general_text
         if text is None:
             return True
-        result = self._evaluate(text.windows, [], batch_size=WINDOWS_AT_ONCE)
+        result = self._evaluate(text.windows, [], batch_size=WINDOWS_AT_ONCE, kind="general text")
         if result is None:
             return False
         epoch = state.step / self._steps_per_epoch
@@ -265,10 +282,15 @@ class Session:
         return True
 
     def _evaluate(
-        self, examples: Sequence[Example], label_ids: Sequence[int], batch_size: int | None = None
+        self,
+        examples: Sequence[Example],
+        label_ids: Sequence[int],
+        batch_size: int | None = None,
+        kind: str = "evaluating",
     ) -> Evaluation | None:
         """Evaluate in eager mode; returns None if a signal interrupted it."""
-        with eager_mode(self._config.compile), self._report.pause("evaluating"):
+        pause = self._report.pause("evaluating", kind, len(examples))
+        with eager_mode(self._config.compile), pause as progress:
             return evaluate(
                 self._model,
                 examples,
@@ -277,6 +299,7 @@ class Session:
                 precision=self._components.precision,
                 stopping=self._stopping,
                 ranks=self._components.ranks,
+                progress=progress,
             )
 
     def _write_checkpoint(self, snapshot: Snapshot, executor: Executor) -> None:

@@ -24,6 +24,7 @@ from ft.errors import FtError, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.io.paths import expand_home
 from ft.settings import build_config
+from ft.train.progress import progress_bar
 
 if TYPE_CHECKING:
     from ft.data.splits import Split
@@ -56,9 +57,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--split",
         choices=("train", "validation", "test", "all"),
-        help="default: test, else validation, else train; of a single file all rows",
+        help="which rows (default: test, else validation, else train; of a single file all rows)",
     )
-    parser.add_argument("--dataset", metavar="TEXT", help="Hub id, directory or file (default: that of the run)")
+    parser.add_argument("--dataset", metavar="ID|PATH", help="Hub id, directory or file (default: that of the run)")
     parser.add_argument("--dataset-config", metavar="TEXT", help="name of one of several configurations of a data set")
     parser.add_argument("--text-column", metavar="TEXT", help="column of the input text (default: that of the run)")
     parser.add_argument("--label-column", metavar="TEXT", help="column of the labels (default: that of the run)")
@@ -72,7 +73,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         "--skip-empty", action="store_true", help="leave out rows without a text, label or completion, or a blank one"
     )
     parser.add_argument(
-        "--mistakes", metavar="N", type=int, default=5, help="print the N most confident errors (default 5)"
+        "--mistakes", metavar="N", type=int, default=5, help="print the N most confident errors (default: 5)"
     )
     parser.add_argument(
         "--output",
@@ -97,7 +98,7 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
     classifier = load_classifier(options)
     names = None if config.completion_column else classifier.label_names
     splits, notes = read_evaluation_splits(config, options.split, names, of_run=options.dataset is None)
-    for note in notes:
+    for note in () if options.quiet else notes:
         print(f"Note: {printable(note)}.", file=sys.stderr)
     evaluate_split = _evaluate_labels if config.completion_column is None else _evaluate_completions
     results = {}
@@ -160,7 +161,8 @@ def _evaluate_labels(
     names = classifier.label_names
     split = _renumber_labels(classifier, split, were_given=options.label_names is not None)
     started = time.perf_counter()
-    predictions = classifier.predict(split.texts, options.batch_size)
+    with progress_bar(len(split.texts), "example", quiet=options.quiet) as bar:
+        predictions = classifier.predict(split.texts, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
     rows = [list(prediction.probabilities.values()) for prediction in predictions]
     probabilities = torch.tensor(rows, dtype=torch.float64)
@@ -289,14 +291,15 @@ def _evaluate_completions(
     cut = sum(
         len(encoding.ids) >= len(example.target_ids) for encoding, example in zip(encodings, examples, strict=True)
     )
-    if cut:
+    if cut and not options.quiet:
         print(
             f"Note: {cut:,} completions are longer than --max-length {classifier.max_length}: only their ends are "
             "scored.",
             file=sys.stderr,
         )
     started = time.perf_counter()
-    completion_scores = score_completions(model, examples, options.batch_size)
+    with progress_bar(len(examples), "completion", quiet=options.quiet) as bar:
+        completion_scores = score_completions(model, examples, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
     result = completion_scores.scores()
     failures = failure_records(model, tokenizer, split, examples, completion_scores, options.mistakes)

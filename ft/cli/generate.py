@@ -29,17 +29,20 @@ def generate(arguments: Sequence[str]) -> None:
         "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a directory or Hub id of a GPT-2"
     )
     parser.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="default: standard input, without the newline at its end"
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="text to continue (default: standard input, without its last newline)",
     )
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=100, help="generate at most N tokens (default 100)"
+        "--max-new-tokens", metavar="N", type=int, default=100, help="generate at most N tokens (default: 100)"
     )
     parser.add_argument(
         "--temperature",
         metavar="X",
         type=float,
         default=0.0,
-        help="0 is greedy decoding; otherwise sampling, with the logits divided by X (default 0)",
+        help="0 is greedy decoding; otherwise sampling, with the logits divided by X (default: 0)",
     )
     parser.add_argument("--top-k", metavar="N", type=int, help="sample from the N most probable tokens only")
     parser.add_argument(
@@ -47,6 +50,7 @@ def generate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, help="seed for sampling (default: a new one each time)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
+    parser.add_argument("--quiet", action="store_true", help="print the text alone: no speed")
     options = parser.parse_args(arguments)
     problems = []
     if options.max_new_tokens < 1:
@@ -77,6 +81,8 @@ def generate(arguments: Sequence[str]) -> None:
             print(printable(piece, keep="\n\t") if on_terminal else piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print()
+    if options.quiet:
+        return
     count = len(generation.token_ids)
     seed = f", sampled with --seed {sampling.seed}" if sampling.temperature else ""
     print(

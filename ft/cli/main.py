@@ -1,24 +1,16 @@
 """Entry point of the command line: dispatch to a command, print errors, return the exit status."""
 
+import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from ft.cli.arguments import COMMANDS, RUN_FLAG_COMMANDS, read_arguments
-from ft.cli.parsers import CommandParser
+from ft.cli.arguments import COMMANDS, HELP_PAGES, RUN_FLAG_COMMANDS, TRAINING_PAGE, read_arguments
 from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
 from ft.io.standard_streams import standard_streams
 from ft.train.signals import interrupts_on_signals, report_interrupt
-
-EXPLAIN_EXAMPLES = """\
-examples:
-  python run.py explain --demo
-  python run.py explain --row 17 --learning-rate 2e-4
-  python run.py explain --config runs/rotten_tomatoes/config.json --model runs/rotten_tomatoes/final
-"""
 
 # The remedy when memory runs out where no `memory_advice` has a better one.
 LESS_MEMORY = "use fewer or shorter examples at once (--batch-size and --max-length, where the command has them)"
@@ -60,14 +52,17 @@ def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]
     place = "while reading or writing"
     advice = ""
     try:
+        if arguments[:1] == ["help"]:
+            arguments = _arguments_for_help(arguments[1:])
         if arguments and arguments[0] in COMMANDS:
             module, function = COMMANDS[arguments[0]]
             getattr(import_module(module), function)(arguments[1:])
             return 0
-        module, function = "ft.finetune", "fine_tune"
+        module, function, page = "ft.finetune", "fine_tune", TRAINING_PAGE
         if arguments and arguments[0] in RUN_FLAG_COMMANDS:
-            (module, function), arguments = RUN_FLAG_COMMANDS[arguments[0]], arguments[1:]
-        config = read_arguments(arguments)
+            (module, function), page = RUN_FLAG_COMMANDS[arguments[0]], HELP_PAGES[arguments[0]]
+            arguments = arguments[1:]
+        config = read_arguments(arguments, page)
         place = config.output_dir
         if function == "fine_tune":
             advice = "; --resume continues from the newest checkpoint"
@@ -103,37 +98,16 @@ def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]
     return 0
 
 
-def explain(arguments: Sequence[str]) -> None:
-    """Parse the command line, which has --row beside the flags of a run, and follow that row through a step.
+def _arguments_for_help(words: Sequence[str]) -> list[str]:
+    """The command line that `help [COMMAND]` stands for.
 
     Raises:
-        UsageError: with one sentence for each problem.
-        FtError: the inputs cannot be read.
+        UsageError: there is no such command, or there are several words.
     """
-    parser = CommandParser(
-        "explain", "Follow one training example through one training step, with all figures.", EXPLAIN_EXAMPLES
-    )
-    parser.epilog = "All flags of a run work too, such as --model and --learning-rate: python run.py --help"
-    parser.add_argument(
-        "--row",
-        metavar="N",
-        nargs="?",
-        const="",
-        help="row of the training split, from 0 (default: the first that is read at the full learning rate)",
-    )
-    options, rest = parser.parse_known_args(arguments)
-    problems: list[str] = []
-    row = options.row
-    if row is not None and not re.fullmatch("[0-9]{1,18}", row):
-        problems.append(f"--row is {shown(row)}, it must be a whole number from 0" if row else "--row needs a value")
-    try:
-        config = read_arguments(rest)
-        if config.resume is not None:
-            problems.append("--resume continues a run, and explain trains none: pass its config.json with --config")
-    except UsageError as error:
-        problems += error.problems
-    if problems:
-        raise UsageError(*problems)
-    from ft.cli.explain import explain  # after parsing, since it imports torch
-
-    explain(config, None if row is None else int(row))
+    commands = [*COMMANDS, *RUN_FLAG_COMMANDS]
+    if len(words) > 1:
+        raise UsageError(f"help takes one command, not {len(words)}: it is one of {', '.join(commands)}")
+    if words and words[0] not in commands:
+        near = difflib.get_close_matches(words[0], commands, n=1) or [", ".join(commands)]
+        raise UsageError(f"there is no command {shown(words[0])}, is it {near[0]}?")
+    return [*words, "--help"]

@@ -1,8 +1,10 @@
-"""The argument parser that all commands share."""
+"""The argument parser that all commands share: its help, its errors, and what it suggests for flags of other tools."""
 
 import argparse
 import difflib
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
@@ -14,105 +16,136 @@ DESTRUCTIVE = ("--overwrite",)
 
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
 
-# Names of flags in other tools, with dashes for underscores, and our flag; of several the first that the command has.
-# For an empty one nothing is suggested, though one of our flags may have a similar name.
-FOREIGN_FLAGS = {
-    "accumulation-steps": "gradient-accumulation-steps",
-    "base-model": "model",
-    "bf16": "precision bf16",
-    "block-size": "max-length",
-    "bs": "batch-size",
-    "checkpoint": "resume",
-    "clip": "max-grad-norm",
-    "context-length": "max-length",
-    "cpu": "device cpu",
-    "cuda": "device cuda",
-    "data": "dataset",
-    "data-dir": "dataset",
-    "data-path": "dataset",
-    "dataset-name": "dataset",
-    "deepspeed": "shard",
-    "device-map": "device",
-    "dropout-rate": "dropout",
-    "early-stopping": "early-stopping-patience",
-    "eval-strategy": "eval-steps",
-    "evaluation-strategy": "eval-steps",
-    "fp16": "precision fp16",
-    "fp32": "precision fp32",
-    "fsdp": "shard",
-    "gpu": "device cuda",
-    "grad-accum": "gradient-accumulation-steps",
-    "grad-clip": "max-grad-norm",
-    "gradient-checkpointing": "activation-checkpointing full",
-    "input": "file|dataset",
-    "input-file": "file|dataset",
-    "label": "label-column",
-    "labels": "label-names",
-    "length": "max-new-tokens|max-length",
-    "load-best-model-at-end": "keep-best",
-    "log-interval": "logging-steps",
-    "logging-dir": "output-dir",
-    "lr": "learning-rate",
-    "lr-scheduler": "lr-schedule",
-    "lr-scheduler-type": "lr-schedule",
-    "m": "model",
-    "max-iters": "max-steps",
-    "max-len": "max-length|max-new-tokens",
-    "max-length": "max-new-tokens",
-    "max-seq-len": "max-length",
-    "max-seq-length": "max-length",
-    "max-tokens": "max-new-tokens",
-    "max-train-steps": "max-steps",
-    "mixed-precision": "precision",
-    "model-name": "model",
-    "model-name-or-path": "model",
-    "no-cuda": "device cpu",
-    "num-epochs": "epochs",
-    "num-train-epochs": "epochs",
-    "o": "output-dir|output",
-    "out": "output-dir|output",
-    "out-dir": "output-dir",
-    "output": "output-dir",
-    "output-path": "output-dir|output",
-    "overwrite-output-dir": "",
-    "patience": "early-stopping-patience",
-    "per-device-eval-batch-size": "eval-batch-size",
-    "per-device-train-batch-size": "batch-size",
-    "report-to": "tensorboard",
-    "resume-from-checkpoint": "resume",
-    "save-dir": "output-dir",
-    "save-total-limit": "keep-checkpoints",
-    "scheduler": "lr-schedule",
-    "seq-len": "max-length",
-    "seq-length": "max-length",
-    "temp": "temperature",
-    "test-file": "dataset",
-    "text": "text-column",
-    "torch-compile": "compile default",
-    "torch-dtype": "precision",
-    "train": "dataset",
-    "train-batch-size": "batch-size",
-    "train-data": "dataset",
-    "train-file": "dataset",
-    "use-cpu": "device cpu",
-    "val-split": "",
-    "validation-file": "dataset",
-    "warmup-ratio": "warmup-steps",
-    "wd": "weight-decay",
+# Our flags, with what other tools call them (transformers, TRL, axolotl, litgpt, torchtune, Lightning, nanoGPT), with
+# dashes for underscores. Of several flags the first counts that the command has. Under the empty name is what has no
+# counterpart here: for it no flag is suggested, though one of ours may have a similar name.
+_OTHER_NAMES = {
+    "file": "input input-file",
+    "activation-checkpointing full": "enable-activation-checkpointing gradient-checkpointing",
+    "batch-size": (
+        "auto-find-batch-size batch-size-per-gpu bs global-batch-size micro-batch-size per-device-batch-size "
+        "per-device-train-batch-size per-gpu-train-batch-size train-batch-size train-micro-batch-size"
+    ),
+    "compile default": "compile-model torch-compile",
+    "compile reduce-overhead": "torch-compile-mode",
+    "completion-column": "completion response-column",
+    "config": "config-file",
+    "dataset": (
+        "data data-dir data-path dataset-dir dataset-name dataset-path datasets input input-file test-file train "
+        "train-data train-file val-file valid-file validation-file"
+    ),
+    "dataset-config": "dataset-config-name subset",
+    "device": "accelerator device-map devices gpu-ids gpus",
+    "device cpu": "cpu no-cuda use-cpu",
+    "device cuda": "cuda gpu use-cuda use-gpu",
+    "device mps": "mps use-mps-device",
+    "dropout": "dropout-rate",
+    "early-stopping-patience": "early-stopping patience",
+    "epochs": "epoch max-epoch max-epochs n-epochs nepochs num-epochs num-train-epochs",
+    "eval-batch-size": "per-device-eval-batch-size test-batch-size val-batch-size",
+    "eval-steps": (
+        "eval-every eval-freq eval-frequency eval-interval eval-strategy eval.interval evals-per-epoch "
+        "evaluation-strategy val-check-interval"
+    ),
+    "freeze": "freeze-layers frozen",
+    "gradient-accumulation-steps": (
+        "accumulate-grad-batches accumulation accumulation-steps grad-accum grad-accum-steps "
+        "grad-accumulation-steps gradient-accumulation update-freq"
+    ),
+    "init": "init-from",
+    "keep-best": "load-best-model-at-end metric-for-best-model",
+    "keep-checkpoints": "save-total-limit",
+    "label-column": "label label-column-name label-key target-column",
+    "label-names": "labels",
+    "learning-rate": "init-lr lr",
+    "logging-steps": "log-every log-every-n-steps log-freq log-interval log-steps logging-strategy",
+    "logging-steps 1": "v verbose verbosity",
+    "lora-rank": "adapter lora lora-r peft r use-lora use-peft",
+    "lr-schedule": "decay-lr lr-scheduler lr-scheduler-type scheduler",
+    "max-grad-norm": "clip grad-clip gradient-clip-val gradient-clipping max-norm",
+    "max-length": (
+        "block-size context-length cutoff-len length max-len max-seq-len max-seq-length max-source-length "
+        "max-target-length max-token-length model-max-length seq-len seq-length sequence-len sequence-length"
+    ),
+    "max-new-tokens": "length max-len max-length max-tokens",
+    "max-steps": "dry-run fast-dev-run max-iters max-train-steps num-steps num-train-steps steps",
+    "max-train-samples": "max-samples",
+    "model": (
+        "base-model checkpoint-dir config-name m model-id model-name model-name-or-path model-path "
+        "pretrained-model-name-or-path tokenizer tokenizer-name"
+    ),
+    "output": "o out output-path",
+    "output-dir": (
+        "default-root-dir exp-name experiment-name logging-dir logs name o out out-dir output output-path root-dir "
+        "run-name save-dir save-path"
+    ),
+    "precision": "dtype mixed-precision torch-dtype",
+    "precision bf16": "bf16",
+    "precision fp16": "fp16",
+    "precision fp32": "fp32",
+    "prompt-column": "instruction-column prompt",
+    "quiet": "disable-tqdm log-level no-progress no-progress-bar q silent",
+    "resume": "checkpoint ckpt ckpt-path restore resume-from-checkpoint",
+    "save-steps": "save-every save-interval save-strategy saves-per-epoch",
+    "seed": "data-seed random-seed",
+    "shard": "deepspeed fsdp strategy",
+    "static-shapes": "pad-to-max-length pad-to-sequence-len padding",
+    "temperature": "temp",
+    "tensorboard": "logger logger-name report-to wandb-log wandb-project",
+    "text-column": "dataset-text-field input-column text text-column-name text-field text-key",
+    "train-fraction": "limit-train-batches",
+    "train-only": "finetuning-type",
+    "warmup-steps": "lr-warmup-steps num-warmup-steps warmup warmup-iters warmup-ratio",
+    "weight-decay": "wd",
+    "": (
+        "adam-beta1 adam-beta2 adam-epsilon beta1 beta2 cache-dir chat-template dataloader-num-workers ddp debug "
+        "do-eval do-predict do-train eval-iters eval.max-iters eval.max-new-tokens flash-attention force "
+        "full-determinism group-by-length hub-model-id label-smoothing label-smoothing-factor load-in-4bit "
+        "load-in-8bit lr-decay-iters max-eval-samples min-lr n-layer nproc-per-node num-proc num-processes "
+        "num-workers optim optimizer optimizer-name overwrite-output-dir packing processes push-to-hub "
+        "sample-packing save-model streaming token train-on-inputs trust-remote-code val-set-size val-split "
+        "validation-split validation-split-percentage wandb workers world-size yes"
+    ),
 }
+
+FOREIGN_FLAGS: dict[str, list[str]] = {}
+for _flag, _names in _OTHER_NAMES.items():
+    for _name in _names.split():
+        FOREIGN_FLAGS.setdefault(_name, []).append(_flag)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Does not break words at hyphens: a default that is broken cannot be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that raises `UsageError`, and suggests a known flag for an unknown one."""
 
     def __init__(self, command: str, description: str, examples: str, **options: Any) -> None:  # noqa: ANN401
+        """`examples` has a command line per line, which three spaces separate from an explanation, if any."""
         super().__init__(
             prog=f"python run.py {command}".rstrip(),
-            description=f"{description}\n\n{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
             **options,
         )
+        self._paragraphs, self._examples = [description], examples
+
+    def format_help(self) -> str:
+        """The help, at most as wide as the terminal."""
+        width = max(20, shutil.get_terminal_size().columns - 2)  # as argparse
+        paragraphs = [*self._paragraphs, _format_examples(self._examples, width)]
+        self.description = "\n\n".join(
+            text if "\n" in text else textwrap.fill(text, width, break_on_hyphens=False) for text in paragraphs
+        )
+        return super().format_help()
+
+    def print_help(self, file: Any = None) -> None:  # noqa: ANN401
+        """Print the help. That of argparse ignores an error, such as a full disk."""
+        print(self.format_help(), end="", file=file)
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         """Parse a command line.
@@ -175,9 +208,46 @@ def describe_unknown_flag(word: str, known: Sequence[str]) -> str:
     A destructive flag is never suggested: following a suggestion must not delete a run.
     """
     name = word.partition("=")[0]
+    meant = find_meant_flag(name, known)
+    return f"there is no flag {name}" + (f", is it --{meant}?" if meant else "; --help lists all flags")
+
+
+def find_meant_flag(name: str, known: Sequence[str]) -> str | None:
+    """The known flag, without dashes, that another tool's name or a misspelt one means; None if there is none.
+
+    litgpt and torchtune put a section before a name, such as `--train.micro_batch_size`, which may be left out here.
+    """
     bare = name.lstrip("-").replace("_", "-").lower()
-    by_name = {flag.removeprefix("--"): flag for flag in known if flag not in DESTRUCTIVE}
-    meant = [meaning for meaning in FOREIGN_FLAGS.get(bare, "").split("|") if meaning.split(" ")[0] in by_name]
     if bare not in FOREIGN_FLAGS:
-        meant = difflib.get_close_matches(bare, by_name, n=1, cutoff=0.65)
-    return f"there is no flag {name}" + (f", is it --{meant[0]}?" if meant else "; --help lists all flags")
+        bare = bare.rpartition(".")[2]
+    by_name = [flag.removeprefix("--") for flag in known if flag not in DESTRUCTIVE]
+    if bare in by_name:
+        return bare
+    if bare in FOREIGN_FLAGS:
+        return next((meaning for meaning in FOREIGN_FLAGS[bare] if meaning.split(" ")[0] in by_name), None)
+    return next(iter(difflib.get_close_matches(bare, by_name, n=1, cutoff=0.65)), None)
+
+
+def _format_examples(examples: str, width: int) -> str:
+    """Examples in two columns if they fit, else each with its explanation below it; long commands are continued."""
+    heading, *lines = examples.splitlines()
+    rows = [(*re.split(r"\s{3,}", line.strip(), maxsplit=1), "")[:2] for line in lines]
+    longest = max((len(command) for command, comment in rows if comment), default=0)
+    fits = all(5 + longest + len(comment) <= width for _, comment in rows)
+    formatted = [heading]
+    for command, comment in rows:
+        if fits and comment:
+            formatted.append(f"  {command:{longest}}   {comment}")
+            continue
+        current = "  "
+        for word in re.findall(r'"[^"]*"|\S+', command):
+            if len(current) + len(word) + 3 > width and current.strip():
+                formatted.append(current + "\\")
+                current = "      "
+            current += word + " "
+        formatted.append(current.rstrip())
+        if comment:
+            formatted.append(
+                textwrap.fill(f"# {comment}", width, initial_indent="      ", subsequent_indent="      # ")
+            )
+    return "\n".join(formatted)

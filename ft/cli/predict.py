@@ -14,14 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, is_utf8, one_line, printable, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
+from ft.train.progress import progress_bar
 
 if TYPE_CHECKING:
     from ft.data.table import Table
@@ -54,8 +53,9 @@ class ModelParser(CommandParser):
             "--label-names", metavar="TEXT", help="label names, comma-separated (default: those saved with the model)"
         )
         self.add_argument("--max-length", metavar="N", type=int, help="tokens per example (default: that of the run)")
-        self.add_argument("--batch-size", metavar="N", type=int, default=64, help="examples per batch (default 64)")
+        self.add_argument("--batch-size", metavar="N", type=int, default=64, help="examples per batch (default: 64)")
         self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
+        self.add_argument("--quiet", action="store_true", help="print the results alone: no bar, notes or speed")
 
 
 def predict(arguments: Sequence[str]) -> None:
@@ -96,10 +96,11 @@ def predict(arguments: Sequence[str]) -> None:
             raise FtError(f"{options.file or 'standard input'} has no lines: there is nothing to predict")
         classifier = load_classifier(options)
         count, seconds = _predict_all(classifier, chain([first], chunks), table, options)
-    print(
-        f"{count:,} examples, {count / seconds:,.1f} examples/s, by {printable(classifier.source)}",
-        file=sys.stderr,
-    )
+    if not options.quiet:
+        print(
+            f"{count:,} examples, {count / seconds:,.1f} examples/s, by {printable(classifier.source)}",
+            file=sys.stderr,
+        )
 
 
 def _check_flags(options: argparse.Namespace) -> None:
@@ -145,10 +146,10 @@ def _predict_all(
     """Predict chunk by chunk, and print or write each; returns the number of examples and the seconds of predicting."""
     names = classifier.label_names
     total = None if table is None else len(table.column(0))
-    shows_bar = sys.stderr.isatty() and bool(options.output or not sys.stdout.isatty())
+    prints_to_terminal = not options.output and sys.stdout.isatty()  # where the predictions show the progress
     count, seconds, missing = 0, 0.0, 0
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit=" examples", disable=not shows_bar, leave=False))
+        bar = stack.enter_context(progress_bar(total, "example", quiet=options.quiet or prints_to_terminal))
         write = stack.enter_context(_open_answers(options, table, names))
         for texts in chunks:
             present = [text for text in texts if text is not None]
@@ -158,7 +159,7 @@ def _predict_all(
             write(count, texts, [None if text is None else next(predictions) for text in texts])
             count, missing = count + len(texts), missing + len(texts) - len(present)
             bar.update(len(texts))
-    if missing:
+    if missing and not options.quiet:
         print(f"Note: {missing:,} rows have no text, and no prediction.", file=sys.stderr)
     return count, seconds
 
@@ -303,7 +304,7 @@ def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[
         table, texts = read_table(path, column, form)
     except OSError as error:
         raise FtError(f"cannot read {path}: {error.strerror}") from error
-    for note in table.notes:
+    for note in () if options.quiet else table.notes:
         print(f"Note: {note}.", file=sys.stderr)
     step = CHUNK_OF_BATCHES * options.batch_size
     return table, (texts[first : first + step] for first in range(0, len(texts), step))

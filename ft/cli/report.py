@@ -31,7 +31,7 @@ def report(arguments: Sequence[str]) -> None:
         "--output",
         metavar="FILE",
         type=to_path,
-        help="default: report.html in the run directory, or beside it for several runs",
+        help="the file to write (default: report.html in the run directory, or beside it for several runs)",
     )
     options = parser.parse_args(arguments)
     runs: list[Recorded] = []

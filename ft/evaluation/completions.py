@@ -20,6 +20,7 @@ from ft.evaluation.perplexity import perplexity
 from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
 from ft.model.gpt2 import GPT2
+from ft.train.progress import Count, no_progress
 
 MOST_GENERATED_TOKENS = 32  # of what the model generates in place of a wrong completion
 
@@ -80,8 +81,10 @@ class ExampleScores:
 
 
 @torch.inference_mode()
-def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int) -> ExampleScores:
-    """Score each example. The model must be in evaluation mode."""
+def score_completions(
+    model: GPT2, examples: Sequence[Example], batch_size: int, progress: Count = no_progress
+) -> ExampleScores:
+    """Score each example. The model must be in evaluation mode. `progress` is called with the size of each batch."""
     device = model.wte.weight.device
     losses = torch.zeros(len(examples), dtype=torch.float64)
     hits = torch.zeros(len(examples), dtype=torch.int64)
@@ -93,6 +96,7 @@ def score_completions(model: GPT2, examples: Sequence[Example], batch_size: int)
         owners = torch.tensor([number for number in numbers for _ in examples[number].target_ids])  # (S,)
         losses.index_add_(0, owners, loss)
         hits.index_add_(0, owners, hit)
+        progress(len(numbers))
     return ExampleScores(losses, hits, torch.tensor([len(example.target_ids) for example in examples]))
 
 

@@ -12,6 +12,7 @@ from ft.data.examples import Example
 from ft.device import Precision
 from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.model.gpt2 import GPT2
+from ft.train.progress import Count, no_progress
 
 
 class Evaluation(NamedTuple):
@@ -39,6 +40,7 @@ def evaluate(
     precision: Precision,
     stopping: Callable[[], bool] = lambda: False,
     ranks: Ranks = SINGLE_PROCESS,
+    progress: Count = no_progress,
 ) -> Evaluation | None:
     """Compute the loss and accuracy of `model` on all examples.
 
@@ -53,6 +55,7 @@ def evaluate(
         precision: device and autocast dtype.
         stopping: called before each batch; evaluation ends early if it returns true.
         ranks: the processes that evaluate together.
+        progress: called with the number of examples of each batch when it is computed, or queued on a GPU.
 
     Returns:
         The result over all examples, the same on all ranks; None if `stopping` returned true.
@@ -77,6 +80,7 @@ def evaluate(
         else:
             predicted = logits.argmax(dim=-1)
         hits.append((predicted == batch.target_ids).sum())
+        progress(len(rows))
     model.train(was_training)
     # Read the results once, at the end: each read from an accelerator waits for all queued work.
     sums = torch.stack([torch.stack(values).cpu().double().sum() for values in (loss_sums, hits)])

@@ -26,6 +26,7 @@ from ft.inference.language_model import LanguageModel, load_language_model
 from ft.io.hub import is_path
 from ft.io.plain_files import read_regular
 from ft.model.gpt2 import GPT2
+from ft.train.progress import Count, no_progress
 
 
 class Prediction(NamedTuple):
@@ -60,15 +61,21 @@ class Classifier(LanguageModel):
             raise FtError(f"{self.source} does not name its labels: name them by --label-names neg,pos")
         return self.named_labels
 
-    def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[Prediction]:
-        """Predict the label of each text, in order.
+    def predict(self, texts: Sequence[str], batch_size: int = 64, progress: Count = no_progress) -> list[Prediction]:
+        """Predict the label of each text, in order. `progress` is called with the number of texts of each batch.
 
         Raises:
             FtError: the label names are unknown, or a text is not valid UTF-8.
         """
         names = self.label_names
         rows = predict(
-            self.model, self.tokenizer, texts, self.label_ids, max_length=self.max_length, batch_size=batch_size
+            self.model,
+            self.tokenizer,
+            texts,
+            self.label_ids,
+            max_length=self.max_length,
+            batch_size=batch_size,
+            progress=progress,
         )
         predictions = []
         for row in rows.tolist():
@@ -130,6 +137,7 @@ def predict(
     *,
     max_length: int,
     batch_size: int = 64,
+    progress: Count = no_progress,
 ) -> Tensor:
     """Compute the probability of each label for each text: a softmax over the logits of the label tokens only.
 
@@ -140,6 +148,7 @@ def predict(
         label_ids: the token of each label.
         max_length: tokens of an example, end-of-text and label included; of a longer text the end is kept.
         batch_size: texts per forward pass.
+        progress: called with the number of texts of each batch.
 
     Returns:
         (len(texts), len(label_ids)) probabilities in fp32 on the CPU.
@@ -158,10 +167,10 @@ def predict(
     order = by_length(examples)
     was_training = model.training
     model.eval()
-    logits = [
-        model(batch.input_ids, batch.packing, batch.selection, candidates)
-        for batch in (batch.to(device) for batch in in_batches(examples, order, batch_size))
-    ]
+    logits = []
+    for batch in (batch.to(device) for batch in in_batches(examples, order, batch_size)):
+        logits.append(model(batch.input_ids, batch.packing, batch.selection, candidates))
+        progress(len(logits[-1]))
     model.train(was_training)
     probabilities = torch.empty(len(texts), len(label_ids))
     probabilities[order] = torch.cat(logits).float().softmax(dim=-1).cpu()

@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from io import BufferedWriter, FileIO, TextIOWrapper
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from io import BufferedWriter, FileIO, TextIOBase, TextIOWrapper
+from typing import Any
 
 
 class _Stream(FileIO):
@@ -72,3 +73,29 @@ def standard_streams() -> Iterator[Callable[[], None]]:
             with suppress(OSError):
                 stream.flush()
         sys.stdout, sys.stderr = before
+
+
+class _WarningsOnly(TextIOBase):
+    """A stream that drops lines, but writes those that begin with `WARNING` to standard error."""
+
+    def __init__(self, unfiltered: Any) -> None:  # noqa: ANN401
+        self.unfiltered, self._line = unfiltered, ""
+
+    def write(self, text: str, /) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if line.startswith("WARNING"):
+                print(line, file=sys.stderr)
+        return len(text)
+
+
+@contextmanager
+def quiet_output(is_quiet: bool) -> Iterator[None]:
+    """A context in which standard output shows the `results` alone, and standard error the warnings."""
+    with redirect_stdout(_WarningsOnly(sys.stdout)) if is_quiet else nullcontext():
+        yield
+
+
+def results() -> AbstractContextManager[Any]:
+    """A context whose output `quiet_output` does not drop."""
+    return redirect_stdout(getattr(sys.stdout, "unfiltered", sys.stdout))

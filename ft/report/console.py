@@ -19,6 +19,12 @@ from ft.model.gpt2 import GPT2
 from ft.train.state import State
 
 SHOWN_TOKENS = 24  # of a completion
+AFTER_DEMO = """
+That was the demo, with generated reviews and a model small enough to learn in seconds. Next:
+  python run.py                    fine-tune the 124M-parameter GPT-2 on real reviews; downloads 550 MB
+  python run.py explain --demo     follow one review through one training step
+  python run.py predict runs/demo "the plot is not dull"\
+"""
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
 

@@ -7,17 +7,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from ft.errors import FtError, printable
 from ft.io.lock import DirectoryLock
 from ft.io.plain_files import is_at, open_to_write
+from ft.train.progress import Count, RunBar, TimeLeft, can_show_bar
 from ft.train.tensorboard import EventFiles
 from ft.train.timing import StepTimes
 
@@ -34,6 +33,8 @@ class Report:
         metrics_bytes: int,
         tensorboard: EventFiles | None = None,
         lock: DirectoryLock | None = None,
+        planned: Mapping[str, float] | None = None,
+        quiet: bool = False,
     ) -> None:
         """Open the metrics file and truncate it to `metrics_bytes`: a run that was interrupted wrote what follows.
 
@@ -44,6 +45,8 @@ class Report:
             metrics_bytes: `State.metrics_bytes`.
             tensorboard: also gets each event.
             lock: of the run directory; with it, files that are moved or deleted during the run are restored.
+            planned: units of each kind of work between the steps, by the names that `pause` gets, for the time left.
+            quiet: show no bar.
 
         Raises:
             FtError: the file is a symbolic link or a FIFO.
@@ -58,12 +61,13 @@ class Report:
             else:
                 self._file.truncate(metrics_bytes)
             self._file.seek(0, 2)  # truncating does not move the position
-        # A bar only on a terminal; a file or a pipe gets the log lines.
-        shows_bar = metrics_path is not None and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shows_bar)
+        self._time_left = TimeLeft({"training": total_steps - first_step, **(planned or {})})
+        shows_bar = metrics_path is not None and not quiet and can_show_bar()
+        self._bar = RunBar(total=total_steps, initial=first_step, time_left=self._time_left, is_shown=shows_bar)
         self.times = StepTimes()
         self._started = time.perf_counter()
         self._paused = 0.0
+        self._counted = self._started  # when work was last counted for the time left
         self._examples = self._tokens = 0
 
     def __enter__(self) -> Self:
@@ -106,18 +110,43 @@ class Report:
         """Count an optimizer step that read this many examples and input tokens."""
         self._examples += examples
         self._tokens += tokens
+        self._count_work("training", 1)
         self._bar.update()
 
     @contextmanager
-    def pause(self, activity: str) -> Iterator[None]:
-        """A context whose time (evaluating, saving) does not count as training time."""
+    def pause(self, activity: str, kind: str | None = None, units: int = 1) -> Iterator[Count]:
+        """A context whose time (evaluating, saving) does not count as training time.
+
+        Args:
+            activity: the part in `seconds_by_part`.
+            kind: of the work, for the time left; default: the activity.
+            units: of the work.
+
+        Yields:
+            A function to call with the number of units that are finished; those left count as finished at the end.
+        """
         self.times.end_of_step()
         started = time.perf_counter()
-        self._bar.set_description(activity)
-        yield
-        self._bar.set_description("training")
+        self._count_work("training", 0)
+        kind, done = kind or activity, 0
+        self._bar.show_activity(activity)
+
+        def count(finished: int) -> None:
+            nonlocal done
+            done += finished
+            self._count_work(kind, finished)
+            self._bar.show_activity(activity, done, units)
+
+        yield count
+        self._count_work(kind, units - done)
+        self._bar.show_activity("training")
         self._paused += time.perf_counter() - started
         self.times.mark(activity)
+
+    def _count_work(self, kind: str, units: int) -> None:
+        now = time.perf_counter()
+        self._time_left.count(kind, units, now - self._counted)
+        self._counted = now
 
     def log_training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the mean loss since the last call, and the speed over the same steps."""

@@ -41,6 +41,11 @@ def total_steps(num_examples: int, config: Config) -> int:
     return config.max_steps or math.ceil(config.epochs * steps_per_epoch(num_examples, config))
 
 
+def times_due(every: int, first_step: int, last_step: int) -> int:
+    """How often something is due after `first_step` that is done every so many steps, and after the last one."""
+    return last_step // every - first_step // every + (last_step % every != 0 and last_step > first_step)
+
+
 def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list[Sequence[int]]]:
     """For each optimizer step from `first_step` on, its batches, each as the row numbers of its examples.
 

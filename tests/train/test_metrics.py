@@ -41,8 +41,8 @@ def path(tmp_path):
     return tmp_path / "metrics.jsonl"
 
 
-def open_report(path, first_step=0, metrics_bytes=0):
-    return Report(path, total_steps=1000, first_step=first_step, metrics_bytes=metrics_bytes)
+def open_report(path, first_step=0, metrics_bytes=0, **options):
+    return Report(path, total_steps=1000, first_step=first_step, metrics_bytes=metrics_bytes, **options)
 
 
 def events(path):
