@@ -19,8 +19,9 @@ from ft.cli.predict import (
 )
 from ft.config import Config
 from ft.data.tables import listed
-from ft.errors import FtError, one_line, printable, shown
+from ft.errors import FtError, counted, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
+from ft.io.plain_files import read_regular
 from ft.settings import build_config
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _evaluate_labels(classifier: "Classifier", split: "Split", options: argparse
     """The scores of the predicted labels; printed as tables unless --json."""
     import torch
 
-    from ft.evaluation.classification import mistake_records, scores
+    from ft.evaluation.classification import majority_label, score_record, scores
 
     names = classifier.label_names
     split = _renumber_labels(split, names, were_given=options.label_names is not None)
@@ -144,22 +145,41 @@ def _evaluate_labels(classifier: "Classifier", split: "Split", options: argparse
     rows = [list(prediction.probabilities.values()) for prediction in predictions]
     probabilities = torch.tensor(rows, dtype=torch.float64)
     result = scores(probabilities, torch.tensor(split.labels))
-    mistakes = mistake_records(probabilities, split, names, options.mistakes)
-    record = {"split": split.name, "labels": names, **asdict(result), "mistakes": mistakes}
+    majority = _majority_label_of_run(classifier)
+    if majority is None:
+        print(
+            "Note: the most frequent training label is not known; the majority baseline is that of the most frequent "
+            f"label of the {split.name} split.",
+            file=sys.stderr,
+        )
+        majority = majority_label(split.labels)
+    record = score_record(probabilities, split, names, [majority], options.mistakes)
     if options.json:
         return record
+    mistakes, baseline = record["mistakes"], record["majority_baseline"]
     print(
-        f"{split.name}: {len(predictions):,} examples, accuracy {result.accuracy:.2%}, macro F1 "
+        f"{split.name}: {counted(len(predictions), 'example')}, accuracy {result.accuracy:.2%}, macro F1 "
         f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%} "
         f"({len(predictions) / seconds:,.1f} examples/s, by {printable(classifier.source)})\n"
+        f"Majority baseline, always {one_line(names[majority])}: accuracy {baseline:.2%}"
+        + ("\n" if result.accuracy > baseline else ", which the model does not beat\n")
     )
     print(_tables(result, names))
     if mistakes:
         print("\nmost confident errors:")
     for mistake in mistakes:
-        label, true = (one_line(str(mistake[name])) for name in ("label", "true"))
+        label, true = (one_line(str(mistake[name])) for name in ("predicted", "true"))
         print(f"  {label} ({mistake['probability']:.1%}, true label {true}): {one_line(str(mistake['text']), 90)}")
     return record
+
+
+def _majority_label_of_run(classifier: "Classifier") -> int | None:
+    """The most frequent training label, which a finished run records in scores.json; None if it is not known."""
+    try:
+        name = json.loads(read_regular(Path(classifier.source).parent / "scores.json"))["majority_label"]
+        return list(classifier.label_names).index(name)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _renumber_labels(split: "Split", names: Sequence[str], *, were_given: bool) -> "Split":
