@@ -94,6 +94,11 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
         )
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
+    if config.completion_column is not None and config.best_metric == "macro_f1":
+        problems.append(
+            "--best-metric is 'macro_f1', which is of labels, and with --completion-column there are none: it must be "
+            "accuracy or loss"
+        )
     excluded = {
         "--compile": config.compile != "none",
         "--shard": config.shard,

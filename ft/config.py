@@ -110,9 +110,18 @@ class Config:
     early_stopping_patience: int | None = setting(
         None,
         LENGTH,
-        "stop after this many evaluations in a row without a better one, by accuracy, then loss (default: never)",
+        "stop after this many evaluations in a row without a better one, by --best-metric (default: never)",
         minimum=1,
     )
+    best_metric: Literal["accuracy", "macro_f1", "loss"] = setting(
+        "accuracy",
+        LENGTH,
+        "validation metric by which --early-stopping-patience and --keep-best compare evaluations; ties: by loss",
+    )
+    """Of classes of very different sizes accuracy measures the large ones: a model that always answers with a class of
+    95 % has 95 % accuracy. macro_f1 is the mean of the F1 of each class, whatever its size. loss also sees how sure the
+    model is: it can rise while both others still improve.
+    """
     batch_size: int = setting(8, LENGTH, "examples per forward and backward pass, in each process", minimum=1)
     """The gradient of a step is the mean over these examples. Small: many steps per epoch, each in a noisy direction.
     Large: few steps in a good direction, each example computed faster until the device is full, and more memory. Too
@@ -260,7 +269,7 @@ class Config:
     keep_best: bool = setting(
         False,
         LOGGING,
-        "also keep the checkpoint of the best evaluation, by accuracy, then loss, and save at each that is better",
+        "also keep the checkpoint of the best evaluation, by --best-metric, and save at each that is better",
     )
     tensorboard: bool = setting(
         False, LOGGING, "also write the metrics as event files for TensorBoard, to tensorboard/ in --output-dir"

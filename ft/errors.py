@@ -55,6 +55,11 @@ def one_line(text: str, width: int = 60) -> str:
     return printable(words if len(words) <= width else words[: width - 4] + " ...")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with a noun that has a regular plural: `1 example`, `1,066 examples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def sentence(message: str) -> str:
     """A message on one line, printable, shortened in the middle: its start has the cause, its end the remedy."""
     half = MAX_MESSAGE_LENGTH // 2

@@ -16,7 +16,7 @@ from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.device import read_synchronizes, threads_for
 from ft.errors import FtError, quoted
-from ft.evaluation.classification import write_scores
+from ft.evaluation.classification import majority_baseline, write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
 from ft.io.atomic import Executor, atomic_directory
@@ -24,7 +24,8 @@ from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2
 from ft.report.console import AFTER_DEMO, closing, count_parameters, three_completions, three_predictions
-from ft.report.model_card import Outcome, model_card
+from ft.report.model_card import model_card
+from ft.report.outcome import Outcome
 from ft.setup import Inputs
 from ft.train.loop import Components
 from ft.train.metrics import Report
@@ -101,6 +102,10 @@ class Session:
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
         self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
         self._last_split = "test" if "test" in inputs.data.examples else "validation"
+        splits = inputs.data.splits if inputs.data.label_names else {}
+        self._baselines = {
+            name: majority_baseline(splits["train"].labels, split.labels) for name, split in splits.items()
+        }
         self._seconds_in_all = 0.0
         device, ranks = components.precision.device, components.ranks
         self._writer = Saver(
@@ -126,9 +131,8 @@ class Session:
         """Evaluate on the validation split and on general text; after a signal the evaluation stays due."""
         result = self._evaluate_split("validation")
         if result is not None and self._measure_forgetting(state):
-            epoch = state.step / self._steps_per_epoch
-            self._report.log_evaluation(state.step, epoch, loss=result.loss, accuracy=result.accuracy)
-            state.record_evaluation(result.loss, result.accuracy)
+            self._log_evaluation(state, result, "validation")
+            state.record_evaluation(result.loss, result.accuracy, result.macro_f1, self._config.best_metric)
 
     def defers_save(self, state: State) -> bool:
         """Whether to defer a save because the writer is busy. Only on a GPU, where many steps run during a write.
@@ -207,8 +211,7 @@ class Session:
         self._seconds_in_all = self._seconds()
         test = self._evaluations.get("test")
         if test is not None:
-            epoch = state.step / self._steps_per_epoch
-            self._report.log_evaluation(state.step, epoch, loss=test.loss, accuracy=test.accuracy, split="test")
+            self._log_evaluation(state, test, "test")
 
     def write_results(self, state: State) -> None:
         """Write scores.json, the model card and `final/` on rank 0, and print a summary; after `finish`.
@@ -231,14 +234,15 @@ class Session:
         run.restore()
         probabilities, test = self._evaluations[self._last_split].probabilities, self._evaluations.get("test")
         if probabilities is not None:
-            write_scores(
-                run.path / "scores.json", state.step, probabilities, data.splits[self._last_split], data.label_names
-            )
+            train_labels = data.splits["train"].labels
+            split = data.splits[self._last_split]
+            write_scores(run.path / "scores.json", state.step, probabilities, split, data.label_names, train_labels)
         precision = self._components.precision
+        outcome = Outcome(state, test, seconds, self._baselines)
         card = model_card(
             config,
             data,
-            Outcome(state, test, seconds),
+            outcome,
             num_parameters=count_parameters(self._model),
             device=f"{precision.device} in {precision.name}",
         )
@@ -251,7 +255,7 @@ class Session:
                 f"({failure.strerror or failure}): a longer run could only continue from the one before"
             )
         with results():
-            print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
+            print(closing(run.path, outcome, total_steps(len(data.examples["train"]), config), config, data))
             print(examples)
         if config.demo:
             print(AFTER_DEMO)
@@ -265,6 +269,17 @@ class Session:
         if result is not None:
             self._evaluations[split] = result
         return result
+
+    def _log_evaluation(self, state: State, result: Evaluation, split: str) -> None:
+        self._report.log_evaluation(
+            state.step,
+            state.step / self._steps_per_epoch,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            macro_f1=result.macro_f1,
+            baseline=self._baselines.get(split),
+            split="eval" if split == "validation" else split,
+        )
 
     def _measure_forgetting(self, state: State) -> bool:
         """Record the loss on general text with `--forgetting`; returns False if a signal interrupted it."""

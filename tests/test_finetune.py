@@ -68,8 +68,9 @@ def test_the_program_from_start_to_end(small, tmp_path):
         "tokens_per_second",
         "seconds_by_part",
     ]
-    assert list(evaluation) == ["step", "epoch", "eval_loss", "eval_accuracy", "seconds_by_part"]
-    assert list(test) == ["step", "epoch", "test_loss", "test_accuracy", "seconds_by_part"]
+    scores = ["loss", "accuracy", "macro_f1", "majority_baseline"]
+    assert list(evaluation) == ["step", "epoch", *(f"eval_{name}" for name in scores), "seconds_by_part"]
+    assert list(test) == ["step", "epoch", *(f"test_{name}" for name in scores), "seconds_by_part"]
     assert list(training["seconds_by_part"]) == ["data", "forward", "backward", "update"]
     assert "evaluating" in evaluation["seconds_by_part"]
     assert {"saving", "evaluating"} <= set(test["seconds_by_part"])

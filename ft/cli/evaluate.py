@@ -20,9 +20,10 @@ from ft.cli.predict import (
 )
 from ft.config import Config
 from ft.data.table import listed
-from ft.errors import FtError, one_line, printable, shown
+from ft.errors import FtError, counted, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.io.paths import expand_home
+from ft.io.plain_files import read_regular
 from ft.settings import build_config
 from ft.train.progress import progress_bar
 
@@ -156,7 +157,7 @@ def _evaluate_labels(
     """The scores of the predicted labels, printed as tables unless --json; and a row of --output for each example."""
     import torch
 
-    from ft.evaluation.classification import mistake_records, scores
+    from ft.evaluation.classification import majority_label, score_record, scores
 
     names = classifier.label_names
     split = _renumber_labels(classifier, split, were_given=options.label_names is not None)
@@ -167,8 +168,15 @@ def _evaluate_labels(
     rows = [list(prediction.probabilities.values()) for prediction in predictions]
     probabilities = torch.tensor(rows, dtype=torch.float64)
     result = scores(probabilities, torch.tensor(split.labels))
-    mistakes = mistake_records(probabilities, split, names, options.mistakes)
-    record = {"split": split.name, "labels": names, **asdict(result), "mistakes": mistakes}
+    majority = _majority_label_of_run(classifier)
+    if majority is None:
+        print(
+            "Note: the most frequent training label is not known; the majority baseline is that of the most frequent "
+            f"label of the {split.name} split.",
+            file=sys.stderr,
+        )
+        majority = majority_label(split.labels)
+    record = score_record(probabilities, split, names, [majority], options.mistakes)
     output = [
         {
             "split": split.name,
@@ -183,16 +191,19 @@ def _evaluate_labels(
     ]
     if options.json:
         return record, output
+    mistakes, baseline = record["mistakes"], record["majority_baseline"]
     print(
-        f"{split.name}: {len(predictions):,} examples, accuracy {result.accuracy:.2%}, macro F1 "
+        f"{split.name}: {counted(len(predictions), 'example')}, accuracy {result.accuracy:.2%}, macro F1 "
         f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%} "
         f"({len(predictions) / seconds:,.1f} examples/s, by {printable(classifier.source)})\n"
+        f"Majority baseline, always {one_line(names[majority])}: accuracy {baseline:.2%}"
+        + ("\n" if result.accuracy > baseline else ", which the model does not beat\n")
     )
     print(_tables(result, names))
     if mistakes:
         print("\nmost confident errors:")
     for mistake in mistakes:
-        label, true = (one_line(str(mistake[name])) for name in ("label", "true"))
+        label, true = (one_line(str(mistake[name])) for name in ("predicted", "true"))
         place = _place(mistake, several_files=len(split.files) > 1)
         text = one_line(str(mistake["text"]), 90)
         print(f"  {label} ({mistake['probability']:.1%}, true label {true}, {place}): {text}")
@@ -217,6 +228,15 @@ def _number_by(split: "Split", places: dict[int, int]) -> "Split":
             known = listed(list(map(str, places)))
             raise FtError(f"the label in {split.where(row)} is {label}, the model has {known}: correct the data")
     return replace(split, labels=[places[label] for label in split.labels])
+
+
+def _majority_label_of_run(classifier: "Classifier") -> int | None:
+    """The most frequent training label, which a finished run records in scores.json; None if it is not known."""
+    try:
+        name = json.loads(read_regular(Path(classifier.source).parent / "scores.json"))["majority_label"]
+        return list(classifier.label_names).index(name)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bool) -> "Split":

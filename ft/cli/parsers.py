@@ -53,7 +53,9 @@ _OTHER_NAMES = {
         "grad-accumulation-steps gradient-accumulation update-freq"
     ),
     "init": "init-from",
-    "keep-best": "load-best-model-at-end metric-for-best-model",
+    "best-metric": "greater-is-better metric-for-best-model",
+    "class-weights": "class-weight",
+    "keep-best": "load-best-model-at-end",
     "keep-checkpoints": "save-total-limit",
     "label-column": "label label-column-name label-key target-column",
     "label-names": "labels",

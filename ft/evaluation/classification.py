@@ -1,6 +1,7 @@
-"""Classification metrics: accuracy, precision, recall, F1, confusion matrix and calibration error."""
+"""Classification metrics: accuracy, majority baseline, precision, recall, F1, confusion matrix, calibration error."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Scores:
         precision: per class, the fraction of its predictions that are correct; 0 if it is never predicted.
         recall: per class, the fraction of its examples that are predicted correctly; 0 if it has no example.
         f1: per class, the harmonic mean of precision and recall.
-        macro_f1: the unweighted mean of `f1` over the classes.
+        macro_f1: the unweighted mean of `f1` over the classes that are the true or the predicted class of an example.
         confusion: (K, K) counts, a row per true class and a column per predicted class.
         calibration_error: expected calibration error: the mean gap between confidence and accuracy in ten bins of
             confidence, weighted by their examples (Guo et al., "On Calibration of Modern Neural Networks", 2017,
@@ -49,11 +50,10 @@ def scores(probabilities: Tensor, labels: Tensor) -> Scores:
     n, k = probabilities.shape
     confidence, predicted = probabilities.double().max(dim=1)
     correct = predicted == labels
-    confusion = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k)
+    confusion = count_confusions(labels, predicted, k)
     hits = confusion.diagonal().double()
     precision = hits / confusion.sum(dim=0).clamp(min=1)
     recall = hits / confusion.sum(dim=1).clamp(min=1)
-    f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-300)
 
     bins, error = [], 0.0
     bin_numbers = (confidence * BINS).ceil().clamp(1, BINS)  # the tenth is 0.9 < p <= 1.0
@@ -68,12 +68,44 @@ def scores(probabilities: Tensor, labels: Tensor) -> Scores:
         accuracy=correct.double().mean().item(),
         precision=precision.tolist(),
         recall=recall.tolist(),
-        f1=f1.tolist(),
-        macro_f1=f1.mean().item(),
+        f1=_f1(confusion).tolist(),
+        macro_f1=macro_f1(confusion),
         confusion=confusion.tolist(),
         calibration_error=error,
         bins=bins,
     )
+
+
+def count_confusions(labels: Tensor, predicted: Tensor, k: int) -> Tensor:
+    """The (K, K) confusion matrix of (N,) true and predicted classes: a row per true class."""
+    return torch.bincount(labels * k + predicted, minlength=k * k).view(k, k)
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """The unweighted mean of the F1 of each class of a (K, K) confusion matrix.
+
+    Classes without examples that are never predicted are left out, as by scikit-learn:
+    https://scikit-learn.org/stable/modules/generated/sklearn.metrics.f1_score.html
+    """
+    occurs = confusion.sum(dim=0) + confusion.sum(dim=1) > 0
+    return _f1(confusion)[occurs].mean().item()
+
+
+def _f1(confusion: Tensor) -> Tensor:
+    """The (K,) harmonic means of precision and recall: 2 TP / (2 TP + FP + FN), 0 for a class without any of these."""
+    hits = confusion.diagonal().double()
+    return 2 * hits / (confusion.sum(dim=0) + confusion.sum(dim=1)).clamp(min=1)
+
+
+def majority_label(labels: Sequence[int]) -> int:
+    """The most frequent label; of several the one with the lowest number."""
+    counts = Counter(labels)
+    return min(counts, key=lambda label: (-counts[label], label))
+
+
+def majority_baseline(train_labels: Sequence[int], labels: Sequence[int]) -> float:
+    """The accuracy on `labels` of a model that always answers with the most frequent of `train_labels`."""
+    return labels.count(majority_label(train_labels)) / len(labels)
 
 
 class Confusion(NamedTuple):
@@ -119,7 +151,7 @@ def mistake_records(
             {
                 **split.place_record(row),
                 "true": label_names[split.labels[row]],
-                "label": label_names[int(label)],
+                "predicted": label_names[int(label)],
                 "probability": probability.item(),
                 "text": split.texts[row],
             }
@@ -127,8 +159,37 @@ def mistake_records(
     return mistakes
 
 
-def write_scores(path: Path, step: int, probabilities: Tensor, split: Split, label_names: Sequence[str]) -> None:
-    """Write the metrics of a split and its most confident errors as a JSON object.
+def score_record(
+    probabilities: Tensor, split: Split, label_names: Sequence[str], train_labels: Sequence[int], mistakes: int
+) -> dict[str, Any]:
+    """The metrics of a split, its majority baseline and its most confident errors, as they are written as JSON.
+
+    Args:
+        probabilities: (N, K), of each label for each example.
+        split: the N examples.
+        label_names: the names of the K labels.
+        train_labels: the labels of which the most frequent one is the answer of the baseline.
+        mistakes: the largest number of errors.
+    """
+    return {
+        "split": split.name,
+        "labels": list(label_names),
+        "majority_label": label_names[majority_label(train_labels)],
+        "majority_baseline": majority_baseline(train_labels, split.labels),
+        **asdict(scores(probabilities, torch.tensor(split.labels))),
+        "mistakes": mistake_records(probabilities, split, label_names, mistakes),
+    }
+
+
+def write_scores(
+    path: Path,
+    step: int,
+    probabilities: Tensor,
+    split: Split,
+    label_names: Sequence[str],
+    train_labels: Sequence[int],
+) -> None:
+    """Write the `score_record` of a split to a file.
 
     Args:
         path: the file to write; replaced atomically.
@@ -136,11 +197,10 @@ def write_scores(path: Path, step: int, probabilities: Tensor, split: Split, lab
         probabilities: (N, K), of each label for each example.
         split: the N examples.
         label_names: the names of the K labels.
+        train_labels: the labels of the training split.
 
     Raises:
         OSError: the file cannot be written; an existing file stays as it was.
     """
-    record: dict[str, Any] = {"step": step, "split": split.name, "labels": list(label_names)}
-    record |= asdict(scores(probabilities, torch.tensor(split.labels)))
-    record["mistakes"] = mistake_records(probabilities, split, label_names, MISTAKES)
+    record = {"step": step, **score_record(probabilities, split, label_names, train_labels, MISTAKES)}
     atomic_write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Loss and accuracy over all examples of a split."""
+"""Loss, accuracy and macro F1 over all examples of a split."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from ft.data.batches import batches_by_length, collate
 from ft.data.examples import Example
 from ft.device import Precision
 from ft.distributed.ranks import SINGLE_PROCESS, Ranks
+from ft.evaluation.classification import count_confusions, macro_f1
 from ft.model.gpt2 import GPT2
 from ft.train.progress import Count, no_progress
 
@@ -22,11 +23,13 @@ class Evaluation(NamedTuple):
         loss: mean cross-entropy over the target tokens, in nats.
         accuracy: the fraction of examples whose label is predicted correctly; for completions, the fraction of target
             tokens that are the most likely of the vocabulary.
+        macro_f1: the unweighted mean of the F1 of each label; None without labels.
         probabilities: (examples, labels), of each label for each example, in order; None without labels.
     """
 
     loss: float
     accuracy: float
+    macro_f1: float | None = None
     probabilities: Tensor | None = None
 
 
@@ -42,7 +45,7 @@ def evaluate(
     ranks: Ranks = SINGLE_PROCESS,
     progress: Count = no_progress,
 ) -> Evaluation | None:
-    """Compute the loss and accuracy of `model` on all examples.
+    """Compute the loss, accuracy and macro F1 of `model` on all examples.
 
     The prediction is the most likely label token, or without labels the most likely token. No random number is drawn
     and the mode of the model is restored: a run ends in the same weights whether or not it evaluates.
@@ -62,7 +65,7 @@ def evaluate(
     """
     device = precision.device
     candidates = torch.tensor(label_ids, device=device)
-    loss_sums, hits, label_logits, own_rows = [], [], [], []  # of each batch
+    loss_sums, hits, label_logits, target_ids, own_rows = [], [], [], [], []  # of each batch
     was_training = model.training
     model.eval()
     for rows in batches_by_length(examples, batch_size, ranks.size):
@@ -76,6 +79,7 @@ def evaluate(
         loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))
         if label_ids:
             label_logits.append(logits[:, candidates].float())  # (S, labels)
+            target_ids.append(batch.target_ids)
             predicted = candidates[label_logits[-1].argmax(dim=-1)]
         else:
             predicted = logits.argmax(dim=-1)
@@ -88,6 +92,11 @@ def evaluate(
     loss, accuracy = (ranks.sum(sums) / num_targets).tolist()
     if not label_ids:
         return Evaluation(loss, accuracy)
+    own_logits = torch.cat(label_logits)
+    is_label = torch.cat(target_ids)[:, None] == candidates  # (S, labels); of an ignored target no label
+    supervised = is_label.any(dim=-1)
+    labels, predicted = (scores[supervised].argmax(dim=-1).cpu() for scores in (is_label.int(), own_logits))
+    confusion = ranks.sum(count_confusions(labels, predicted, len(label_ids)))
     probabilities = torch.zeros(len(examples), len(label_ids))
-    probabilities[own_rows] = torch.cat(label_logits).softmax(dim=-1).cpu()[: len(own_rows)]
-    return Evaluation(loss, accuracy, ranks.sum(probabilities))
+    probabilities[own_rows] = own_logits.softmax(dim=-1).cpu()[: len(own_rows)]
+    return Evaluation(loss, accuracy, macro_f1(confusion), ranks.sum(probabilities))

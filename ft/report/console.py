@@ -1,5 +1,6 @@
 """The console text of a run: its plan at the start, its results at the end."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,14 +9,15 @@ from ft.config import Config
 from ft.data.load import Data
 from ft.data.table import listed
 from ft.device import Precision
-from ft.errors import one_line, printable, quoted
-from ft.evaluation.evaluate import Evaluation
+from ft.errors import counted, one_line, printable, quoted
+from ft.evaluation.classification import majority_label
 from ft.evaluation.perplexity import GeneralText, perplexity
 from ft.inference.classifier import predict
 from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
 from ft.model.freeze import num_trainable_parameters
 from ft.model.gpt2 import GPT2
+from ft.report.outcome import Outcome
 from ft.train.state import State
 
 SHOWN_TOKENS = 24  # of a completion
@@ -73,23 +75,42 @@ def _describe_targets(config: Config, data: Data) -> str:
     return f"labels {listed(data.label_names)}"
 
 
-def closing(run: Path, state: State, last_step: int, seconds: float, config: Config, test: Evaluation | None) -> str:
+def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: Data) -> str:
     """The summary at the end of a run."""
+    state, test, seconds = outcome.state, outcome.test, outcome.seconds
     examples = state.step * config.rows_per_step
+    by_metric = "" if config.best_metric == "accuracy" else f", by {config.best_metric}"
     command, run = quoted(run), Path(printable(str(run)))
     return (
         ("" if state.step >= last_step else f"\nStopped early: {resume.describe_end(state, last_step)}.")
-        + f"\nFinished {state.step:,} steps in {timedelta(seconds=round(seconds))}, evaluation and saving included: "
-        f"{examples / seconds:.1f} examples/s, {state.step / seconds:.2f} steps/s. "
+        + f"\nFinished {counted(state.step, 'step')} in {timedelta(seconds=round(seconds))}, evaluation and saving "
+        f"included: {examples / seconds:.1f} examples/s, {state.step / seconds:.2f} steps/s. "
         f"Mean training loss {state.mean_train_loss:.4f}.\n"
         f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best"
-        + (f" (step {state.best_step:,})" if state.best_step is not None else ", without a finite loss")
+        + (f" (step {state.best_step:,}{by_metric})" if state.best_step is not None else ", without a finite loss")
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"
+        + _macro_f1(outcome, data)
         + _forgotten(state)
         + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
         f"{run / 'metrics.jsonl'}. To use it: python run.py "
         + (f'predict {command} "an example"' if config.completion_column is None else f'generate {command} "a prompt"')
+    )
+
+
+def _macro_f1(outcome: Outcome, data: Data) -> str:
+    """Macro F1 and the majority baseline, with a note if the run does not beat it; empty without labels."""
+    state, test, baselines = outcome.state, outcome.test, outcome.baselines
+    if state.last_macro_f1 is None or not baselines:
+        return ""
+    figures = [f"{state.last_macro_f1:.4f} at the end"]
+    figures += [f"{state.best_macro_f1:.4f} at best"] if state.best_macro_f1 is not None else []
+    figures += [f"{test.macro_f1:.4f} on the test split"] if test and test.macro_f1 is not None else []
+    label = one_line(data.label_names[majority_label(data.splits["train"].labels)])
+    shares = ", ".join(f"{baselines[split]:.2%} {split}" for split in outcome.accuracies)
+    note = outcome.baseline_note()
+    return f"Macro F1 {', '.join(figures)}. Majority baseline, always answering {label}: {shares} accuracy.\n" + (
+        f"WARNING: {note}\n" if note else ""
     )
 
 
@@ -102,18 +123,31 @@ def _forgotten(state: State) -> str:
 
 
 def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
-    """Three validation examples with their predicted labels."""
+    """Three validation examples of as many labels as possible, with their predicted labels."""
     split = data.splits["validation"]
-    rows = [len(split.texts) * third // 3 for third in range(3)]
+    rows = rows_of_several_labels(split.labels, 3)
     probabilities = predict(
         model, data.tokenizer, [split.texts[row] for row in rows], data.label_ids, max_length=max_length
     )
-    lines = ["\nThree validation examples:"]
+    lines = [
+        "\n" + ("One validation example:", "Two validation examples:", "Three validation examples:")[len(rows) - 1]
+    ]
     for row, (probability, label) in zip(rows, zip(*probabilities.max(dim=-1), strict=True), strict=True):
         predicted, true = (one_line(data.label_names[i]) for i in (int(label), split.labels[row]))
         verdict = "correct" if int(label) == split.labels[row] else f"wrong, true label {true}"
         lines.append(f"  {predicted} ({probability:.1%}, {verdict}): {one_line(split.texts[row], 90)}")
     return "\n".join(lines)
+
+
+def rows_of_several_labels(labels: Sequence[int], number: int) -> list[int]:
+    """At most `number` rows, spread over the split, each of a label that those before it have not, if there is one."""
+    rows: list[int] = []
+    for part in range(min(number, len(labels))):
+        start = len(labels) * part // number
+        after = [row for row in (*range(start, len(labels)), *range(start)) if row not in rows]
+        seen = {labels[row] for row in rows}
+        rows.append(next((row for row in after if labels[row] not in seen), after[0]))
+    return rows
 
 
 def three_completions(model: GPT2, data: Data) -> str:

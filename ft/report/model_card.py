@@ -5,15 +5,14 @@ are left out, and so are local paths: models and data sets are named by Hub ids 
 """
 
 import re
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from ft.checks import flag
 from ft.config import LENGTH, NO_FLAGS, OPTIMIZER, Config
 from ft.data.load import Data
-from ft.evaluation.evaluate import Evaluation
 from ft.evaluation.perplexity import perplexity
+from ft.report.outcome import Outcome
 from ft.settings import field_groups
 from ft.train.state import State
 
@@ -64,15 +63,6 @@ print(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_toke
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The results of a finished run: its state, the evaluation of the test split if there is one, and its seconds."""
-
-    state: State
-    test: Evaluation | None
-    seconds: float
-
-
 def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: int, device: str) -> str:
     """The text of README.md.
 
@@ -111,7 +101,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
             "",
             "## Results",
             "",
-            *_results(outcome),
+            *_results(outcome, config.best_metric),
             "",
             f"{outcome.state.step:,} steps in {timedelta(seconds=round(outcome.seconds))} on {device}, evaluation and "
             f"saving included. Mean training loss {outcome.state.mean_train_loss:.4f}.",
@@ -150,9 +140,10 @@ def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
 
     dataset = hub_id(config.dataset)
     kind = "text-classification" if data.label_names else "text-generation"
-    figures = {"validation": (outcome.state.last_accuracy, outcome.state.last_loss)}
-    if outcome.test is not None:
-        figures["test"] = (outcome.test.accuracy, outcome.test.loss)
+    state, test = outcome.state, outcome.test
+    figures = {"validation": (state.last_accuracy, state.last_loss, state.last_macro_f1)}
+    if test is not None:
+        figures["test"] = (test.accuracy, test.loss, test.macro_f1)
     results = [
         EvalResult(
             task_type=kind,
@@ -160,10 +151,11 @@ def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
             dataset_name=_short_name(dataset, "own data"),
             dataset_split=split,
             metric_type=metric,
+            metric_name="macro F1" if metric == "f1" else None,
             metric_value=round(value, 6),
         )
         for split, values in figures.items()
-        for metric, value in zip(("accuracy", "loss"), values, strict=True)
+        for metric, value in zip(("accuracy", "loss", "f1"), values, strict=True)
         if value is not None
     ]
     card = ModelCardData(
@@ -180,15 +172,27 @@ def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
     return card.to_yaml()
 
 
-def _results(outcome: Outcome) -> list[str]:
+def _results(outcome: Outcome, best_metric: str) -> list[str]:
     state, test = outcome.state, outcome.test
-    rows = [f"| validation, at the end | {state.last_accuracy:.2%} | {_number(state.last_loss)} |"]
+    rows = [("validation, at the end", state.last_accuracy, state.last_loss, state.last_macro_f1)]
     if state.best_step is not None:
-        best = f"validation, at best (step {state.best_step:,})"
-        rows.append(f"| {best} | {state.best_accuracy:.2%} | {_number(state.best_loss)} |")
+        best = f"validation, at best by {best_metric.replace('_', ' ')} (step {state.best_step:,})"
+        rows.append((best, state.best_accuracy, state.best_loss, state.best_macro_f1))
     if test is not None:
-        rows.append(f"| test | {test.accuracy:.2%} | {_number(test.loss)} |")
-    return ["| split | accuracy | loss (nats per token) |", "|---|---:|---:|", *rows]
+        rows.append(("test", test.accuracy, test.loss, test.macro_f1))
+    if not outcome.baselines:
+        table = ["| split | accuracy | loss (nats per token) |", "|---|---:|---:|"]
+        return [*table, *(f"| {split} | {accuracy:.2%} | {_number(loss)} |" for split, accuracy, loss, _ in rows)]
+    note = outcome.baseline_note()
+    return [
+        "| split | accuracy | macro F1 | loss (nats per token) |",
+        "|---|---:|---:|---:|",
+        *(f"| {split} | {accuracy:.2%} | {_number(f1)} | {_number(loss)} |" for split, accuracy, loss, f1 in rows),
+        *(f"| {split}, majority baseline | {outcome.baselines[split]:.2%} | | |" for split in outcome.accuracies),
+        "",
+        "The majority baseline always answers with the most frequent training label.",
+        *([note] if note else []),
+    ]
 
 
 def _number(value: float | None) -> str:

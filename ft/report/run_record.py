@@ -118,10 +118,17 @@ def _are_scores(value: Any) -> bool:  # noqa: ANN401
             and len(value["confusion"]) == k > 0
             and all(len(row) == k for row in per_class)
             and all(len(row) == 3 for row in value["bins"])
-            and all({"row", "true", "label", "text"} <= set(mistake) for mistake in value["mistakes"])
+            and all({"row", "true", "text"} <= set(mistake) for mistake in value["mistakes"])
+            and all(predicted_label(mistake) is not None for mistake in value["mistakes"])
+            and is_number(value.get("majority_baseline", 0.0))
         )
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         return False
+
+
+def predicted_label(mistake: dict[str, Any]) -> Any:  # noqa: ANN401
+    """The predicted label of a mistake in scores.json, whose key was `label` in earlier versions."""
+    return mistake.get("predicted", mistake.get("label"))
 
 
 def settings_given(config: dict[str, Any]) -> dict[str, Any]:

@@ -168,11 +168,26 @@ class Report:
             f"{'overflow' if overflowed else format(grad_norm, '8.3f')}  {speed['samples_per_second']:6.1f} examples/s"
         )
 
-    def log_evaluation(self, step: int, epoch: float, *, loss: float, accuracy: float, split: str = "eval") -> None:
-        """Log loss and accuracy of a split."""
-        self.write(step, epoch, {f"{split}_loss": loss, f"{split}_accuracy": accuracy})
+    def log_evaluation(
+        self,
+        step: int,
+        epoch: float,
+        *,
+        loss: float,
+        accuracy: float,
+        macro_f1: float | None = None,
+        baseline: float | None = None,
+        split: str = "eval",
+    ) -> None:
+        """Log loss and accuracy of a split, and for labels the macro F1 and the majority baseline of the accuracy."""
+        figures: dict[str, Any] = {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
         name = "validation" if split == "eval" else split
-        self.print_line(f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}")
+        line = f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}"
+        if macro_f1 is not None and baseline is not None:
+            figures |= {f"{split}_macro_f1": macro_f1, f"{split}_majority_baseline": baseline}
+            line += f" (majority baseline {baseline:.2%}), macro F1 {macro_f1:.4f}"
+        self.write(step, epoch, figures)
+        self.print_line(line)
 
     def log_general_text(self, step: int, epoch: float, *, loss: float, perplexity: float) -> None:
         """Log loss and perplexity on general text, which measure forgetting."""

@@ -17,7 +17,9 @@ _LIMITS: dict[str, tuple[Callable[[Any, "State"], bool], str]] = {
         (lambda x, state: 0 <= x <= state.step + 1, "from 0 to the step"),  # one evaluation may be before all steps
     ),
     "best_step": (lambda x, state: 0 <= x <= state.step, "from 0 to the step"),
-    **dict.fromkeys(("best_accuracy", "last_accuracy"), (lambda x, _: 0 <= x <= 1, "from 0 to 1")),
+    **dict.fromkeys(
+        ("best_accuracy", "last_accuracy", "best_macro_f1", "last_macro_f1"), (lambda x, _: 0 <= x <= 1, "from 0 to 1")
+    ),
     **dict.fromkeys(("loss_sum", "train_loss_sum", "best_loss"), (lambda x, _: abs(x) < 1e300, "finite")),
     **dict.fromkeys(
         ("last_loss", "general_loss_before", "general_loss"),
@@ -39,8 +41,9 @@ class State:
         train_loss_sum: sum of the training losses of all steps that were logged.
         skipped_steps: steps whose update was skipped, because the loss or gradient was not finite.
         evaluation_due: the run was stopped before or during the evaluation of this step.
-        best_step, best_accuracy, best_loss: the best evaluation so far, by accuracy, then loss.
-        last_accuracy, last_loss: those of the newest evaluation.
+        best_step, best_accuracy, best_loss, best_macro_f1: the best evaluation so far, by `--best-metric`, then loss;
+            without labels there is no macro F1.
+        last_accuracy, last_loss, last_macro_f1: those of the newest evaluation.
         evaluations_since_best: number of evaluations since the best one.
         general_loss_before, general_loss: the loss on general text before the first step, and the newest.
         data: the SHA-256 of the examples of all splits.
@@ -57,8 +60,10 @@ class State:
     best_step: int | None = None
     best_accuracy: float = 0.0
     best_loss: float | None = None
+    best_macro_f1: float | None = None
     last_accuracy: float = 0.0
     last_loss: float | None = None
+    last_macro_f1: float | None = None
     evaluations_since_best: int = 0
     general_loss_before: float | None = None
     general_loss: float | None = None
@@ -100,12 +105,18 @@ class State:
         self.loss_steps = 0
         return mean
 
-    def record_evaluation(self, loss: float, accuracy: float) -> None:
-        """Record the result of an evaluation."""
-        self.evaluation_due, self.last_accuracy, self.last_loss = False, accuracy, loss
-        better = self.best_loss is None or (accuracy, -loss) > (self.best_accuracy, -self.best_loss)
+    def record_evaluation(
+        self, loss: float, accuracy: float, macro_f1: float | None = None, metric: str = "accuracy"
+    ) -> None:
+        """Record the result of an evaluation; `metric` is loss, accuracy or macro_f1, by which one is the best."""
+        self.evaluation_due = False
+        self.last_accuracy, self.last_loss, self.last_macro_f1 = accuracy, loss, macro_f1
+        better = self.best_loss is None or _rank(metric, loss, accuracy, macro_f1) > _rank(
+            metric, self.best_loss, self.best_accuracy, self.best_macro_f1
+        )
         if better and math.isfinite(loss):
-            self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
+            self.best_step = self.step
+            self.best_accuracy, self.best_loss, self.best_macro_f1 = accuracy, loss, macro_f1
             self.evaluations_since_best = 0
         else:
             self.evaluations_since_best += 1
@@ -113,3 +124,9 @@ class State:
     def is_out_of_patience(self, patience: int | None) -> bool:
         """Whether the last `patience` evaluations were not better than the best one; never if it is None."""
         return patience is not None and self.evaluations_since_best >= patience
+
+
+def _rank(metric: str, loss: float, accuracy: float, macro_f1: float | None) -> tuple[float, float]:
+    """What a better evaluation has more of: the metric, and at equal values less loss."""
+    figures = {"loss": -loss, "accuracy": accuracy, "macro_f1": -1.0 if macro_f1 is None else macro_f1}
+    return figures[metric], -loss

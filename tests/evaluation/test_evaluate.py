@@ -11,6 +11,7 @@ import transformers
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.splits import Split
 from ft.device import Precision
+from ft.evaluation.classification import majority_baseline, majority_label, scores
 from ft.evaluation.evaluate import evaluate
 from ft.inference.classifier import predict
 from ft.model.gpt2 import GPT2, GPT2Config
@@ -185,6 +186,66 @@ def test_in_bf16_the_loss_is_near_and_summed_in_fp32():
     result = evaluate(model, examples, LABEL_IDS, batch_size=8, precision=Precision("bf16", "", torch.device("cpu")))
     assert result.loss != expected.loss, "the format must be at work for this test to say anything"
     assert result.loss == pytest.approx(expected.loss, rel=0.02)
+
+
+# --- macro F1 and the majority baseline -------------------------------------------------------------------------------
+
+
+def f1_by_definition(true, predicted):
+    """scikit-learn's f1_score(average="macro"), from its documentation: over the classes that occur in either list."""
+    found = []
+    for label in sorted({*true, *predicted}):
+        pairs = list(zip(true, predicted, strict=True))
+        hits = sum(pair == (label, label) for pair in pairs)
+        false_alarms = sum(p == label != t for t, p in pairs)
+        misses = sum(t == label != p for t, p in pairs)
+        found.append(2 * hits / (2 * hits + false_alarms + misses))
+    return sum(found) / len(found)
+
+
+# (true, predicted), f1_score(average="macro") of scikit-learn 1.9.1
+KNOWN = [
+    ([0, 1, 2, 0, 1, 2], [0, 2, 1, 0, 0, 1], 0.26666666666666666),
+    ([0] * 95 + [1] * 5, [0] * 100, 0.48717948717948717),
+    ([0, 0, 2, 2, 3], [0, 2, 2, 2, 0], 0.43333333333333335),
+]
+
+
+@pytest.mark.parametrize(("true", "predicted", "expected"), KNOWN)
+def test_the_macro_f1_is_that_of_scikit_learn(true, predicted, expected):
+    assert f1_by_definition(true, predicted) == pytest.approx(expected, rel=1e-12)
+    result = scores(F.one_hot(torch.tensor(predicted), 5).double(), torch.tensor(true))
+    assert result.macro_f1 == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_macro_f1_of_random_predictions(seed):
+    generator = torch.Generator().manual_seed(seed)
+    k, n = 2 + seed % 5, 1 + seed * 3
+    labels = torch.randint(k, (n,), generator=generator)
+    probabilities = torch.rand(n, k + 1, generator=generator)  # the last class has no examples
+    expected = f1_by_definition(labels.tolist(), probabilities.argmax(dim=1).tolist())
+    assert scores(probabilities, labels).macro_f1 == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_evaluation_has_the_macro_f1_of_its_predictions():
+    model, examples = make_model(), make_examples()
+    result = evaluate(model, examples, LABEL_IDS, batch_size=7, precision=FP32)
+    true = [LABEL_IDS.index(example.target_ids[0]) for example in examples]
+    expected = f1_by_definition(true, result.probabilities.argmax(dim=1).tolist())
+    assert result.macro_f1 == pytest.approx(expected, rel=1e-12)
+    assert result.macro_f1 != result.accuracy
+    assert evaluate(model, examples, [], batch_size=7, precision=FP32).macro_f1 is None
+
+
+@pytest.mark.parametrize(("labels", "majority"), [([1, 0, 1], 1), ([2, 1, 2, 1, 0], 1), ([0], 0)])
+def test_the_majority_label_is_the_most_frequent_and_of_several_the_first(labels, majority):
+    assert majority_label(labels) == majority
+
+
+def test_the_majority_baseline_is_of_the_training_labels():
+    assert majority_baseline([1] * 95 + [0] * 5, [0, 0, 1, 0]) == 0.25
+    assert majority_baseline([2], [0, 1]) == 0.0
 
 
 # --- predict ----------------------------------------------------------------------------------------------------------

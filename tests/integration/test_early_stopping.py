@@ -1,5 +1,6 @@
 """Early stopping: the place against `transformers`' callback, and a run that ends there as if it was planned so."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -59,6 +60,61 @@ def test_at_equal_accuracy_a_lower_loss_is_better_and_what_is_no_number_never_is
         assert not state.is_out_of_patience(None)
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("accuracy", (3, 0.9, 0.6, 0.5)), ("macro_f1", (2, 0.8, 0.5, 0.7)), ("loss", (4, 0.7, 0.3, 0.4))],
+)
+def test_the_best_evaluation_is_by_the_metric_and_then_by_the_loss(metric, best):
+    state = State()
+    evaluations = [(0.7, 0.9, 0.5), (0.5, 0.8, 0.7), (0.6, 0.9, 0.5), (0.3, 0.7, 0.4), (0.6, 0.8, 0.7)]
+    for state.step, (loss, accuracy, macro_f1) in enumerate(evaluations, start=1):
+        state.record_evaluation(loss, accuracy, macro_f1, metric)
+    assert (state.best_step, state.best_accuracy, state.best_loss, state.best_macro_f1) == best
+    assert state.evaluations_since_best == 5 - best[0]
+    assert (state.last_loss, state.last_accuracy, state.last_macro_f1) == evaluations[-1]
+
+
+def test_a_run_keeps_the_best_by_its_metric_and_so_does_its_continuation(inputs, tmp_path, monkeypatch, capsys):
+    from ft import session
+    from ft.evaluation.evaluate import Evaluation
+
+    # Loss, accuracy and macro F1 after each step; the last two are of the test split.
+    results = [(0.5, 0.9, 0.5), (0.4, 0.8, 0.7), (0.3, 0.7, 0.6), (0.6, 0.9, 0.6)]
+    figures = iter([*results, results[0], *results, results[0]])
+    monkeypatch.setattr(session, "evaluate", lambda *_, **__: Evaluation(*next(figures)))
+    run = tmp_path / "run"
+    flags = ["--keep-best", "--keep-checkpoints", "1", "--best-metric", "macro_f1", "--output-dir", str(run)]
+    flags += ["--early-stopping-patience", "6"]
+    assert main([*inputs, *SETTINGS, *flags, "--max-steps", "4"]) == 0
+    assert "80.00% at best (step 2, by macro_f1)" in capsys.readouterr().out
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert "best by macro f1 (step 2) | 80.00% | 0.7000 | 0.4000 |" in (run / "final" / "README.md").read_text()
+    assert main(["--resume", str(run), "--max-steps", "8"]) == 0
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
+    assert "Stopped early: after step 8 of 8" not in capsys.readouterr().out
+    state = json.loads((run / "checkpoint-8" / "state.json").read_text())
+    assert (state["best_step"], state["best_macro_f1"], state["evaluations_since_best"]) == (2, 0.7, 6)
+    assert main(["--resume", str(run), "--best-metric", "loss"]) == 2
+    assert "--best-metric was 'macro_f1' and would be 'loss'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(inputs, tmp_path, capsys):
+    """Its state.json has no macro F1, and its config.json no metric."""
+    run = tmp_path / "run"
+    assert main([*inputs, *SETTINGS, "--max-steps", "4", "--keep-best", "--output-dir", str(run)]) == 0
+    for path in (run / "checkpoint-4" / "state.json", run / "config.json"):
+        values = json.loads(path.read_text())
+        added = {"best_macro_f1", "last_macro_f1", "best_metric"} & set(values)
+        assert added
+        path.write_text(json.dumps({name: value for name, value in values.items() if name not in added}))
+    manifest, content = run / "checkpoint-4" / "manifest.json", (run / "checkpoint-4" / "state.json").read_bytes()
+    listed = json.loads(manifest.read_text())
+    listed["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_text(json.dumps(listed))
+    assert main(["--resume", str(run), "--max-steps", "6"]) == 0
+    assert "Continuing after step 4" in capsys.readouterr().out
+
+
 # The best evaluation is the third, and the sixth is the third in a row that is not better.
 ACCURACIES = [0.5, 0.6, 0.8, 0.7, 0.8, 0.8, 0.9, 0.9, 0.9, 0.9]
 LOSSES = [0.9, 0.8, 0.5, 0.4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -69,7 +125,7 @@ def staged(inputs, tmp_path, monkeypatch):
     """Run the program, its weights as they are, its validation figures those above, by step."""
     note = State.record_evaluation
 
-    def staged_note(self, loss, accuracy):
+    def staged_note(self, *_):
         note(self, LOSSES[self.step - 1], ACCURACIES[self.step - 1])
 
     monkeypatch.setattr(State, "record_evaluation", staged_note)

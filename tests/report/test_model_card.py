@@ -16,7 +16,8 @@ import ft
 from ft.cli.main import main
 from ft.config import Config
 from ft.evaluation.evaluate import Evaluation
-from ft.report.model_card import Outcome, hub_id, model_card
+from ft.report.model_card import hub_id, model_card
+from ft.report.outcome import Outcome
 from ft.train.state import State
 
 
@@ -43,10 +44,14 @@ def test_the_card_has_the_results_and_no_path(run):
     assert not {"license", "language", "base_model", "datasets"} & set(header), "of local files nothing is known"
     recorded = {(each.dataset_split, each.metric_type): each.metric_value for each in card.data.eval_results}
     for split, name in (("validation", "eval"), ("test", "test")):
-        for metric in ("accuracy", "loss"):
-            assert recorded[split, metric] == pytest.approx(events(run, f"{name}_{metric}")[-1], abs=1e-6)
+        for metric, key in (("accuracy", "accuracy"), ("loss", "loss"), ("f1", "macro_f1")):
+            assert recorded[split, metric] == pytest.approx(events(run, f"{name}_{key}")[-1], abs=1e-6)
     assert {each.task_type for each in card.data.eval_results} == {"text-classification"}
-    assert f"| test | {events(run, 'test_accuracy')[0]:.2%} | {events(run, 'test_loss')[0]:.4f} |" in text
+    accuracy, f1, loss, baseline = (
+        events(run, f"test_{name}")[0] for name in ("accuracy", "macro_f1", "loss", "majority_baseline")
+    )
+    assert f"| test | {accuracy:.2%} | {f1:.4f} | {loss:.4f} |" in text
+    assert f"| test, majority baseline | {baseline:.2%} | | |" in text
     assert f"{events(run, 'general_perplexity')[-1]:,.2f} after" in text
     assert "77 train, 12 validation, 4 test examples. Labels: neg, pos." in text
     assert "10 steps in 0:0" in text
@@ -121,7 +126,7 @@ def test_what_comes_from_the_hub_is_named_and_linked(tmp_path):
     assert "(https://huggingface.co/openai-community/gpt2)" in card.text
     from_nothing = make_card(init="random")
     assert "trained from random weights" in from_nothing
-    assert "| validation, at best (step 2) | 75.00% | 0.5000 |" in from_nothing
+    assert "| validation, at best by accuracy (step 2) | 75.00% | 0.5000 |" in from_nothing
 
 
 @pytest.mark.parametrize("name", ["./a", "/a/b", "a/b/c", "~/a", "..", "a\\b", "C:/a", "a b/c", "ä/b", "here"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ft.cli.main import main
 from ft.config import Config
 from ft.report.console import closing
+from ft.report.outcome import Outcome
 from ft.train import loop
 from ft.train.nonfinite import NonFiniteError, NonFiniteGuard
 from ft.train.optim import AdamW
@@ -149,5 +150,6 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_in_fp16_too(monkeypat
 
 
 def test_the_summary_reports_that_no_validation_loss_was_finite(tmp_path):
-    summary = closing(tmp_path, State(step=3, last_accuracy=0.0, last_loss=math.nan), 3, 60.0, Config(), None)
+    outcome = Outcome(State(step=3, last_accuracy=0.0, last_loss=math.nan), None, 60.0)
+    summary = closing(tmp_path, outcome, 3, Config(), None)
     assert "Validation accuracy 0.00% at the end, 0.00% at best, without a finite loss.\n" in summary
