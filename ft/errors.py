@@ -85,8 +85,10 @@ _REMEDIES = {
 class FtError(Exception):
     """A failure with a message for the user: what happened, the value, the limit and the remedy.
 
-    The command line prints the message without a traceback and exits with status 1. Any other exception is a bug of
-    this program and keeps its traceback. The message is one line of printable characters, whatever it quotes.
+    The command is right, and something else is wrong: the content of a file, the disk, memory, the network. What is
+    wrong with the command itself is a `UsageError`. The command line prints the message without a traceback and exits
+    with status 1. Any other exception is a bug of this program and keeps its traceback. The message is one line of
+    printable characters, whatever it quotes.
     """
 
     def __init__(self, message: str) -> None:
@@ -94,8 +96,9 @@ class FtError(Exception):
 
 
 class UsageError(FtError):
-    """The command line or a configuration is wrong; exits with status 2, before any work is done.
+    """The command or a configuration must be changed; exits with status 2.
 
+    It is a flag or value that is wrong, or the name of a path, column, split, label or Hub id that does not exist.
     `problems` has one sentence for each problem, so that all are reported at once.
     """
 

@@ -6,6 +6,7 @@ The flags that select and load a model are here too; the command `evaluate` shar
 import argparse
 import codecs
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ft.checks import find_problems_of_names
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, is_utf8, one_line, printable, quoted, shown
@@ -88,7 +90,7 @@ def predict(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     options = parser.parse_args(arguments)
-    _check_flags(options)
+    _check_flags(options, parser.problems)
     with inference_memory_advice(options):
         table, chunks = _read_chunks(options)
         first = next(chunks, None)  # read before the model is loaded, which takes longer
@@ -102,13 +104,20 @@ def predict(arguments: Sequence[str]) -> None:
     )
 
 
-def _check_flags(options: argparse.Namespace) -> None:
+def _check_flags(options: argparse.Namespace, parsing_problems: Sequence[str]) -> None:
     """Check the flags against each other.
 
     Raises:
         UsageError: with one sentence for each problem.
     """
-    problems = find_flag_problems(options)
+    problems = [*parsing_problems, *find_flag_problems(options)]
+    problems += [
+        f"text {number} is not UTF-8: it holds {match[0]!r} at character {match.start()}"
+        for number, text in enumerate(options.texts, start=1)
+        if (match := re.search("[\ud800-\udfff]", text))
+    ]
+    if options.file and not options.file.exists():
+        problems.append(f"cannot read {options.file}: No such file")
     is_table = options.file is not None and suffix_of(options.file.name)
     if options.texts and options.file:
         problems.append("pass examples or --file, not both")
@@ -253,6 +262,7 @@ def find_flag_problems(options: argparse.Namespace) -> list[str]:
         for name, least in (("batch_size", 1), ("max_length", 2))
         if getattr(options, name) is not None and getattr(options, name) < least
     ]
+    problems += find_problems_of_names(options.label_names)
     if options.label_names is not None and not is_utf8(options.label_names):
         problems.append(f"--label-names is {shown(options.label_names)}, it must be valid UTF-8")
     return problems

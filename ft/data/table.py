@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.data.splits import FileRows
-from ft.errors import FtError, printable
+from ft.errors import FtError, UsageError, printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,6 +20,10 @@ MOST_LABELS = 100  # distinct values of a column that is taken for labels
 
 class NoLabelsError(FtError):
     """The split exists, but has no labels."""
+
+
+class NoLabelColumnError(NoLabelsError, UsageError):
+    """The split exists, but has no column of the given name for its labels."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ def find_columns(table: Table, flags: dict[str, str]) -> list[int]:
     """The indices of the columns named by the keys of `flags`, ignoring blanks around names.
 
     Raises:
-        NoLabelsError: only the target column is missing.
-        FtError: a column is missing, or several have its name.
+        NoLabelColumnError: only the target column is missing.
+        UsageError: another column is missing.
+        FtError: several columns have the name.
     """
     stripped = [name.strip() for name in table.names]
     found = {}
@@ -71,7 +76,7 @@ def find_columns(table: Table, flags: dict[str, str]) -> list[int]:
     absent = [name for name in flags if name not in found]
     if absent:
         message = f"{table.path} has no column {absent[0]!r}; its columns are {listed(table.names)}: "
-        error = NoLabelsError if absent == list(flags)[1:] else FtError
+        error = NoLabelColumnError if absent == list(flags)[1:] else UsageError
         raise error(message + _advice_on_columns(table, {name: flags[name] for name in absent}, set(found.values())))
     return list(found.values())
 
