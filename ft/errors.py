@@ -42,7 +42,7 @@ def shown(value: object) -> str:
 
 
 def quoted(path: object) -> str:
-    """A path as a word of a command line that a message suggests, quoted for the shell of the system if it needs it."""
+    """A path or name as a word of a command line that a message suggests, quoted for the shell if it needs it."""
     word = printable(str(path))
     if sys.platform == "win32":
         return f'"{word}"' if " " in word else word

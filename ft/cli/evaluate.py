@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft.checkpoint.saved_task import read_task
 from ft.checks import flag
 from ft.cli.parsers import find_output_problems, to_path
 from ft.cli.predict import (
@@ -223,7 +224,6 @@ def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bo
     Raises:
         FtError: the model does not have a label of the split.
     """
-    from ft.checkpoint.saved_task import read_task
     from ft.data.load import renumber
     from ft.data.tables import WHOLE_NUMBER
 

@@ -116,7 +116,7 @@ def _check_flags(options: argparse.Namespace, parsing_problems: Sequence[str]) -
         for number, text in enumerate(options.texts, start=1)
         if (match := re.search("[\ud800-\udfff]", text))
     ]
-    if options.file and not options.file.exists():
+    if options.file and not options.texts and not options.file.exists():
         problems.append(f"cannot read {options.file}: No such file")
     is_table = options.file is not None and suffix_of(options.file.name)
     if options.texts and options.file:

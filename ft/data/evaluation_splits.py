@@ -41,7 +41,7 @@ def read_evaluation_splits(
     if path.is_file() and not of_run:
         if split not in order:
             notes.append(f"{path.name} is one file, without splits: all its rows are evaluated")
-        wanted = [path.name]
+        wanted = [path.name if split in order else wanted[0]]
     splits: dict[str, Split] = {}
     failures: list[FtError] = []
     for name in wanted:

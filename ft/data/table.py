@@ -1,14 +1,13 @@
 """A table as read from a file of any format, and its columns."""
 
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.data.splits import FileRows
-from ft.errors import FtError, UsageError, printable
+from ft.errors import FtError, UsageError, printable, quoted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,7 +97,7 @@ def _advice_on_columns(table: Table, absent: dict[str, str], found: set[int]) ->
             has_header = has_header and table.names[place] not in words
     candidates = {flag: labels if flag == "--label-column" else texts for flag in absent.values()}
     if has_header and all(len(names) == 1 for names in candidates.values()):
-        return "try " + " ".join(f"{flag} {shlex.quote(names[0])}" for flag, names in candidates.items())
+        return "try " + " ".join(f"{flag} {quoted(names[0])}" for flag, names in candidates.items())
     if not has_header:
         return "its first line must name the columns, as in text,label"
     if len(absent) == 1:

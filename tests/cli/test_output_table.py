@@ -271,7 +271,7 @@ def test_mistakes_of_all_rows_are_named_as_in_the_file(finished, tmp_path, capsy
     for split in ([], ["--split", "all"], ["--split", "train"]):
         assert main([*flags, *split]) == 0
         out = capsys.readouterr().out
-        assert out.startswith(f"{name}: 8 examples, accuracy 0.00%")
+        assert out.startswith(f"{split[1] if 'train' in split else name}: 8 examples, accuracy 0.00%")
         for n in range(8):
             place = {"mine.csv": f"line {n + 2}", "mine.jsonl": f"line {n + 1}", "mine.parquet": f"row {n}"}[name]
             assert f", {place}): film {n}\n" in out

@@ -184,7 +184,7 @@ def test_a_flag_of_text_files_is_said_to_have_no_effect_on_parquet(inputs, tmp_p
     assert f"Note: {flag} has no effect" in capsys.readouterr().out
 
 
-# --- a run as a model ---------------------------------------------------------------------------------------------------
+# --- a run as a model -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["final", "checkpoint-2", "checkpoint-1"])
