@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ft.checks import find_problems_of_names
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, is_utf8, one_line, printable, quoted, shown
+from ft.errors import FtError, UsageError, is_utf8, printable, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
@@ -38,8 +38,6 @@ examples:
   cat reviews.txt | python run.py predict runs/rotten_tomatoes
 """
 
-MOST_COLUMNS = 8  # up to this many labels each has a column for its probability
-LIKELIEST = 3  # of more labels this many are printed
 CHUNK_OF_BATCHES = 16  # batches of a table that are predicted, sorted by length, before they are written
 BLOCK = 2**16  # bytes of lines that are predicted together, at most
 
@@ -92,12 +90,12 @@ def predict(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     _check_flags(options, parser.problems)
     with inference_memory_advice(options):
-        table, chunks = _read_chunks(options)
+        table, total, chunks = _read_chunks(options)
         first = next(chunks, None)  # read before the model is loaded, which takes longer
         if first is None:
             raise FtError(f"{options.file or 'standard input'} has no lines: there is nothing to predict")
         classifier = load_classifier(options)
-        count, seconds = _predict_all(classifier, chain([first], chunks), table, options)
+        count, seconds = _predict_all(classifier, chain([first], chunks), table, total, options)
     print(
         f"{count:,} examples, {count / seconds:,.1f} examples/s, by {printable(classifier.source)}",
         file=sys.stderr,
@@ -149,15 +147,19 @@ Chunk = list[str | None]
 
 
 def _predict_all(
-    classifier: "Classifier", chunks: Iterator[Chunk], table: "Table | None", options: argparse.Namespace
+    classifier: "Classifier",
+    chunks: Iterator[Chunk],
+    table: "Table | None",
+    total: int | None,
+    options: argparse.Namespace,
 ) -> tuple[int, float]:
     """Predict chunk by chunk, and print or write each; returns the number of examples and the seconds of predicting."""
     names = classifier.label_names
-    total = None if table is None else len(table.column(0))
     shows_bar = sys.stderr.isatty() and bool(options.output or not sys.stdout.isatty())
-    count, seconds, missing = 0, 0.0, 0
+    count, seconds = 0, 0.0
+    missing: list[int] = []
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit=" examples", disable=not shows_bar, leave=False))
+        bar = stack.enter_context(tqdm(unit=" examples", disable=not shows_bar, leave=False, total=total))
         write = stack.enter_context(_open_answers(options, table, names))
         for texts in chunks:
             present = [text for text in texts if text is not None]
@@ -165,10 +167,11 @@ def _predict_all(
             predictions = iter(classifier.predict(present, options.batch_size))
             seconds += time.perf_counter() - started
             write(count, texts, [None if text is None else next(predictions) for text in texts])
-            count, missing = count + len(texts), missing + len(texts) - len(present)
+            missing += [row for row, text in enumerate(texts, start=count) if text is None]
+            count += len(texts)
             bar.update(len(texts))
-    if missing:
-        print(f"Note: {missing:,} rows have no text, and no prediction.", file=sys.stderr)
+    if missing and table is not None:
+        print(f"Note: the text in {table.where(missing)} is missing: no prediction.", file=sys.stderr)
     return count, seconds
 
 
@@ -177,12 +180,12 @@ def _open_answers(
     options: argparse.Namespace, table: "Table | None", names: Sequence[str]
 ) -> Iterator[Callable[[int, Chunk, "Sequence[Prediction | None]"], None]]:
     """A function that prints or writes the predictions of a chunk, whose first row has the number that it gets."""
+    from ft.cli.output_table import MOST_COLUMNS, ConsoleTable, new_names, open_output
+
     if options.output is None:
-        printed = _ConsoleTable(names)
+        printed = ConsoleTable(names)
         yield _print_json_lines if options.json else lambda _, texts, predictions: printed.print(texts, predictions)
         return
-    from ft.cli.output_table import new_names, open_output
-
     if table is None:
         is_json = options.output.suffix.lower() in (".json", ".jsonl")
         columns = ["row", "text", "label", *(["probabilities"] if is_json else _probability_names(names))]
@@ -222,37 +225,6 @@ def _print_json_lines(first: int, texts: Chunk, predictions: "Sequence[Predictio
         record = {"row": row, "text": text, "label": label, "probabilities": probabilities}
         print(json.dumps(record, ensure_ascii=False))
     sys.stdout.flush()
-
-
-class _ConsoleTable:
-    """Prints a line for each example: its label, and the probability of each label, or of the most probable of many."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._few = len(names) <= MOST_COLUMNS
-        self._header = ["label", *([one_line(name) for name in names] if self._few else ["most probable"])]
-        self._widths: list[int] = []  # of the first chunk, also for those after it
-
-    def print(self, texts: Chunk, predictions: "Sequence[Prediction | None]") -> None:
-        """Print the next examples."""
-        rows = [] if self._widths else [(self._header, "text")]
-        for text, prediction in zip(texts, predictions, strict=True):
-            if prediction is None:
-                cells = [""] * len(self._header)
-            elif self._few:
-                cells = [one_line(prediction.label), *(f"{value:.2%}" for value in prediction.probabilities.values())]
-            else:
-                ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
-                likeliest = ", ".join(f"{one_line(name)} {value:.2%}" for name, value in ranked)
-                cells = [one_line(prediction.label), likeliest]
-            rows.append((cells, one_line(text or "", 80)))
-        self._widths = self._widths or [
-            max(map(len, column)) for column in zip(*(cells for cells, _ in rows), strict=True)
-        ]
-        align = ">" if self._few else "<"
-        for (label, *values), text in rows:
-            aligned = [f"{cell:{align}{width}}" for cell, width in zip(values, self._widths[1:], strict=True)]
-            print("  ".join([label.ljust(self._widths[0]), *aligned, text]))
-        sys.stdout.flush()
 
 
 def find_flag_problems(options: argparse.Namespace) -> list[str]:
@@ -295,8 +267,8 @@ def read_run_settings(source: Path) -> dict[str, Any]:
     return {}
 
 
-def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[Chunk]]:
-    """The table of --file, if it is one, and its texts, or those of the arguments or lines, in chunks.
+def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", int | None, Iterator[Chunk]]:
+    """The table of --file, if it is one; the number of texts, if it is known; and the texts in chunks.
 
     Raises:
         FtError: the input cannot be read, also while the chunks are.
@@ -305,9 +277,9 @@ def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[
 
     path, form = options.file, TextFormat(options.delimiter, options.encoding)
     if options.texts:
-        return None, iter([options.texts])
+        return None, len(options.texts), iter([options.texts])
     if path is None or not suffix_of(path.name):
-        return None, _read_lines(path, form.encoding)
+        return None, None, _read_lines(path, form.encoding)
     try:
         column = options.text_column or read_run_settings(Path(options.model)).get("text_column", "text")
         table, texts = read_table(path, column, form)
@@ -316,7 +288,7 @@ def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[
     for note in table.notes:
         print(f"Note: {note}.", file=sys.stderr)
     step = CHUNK_OF_BATCHES * options.batch_size
-    return table, (texts[first : first + step] for first in range(0, len(texts), step))
+    return table, len(texts), (texts[first : first + step] for first in range(0, len(texts), step))
 
 
 def _read_lines(path: Path | None, encoding: str | None) -> Iterator[Chunk]:

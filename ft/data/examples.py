@@ -101,6 +101,8 @@ def length_of(example: Example) -> int:
 
 def keep_end(example: Example, max_length: int) -> Example:
     """The last `max_length` tokens of an example."""
+    if length_of(example) <= max_length:
+        return example
     input_ids = example.input_ids[-(max_length - 1) :]
     return Example(input_ids, example.target_ids[-len(input_ids) :])
 

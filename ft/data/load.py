@@ -191,7 +191,7 @@ def _name_numbers(splits: dict[str, Split], label_names: Sequence[str] | None) -
     if label_names is None:
         names = tuple(map(str, numbers))
         note = f"the labels are the numbers {listed(names)} themselves; --label-names names them in this order"
-    elif numbers[-1] >= len(label_names) == len(numbers) or (numbers[0] < 0 and len(label_names) == len(numbers)):
+    elif len(label_names) == len(numbers) and not 0 <= numbers[0] <= numbers[-1] < len(numbers):
         names = tuple(label_names)
         pairs = [f"{number} is {name}" for number, name in zip(numbers, names, strict=True)]
         note = f"the label {listed(pairs)}"

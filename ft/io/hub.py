@@ -67,7 +67,8 @@ def find_files(source: Source, choose: _Choice) -> dict[str, Path]:
     try:
         if not (source.name and directory.is_dir()):
             if source.is_directory or is_path(source.name):
-                beside = f", though there is {str(directory.parent)!r}" if directory.parent.is_dir() else ""
+                has_parent = directory.parent.is_dir() and directory.parent != Path()
+                beside = f", though there is {str(directory.parent)!r}" if has_parent else ""
                 raise UsageError(
                     f"there is no directory {source.name!r}{beside}: this is a path, which is not looked up on the "
                     f"Hub: check {source.flag}."

@@ -143,7 +143,7 @@ def test_a_column_with_the_name_of_an_added_one_is_kept_and_said(finished, tmp_p
 def test_rows_without_a_text_are_kept_without_a_prediction(finished, tmp_path, capsys):
     pq.write_table(pa.table({"text": ["a film", None, ""]}), tmp_path / "in.parquet")
     assert predict(finished, "--file", tmp_path / "in.parquet", "--output", tmp_path / "out.parquet") == 0
-    assert "1 rows have no text, and no prediction" in capsys.readouterr().err
+    assert "the text in row 1 of" in capsys.readouterr().err
     answers = pq.read_table(tmp_path / "out.parquet").to_pydict()
     assert [label is None for label in answers["predicted"]] == [False, True, False]
     assert predict(finished, "--file", tmp_path / "in.parquet", "--json") == 0
