@@ -42,7 +42,7 @@ def shown(value: object) -> str:
 
 
 def quoted(path: object) -> str:
-    """A path as a word of a command line that a message suggests, quoted for the shell of the system if it needs it."""
+    """A path or name as a word of a command line that a message suggests, quoted for the shell if it needs it."""
     word = printable(str(path))
     if sys.platform == "win32":
         return f'"{word}"' if " " in word else word
@@ -90,8 +90,10 @@ _REMEDIES = {
 class FtError(Exception):
     """A failure with a message for the user: what happened, the value, the limit and the remedy.
 
-    The command line prints the message without a traceback and exits with status 1. Any other exception is a bug of
-    this program and keeps its traceback. The message is one line of printable characters, whatever it quotes.
+    The command is right, and something else is wrong: the content of a file, the disk, memory, the network. What is
+    wrong with the command itself is a `UsageError`. The command line prints the message without a traceback and exits
+    with status 1. Any other exception is a bug of this program and keeps its traceback. The message is one line of
+    printable characters, whatever it quotes.
     """
 
     def __init__(self, message: str) -> None:
@@ -99,8 +101,9 @@ class FtError(Exception):
 
 
 class UsageError(FtError):
-    """The command line or a configuration is wrong; exits with status 2, before any work is done.
+    """The command or a configuration must be changed; exits with status 2.
 
+    It is a flag or value that is wrong, or the name of a path, column, split, label or Hub id that does not exist.
     `problems` has one sentence for each problem, so that all are reported at once.
     """
 

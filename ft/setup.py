@@ -1,11 +1,12 @@
 """Set up a run, one function each: device, inputs, model, components, state."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ft.checkpoint import resume
-from ft.checkpoint.model_description import ModelDescription, read_description
+from ft.checkpoint.model_description import ModelDescription, find_model, read_description
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import WEIGHTS, load_training_state
 from ft.config import Config
@@ -17,7 +18,7 @@ from ft.evaluation.perplexity import GeneralText, read_general_text
 from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.model.pretrained import ModelFiles, load_weights, model_config_of, model_files
+from ft.model.pretrained import ModelFiles, load_weights, model_config_of
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
 from ft.train.optim import build_optimizer
@@ -46,9 +47,11 @@ class Inputs:
     sha256: str
 
     def notes(self, config: Config) -> list[str]:
-        """Notes for the user on the tokenizer and the data, a sentence each."""
+        """Notes for the user on the model, the tokenizer and the data, a sentence each."""
+        is_in_run = Path(self.files.source) != Path(config.model)
+        model = [f"--model is the run {config.model}: the model is read from {self.files.source}"] if is_in_run else []
         cut = self.data.describe_cut(config.max_length, self.model_config.n_positions)
-        return [*self.description.tokenizer.notes, *self.data.notes, *cut]
+        return [*model, *self.description.tokenizer.notes, *self.data.notes, *cut]
 
 
 def prepare_device(config: Config) -> Precision:
@@ -78,7 +81,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
     config = run.config
     needs_weights = config.init == "pretrained" and run.resume_from is None
     with ranks.local_rank_zero_first():  # it downloads, the other ranks read its cache
-        files = model_files(config.model, config.model_revision, with_weights=needs_weights)
+        files = find_model(config.model, config.model_revision, with_weights=needs_weights)
         description = read_description(files)
         model_config = model_config_of(description.config, config)
         data = read_data(config, description.tokenizer.tokenizer)

@@ -138,7 +138,7 @@ def rewrite(small, split, columns, names=("neg", "pos")):
         (
             lambda s: rewrite(s, "train", {"text": ["a", "b"], "label": [0, 2]}),
             [],
-            "label in row 1 of the train split is 2",
+            "train.parquet is 2, it must be from 0 to 1",
         ),
         (
             lambda s: rewrite(s, "train", {"text": ["a"], "label": [0]}, names=None),

@@ -3,13 +3,18 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ft.checkpoint.store import ModelSource
+from ft.checkpoint.snapshot import STATE
+from ft.checkpoint.store import ModelSource, checkpoints, is_checkpoint, verify_checkpoint
 from ft.checkpoint.tokenizer_files import TokenizerSource, open_tokenizer
 from ft.data.examples import END_OF_TEXT, require_utf8
-from ft.errors import FtError
+from ft.data.table import listed
+from ft.errors import FtError, UsageError
+from ft.io.manifest import MANIFEST
 from ft.io.plain_files import read_json
+from ft.model import pretrained
 from ft.model.gpt2 import GPT2Config
 from ft.model.pretrained import ModelFiles
 
@@ -64,3 +69,44 @@ def read_description(files: ModelFiles) -> ModelDescription:
             f"`model.resize_token_embeddings({highest + 1})` in transformers adds rows for it"
         )
     return ModelDescription(published, config, tokenizer)
+
+
+def find_model(model: str, revision: str | None = None, *, with_weights: bool = True) -> ModelFiles:
+    """The files of --model: those of `model_directory`, else on the Hub.
+
+    Raises:
+        FtError: as for `model_directory` and `model_files`.
+    """
+    return pretrained.model_files(model_directory(Path(model)) or model, revision, with_weights=with_weights)
+
+
+def model_directory(source: Path) -> Path | None:
+    """The directory of the model that `source` names: itself, or that of a run; None if it is perhaps a Hub id.
+
+    Raises:
+        UsageError: `source` is a file, or an unknown name beside other runs.
+        FtError: a run without a complete model, or a damaged checkpoint.
+    """
+    if source.is_file():
+        raise UsageError(f"{source} is a file: a run, a checkpoint or a model is a directory")
+    if not source.is_dir():
+        siblings = () if source.parent == Path() else source.parent.glob("*/metrics.jsonl")
+        runs = sorted(file.parent.name for file in siblings)
+        if runs:  # most likely a misspelled run, not a Hub id
+            raise UsageError(f"there is no run {source}; in {source.parent} are {listed(runs)}")
+        return None
+    if is_checkpoint(source) and ((source / MANIFEST).exists() or (source / STATE).exists()):  # not another program's
+        if damage := verify_checkpoint(source):
+            raise FtError(f"{source} is damaged: {damage}")
+        return source
+    if (source / "final").is_dir():
+        return source / "final"
+    if not (source / "metrics.jsonl").exists():
+        return source
+    damaged: set[Path] = set()
+    # Listed anew each time, as a run in progress deletes and adds checkpoints.
+    while candidates := [checkpoint for checkpoint in checkpoints(source) if checkpoint not in damaged]:
+        if verify_checkpoint(candidates[-1]) is None:
+            return candidates[-1]
+        damaged.add(candidates[-1])
+    raise FtError(f"the run {source} has no finished model and no complete checkpoint yet")

@@ -8,7 +8,7 @@ from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint import store
 from ft.checks import flag
 from ft.config import NEWEST, Config
-from ft.errors import FtError, UsageError, printable, sentence, shown
+from ft.errors import FtError, UsageError, printable, quoted, sentence, shown
 from ft.io.manifest import MANIFEST
 from ft.io.plain_files import read_json
 from ft.settings import find_changed_settings, read_config_file
@@ -55,7 +55,9 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
         )
     if store.is_checkpoint(given):
         if damage := store.verify_checkpoint(given):
-            raise FtError(f"{given} is damaged: {damage}. --resume {given.parent} takes the newest complete one")
+            raise FtError(
+                f"{given} is damaged: {damage}. --resume {quoted(given.parent)} takes the newest complete one"
+            )
         return given
     found = store.checkpoints(given)
     for checkpoint in reversed(found):

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ft.checkpoint.error_hints import explain_out_of_memory
-from ft.checkpoint.model_description import read_description
+from ft.checkpoint.model_description import find_model, read_description
 from ft.config import Config
 from ft.data.load import read_data, with_demo_inputs
 from ft.data.splits import Split
 from ft.errors import one_line, printable, shown
-from ft.model import pretrained
 from ft.model.pretrained import model_config_of
 
 BARS = 12  # maximum number of lines of the histogram
@@ -37,7 +36,7 @@ def describe(config: Config) -> None:
         source = "the demo" if config.demo else config.dataset
         if config.demo:
             config = with_demo_inputs(config, Path(directory))
-        files = pretrained.model_files(config.model, config.model_revision, with_weights=False)
+        files = find_model(config.model, config.model_revision, with_weights=False)
         described = read_description(files)
         limit = model_config_of(
             described.config, config

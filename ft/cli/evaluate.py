@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft.checkpoint.saved_task import read_task
 from ft.checks import flag
 from ft.cli.parsers import find_output_problems, to_path
 from ft.cli.predict import (
@@ -85,7 +86,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args(arguments)
-    config = _build_config(options)
+    config = _build_config(options, parser.problems)
 
     with inference_memory_advice(options):
         _evaluate(config, options)
@@ -117,13 +118,13 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
         print(json.dumps(results if options.split == "all" else results[split.name], indent=2))
 
 
-def _build_config(options: argparse.Namespace) -> Config:
+def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) -> Config:
     """The data settings: those of the run, overridden by the command line.
 
     Raises:
         UsageError: with one sentence for each problem.
     """
-    problems = find_flag_problems(options)
+    problems = [*parsing_problems, *find_flag_problems(options)]
     if options.output is not None:
         problems += find_output_problems(options.output, [Path(expand_home(options.dataset or ""))])
     if options.mistakes < 0:
@@ -245,7 +246,6 @@ def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bo
     Raises:
         FtError: the model does not have a label of the split.
     """
-    from ft.checkpoint.saved_task import read_task
     from ft.data.load import renumber
     from ft.data.tables import WHOLE_NUMBER
 

@@ -52,7 +52,7 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
     parser.add_argument("--quiet", action="store_true", help="print the text alone: no speed")
     options = parser.parse_args(arguments)
-    problems = []
+    problems = list(parser.problems)
     if options.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {options.max_new_tokens}, it must be at least 1")
     if options.prompt is None and (sys.stdin is None or sys.stdin.isatty()):

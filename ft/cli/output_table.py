@@ -1,4 +1,4 @@
-"""Tables that commands write, in the format that the name of the file ends in.
+"""Tables that commands print or write, in the format that the name of the file ends in.
 
 The values of the rows are data: a text that begins with `=` is written as it is, and in CSV a value is quoted if it
 holds the delimiter, a quote, a line break, or blanks at an end.
@@ -6,17 +6,23 @@ holds the delimiter, a quote, a line break, or blanks at an end.
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ft.data.table import Table, first_line, read_values
-from ft.errors import FtError, shown
+from ft.errors import FtError, one_line, shown
 from ft.io.atomic import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from ft.inference.classifier import Prediction
+
+MOST_COLUMNS = 8  # up to this many labels each has a column for its probability
+LIKELIEST = 3  # of more labels this many are printed
 
 
 def new_names(existing: Sequence[str], wanted: Sequence[str]) -> list[str]:
@@ -167,3 +173,34 @@ def _json_value(value: object) -> object:
         return None
     is_json = value is None or isinstance(value, str | int | float | list | dict)
     return value if is_json else str(value)
+
+
+class ConsoleTable:
+    """Prints a line for each example: its label, and the probability of each label, or of the most probable of many."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._few = len(names) <= MOST_COLUMNS
+        self._header = ["label", *([one_line(name) for name in names] if self._few else ["most probable"])]
+        self._widths: list[int] = []  # of the first chunk, also for those after it
+
+    def print(self, texts: Sequence[str | None], predictions: "Sequence[Prediction | None]") -> None:
+        """Print the next examples."""
+        rows = [] if self._widths else [(self._header, "text")]
+        for text, prediction in zip(texts, predictions, strict=True):
+            if prediction is None:
+                cells = [""] * len(self._header)
+            elif self._few:
+                cells = [one_line(prediction.label), *(f"{value:.2%}" for value in prediction.probabilities.values())]
+            else:
+                ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
+                likeliest = ", ".join(f"{one_line(name)} {value:.2%}" for name, value in ranked)
+                cells = [one_line(prediction.label), likeliest]
+            rows.append((cells, one_line(text or "", 80)))
+        self._widths = self._widths or [
+            max(map(len, column)) for column in zip(*(cells for cells, _ in rows), strict=True)
+        ]
+        align = ">" if self._few else "<"
+        for (label, *values), text in rows:
+            aligned = [f"{cell:{align}{width}}" for cell, width in zip(values, self._widths[1:], strict=True)]
+            print("  ".join([label.ljust(self._widths[0]), *aligned, text]))
+        sys.stdout.flush()

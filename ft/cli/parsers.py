@@ -124,7 +124,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that raises `UsageError`, and suggests a known flag for an unknown one."""
+    """A parser that raises `UsageError`, and suggests a known flag for an unknown one.
+
+    Attributes:
+        problems: what `parse_args` found wrong, for the command to report with all else that is wrong.
+    """
 
     def __init__(self, command: str, description: str, examples: str, **options: Any) -> None:  # noqa: ANN401
         """`examples` has a command line per line, which three spaces separate from an explanation, if any."""
@@ -135,6 +139,7 @@ class CommandParser(argparse.ArgumentParser):
             **options,
         )
         self._paragraphs, self._examples = [description], examples
+        self.problems: list[str] = []
 
     def format_help(self) -> str:
         """The help, at most as wide as the terminal."""
@@ -150,27 +155,35 @@ class CommandParser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parse a command line.
+        """Parse a command line. Unknown flags and values of a wrong type are added to `problems`.
 
         Raises:
-            UsageError: an argument is missing, wrong or unknown.
+            UsageError: an argument or the value of a flag is missing; has all problems that were found before.
         """
         options, rest = self.parse_known_intermixed_args(arguments)  # positionals may follow flags
-        if rest:
-            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            raise UsageError(
-                *[
-                    describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
-                    for word in without_values(rest)
-                ]
-            )
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        self.problems += [
+            describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
+            for word in without_values(rest)
+        ]
         return options
 
-    def error(self, message: str) -> Never:
-        """Raise the message that argparse would print; for an invalid number that of `ft.settings.parse_value`."""
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:  # noqa: ANN401
+        """The values of an argument; a wrong one is a problem, and the default takes its place."""
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            message = str(error)
+        # For an invalid number the words of `ft.settings.parse_value`.
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{found[1]} is {found[3]}, it must be {'a whole number' if found[2] == 'int' else 'a number'}"
-        raise UsageError(message)
+        if message not in self.problems:  # positional arguments are parsed twice
+            self.problems.append(message)
+        return action.default
+
+    def error(self, message: str) -> Never:
+        """Raise the message that argparse would print, after the problems that were found before."""
+        raise UsageError(*self.problems, message)
 
 
 def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:

@@ -6,6 +6,7 @@ The flags that select and load a model are here too; the command `evaluate` shar
 import argparse
 import codecs
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft.checks import find_problems_of_names
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, is_utf8, one_line, printable, quoted, shown
+from ft.errors import FtError, UsageError, is_utf8, printable, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
@@ -35,8 +37,6 @@ examples:
   cat reviews.txt | python run.py predict runs/rotten_tomatoes
 """
 
-MOST_COLUMNS = 8  # up to this many labels each has a column for its probability
-LIKELIEST = 3  # of more labels this many are printed
 CHUNK_OF_BATCHES = 16  # batches of a table that are predicted, sorted by length, before they are written
 BLOCK = 2**16  # bytes of lines that are predicted together, at most
 
@@ -88,14 +88,14 @@ def predict(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     options = parser.parse_args(arguments)
-    _check_flags(options)
+    _check_flags(options, parser.problems)
     with inference_memory_advice(options):
-        table, chunks = _read_chunks(options)
+        table, total, chunks = _read_chunks(options)
         first = next(chunks, None)  # read before the model is loaded, which takes longer
         if first is None:
             raise FtError(f"{options.file or 'standard input'} has no lines: there is nothing to predict")
         classifier = load_classifier(options)
-        count, seconds = _predict_all(classifier, chain([first], chunks), table, options)
+        count, seconds = _predict_all(classifier, chain([first], chunks), table, total, options)
     if not options.quiet:
         print(
             f"{count:,} examples, {count / seconds:,.1f} examples/s, by {printable(classifier.source)}",
@@ -103,13 +103,20 @@ def predict(arguments: Sequence[str]) -> None:
         )
 
 
-def _check_flags(options: argparse.Namespace) -> None:
+def _check_flags(options: argparse.Namespace, parsing_problems: Sequence[str]) -> None:
     """Check the flags against each other.
 
     Raises:
         UsageError: with one sentence for each problem.
     """
-    problems = find_flag_problems(options)
+    problems = [*parsing_problems, *find_flag_problems(options)]
+    problems += [
+        f"text {number} is not UTF-8: it holds {match[0]!r} at character {match.start()}"
+        for number, text in enumerate(options.texts, start=1)
+        if (match := re.search("[\ud800-\udfff]", text))
+    ]
+    if options.file and not options.texts and not options.file.exists():
+        problems.append(f"cannot read {options.file}: No such file")
     is_table = options.file is not None and suffix_of(options.file.name)
     if options.texts and options.file:
         problems.append("pass examples or --file, not both")
@@ -141,13 +148,17 @@ Chunk = list[str | None]
 
 
 def _predict_all(
-    classifier: "Classifier", chunks: Iterator[Chunk], table: "Table | None", options: argparse.Namespace
+    classifier: "Classifier",
+    chunks: Iterator[Chunk],
+    table: "Table | None",
+    total: int | None,
+    options: argparse.Namespace,
 ) -> tuple[int, float]:
     """Predict chunk by chunk, and print or write each; returns the number of examples and the seconds of predicting."""
     names = classifier.label_names
-    total = None if table is None else len(table.column(0))
     prints_to_terminal = not options.output and sys.stdout.isatty()  # where the predictions show the progress
-    count, seconds, missing = 0, 0.0, 0
+    count, seconds = 0, 0.0
+    missing: list[int] = []
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total, "example", quiet=options.quiet or prints_to_terminal))
         write = stack.enter_context(_open_answers(options, table, names))
@@ -157,10 +168,11 @@ def _predict_all(
             predictions = iter(classifier.predict(present, options.batch_size))
             seconds += time.perf_counter() - started
             write(count, texts, [None if text is None else next(predictions) for text in texts])
-            count, missing = count + len(texts), missing + len(texts) - len(present)
+            missing += [row for row, text in enumerate(texts, start=count) if text is None]
+            count += len(texts)
             bar.update(len(texts))
-    if missing and not options.quiet:
-        print(f"Note: {missing:,} rows have no text, and no prediction.", file=sys.stderr)
+    if missing and table is not None and not options.quiet:
+        print(f"Note: the text in {table.where(missing)} is missing: no prediction.", file=sys.stderr)
     return count, seconds
 
 
@@ -169,12 +181,12 @@ def _open_answers(
     options: argparse.Namespace, table: "Table | None", names: Sequence[str]
 ) -> Iterator[Callable[[int, Chunk, "Sequence[Prediction | None]"], None]]:
     """A function that prints or writes the predictions of a chunk, whose first row has the number that it gets."""
+    from ft.cli.output_table import MOST_COLUMNS, ConsoleTable, new_names, open_output
+
     if options.output is None:
-        printed = _ConsoleTable(names)
+        printed = ConsoleTable(names)
         yield _print_json_lines if options.json else lambda _, texts, predictions: printed.print(texts, predictions)
         return
-    from ft.cli.output_table import new_names, open_output
-
     if table is None:
         is_json = options.output.suffix.lower() in (".json", ".jsonl")
         columns = ["row", "text", "label", *(["probabilities"] if is_json else _probability_names(names))]
@@ -216,37 +228,6 @@ def _print_json_lines(first: int, texts: Chunk, predictions: "Sequence[Predictio
     sys.stdout.flush()
 
 
-class _ConsoleTable:
-    """Prints a line for each example: its label, and the probability of each label, or of the most probable of many."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._few = len(names) <= MOST_COLUMNS
-        self._header = ["label", *([one_line(name) for name in names] if self._few else ["most probable"])]
-        self._widths: list[int] = []  # of the first chunk, also for those after it
-
-    def print(self, texts: Chunk, predictions: "Sequence[Prediction | None]") -> None:
-        """Print the next examples."""
-        rows = [] if self._widths else [(self._header, "text")]
-        for text, prediction in zip(texts, predictions, strict=True):
-            if prediction is None:
-                cells = [""] * len(self._header)
-            elif self._few:
-                cells = [one_line(prediction.label), *(f"{value:.2%}" for value in prediction.probabilities.values())]
-            else:
-                ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:LIKELIEST]
-                likeliest = ", ".join(f"{one_line(name)} {value:.2%}" for name, value in ranked)
-                cells = [one_line(prediction.label), likeliest]
-            rows.append((cells, one_line(text or "", 80)))
-        self._widths = self._widths or [
-            max(map(len, column)) for column in zip(*(cells for cells, _ in rows), strict=True)
-        ]
-        align = ">" if self._few else "<"
-        for (label, *values), text in rows:
-            aligned = [f"{cell:{align}{width}}" for cell, width in zip(values, self._widths[1:], strict=True)]
-            print("  ".join([label.ljust(self._widths[0]), *aligned, text]))
-        sys.stdout.flush()
-
-
 def find_flag_problems(options: argparse.Namespace) -> list[str]:
     """A message for each invalid flag of `ModelParser`."""
     problems = [
@@ -254,6 +235,7 @@ def find_flag_problems(options: argparse.Namespace) -> list[str]:
         for name, least in (("batch_size", 1), ("max_length", 2))
         if getattr(options, name, None) is not None and getattr(options, name) < least
     ]
+    problems += find_problems_of_names(options.label_names)
     if options.label_names is not None and not is_utf8(options.label_names):
         problems.append(f"--label-names is {shown(options.label_names)}, it must be valid UTF-8")
     return problems
@@ -286,8 +268,8 @@ def read_run_settings(source: Path) -> dict[str, Any]:
     return {}
 
 
-def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[Chunk]]:
-    """The table of --file, if it is one, and its texts, or those of the arguments or lines, in chunks.
+def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", int | None, Iterator[Chunk]]:
+    """The table of --file, if it is one; the number of texts, if it is known; and the texts in chunks.
 
     Raises:
         FtError: the input cannot be read, also while the chunks are.
@@ -296,9 +278,9 @@ def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[
 
     path, form = options.file, TextFormat(options.delimiter, options.encoding)
     if options.texts:
-        return None, iter([options.texts])
+        return None, len(options.texts), iter([options.texts])
     if path is None or not suffix_of(path.name):
-        return None, _read_lines(path, form.encoding)
+        return None, None, _read_lines(path, form.encoding)
     try:
         column = options.text_column or read_run_settings(Path(options.model)).get("text_column", "text")
         table, texts = read_table(path, column, form)
@@ -307,7 +289,7 @@ def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", Iterator[
     for note in () if options.quiet else table.notes:
         print(f"Note: {note}.", file=sys.stderr)
     step = CHUNK_OF_BATCHES * options.batch_size
-    return table, (texts[first : first + step] for first in range(0, len(texts), step))
+    return table, len(texts), (texts[first : first + step] for first in range(0, len(texts), step))
 
 
 def _read_lines(path: Path | None, encoding: str | None) -> Iterator[Chunk]:

@@ -35,7 +35,7 @@ def report(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
     runs: list[Recorded] = []
-    problems: list[str] = []
+    problems = list(parser.problems)
     for directory in dict.fromkeys(options.runs):
         try:
             runs.append(read_run(directory))

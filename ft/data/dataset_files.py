@@ -31,11 +31,15 @@ class LayoutError(FtError):
     """The files of a data set do not make up its splits."""
 
 
+class UnknownPartError(LayoutError, UsageError):
+    """The directory or repository holds no data set of the given name."""
+
+
 class NoSplitError(LayoutError):
     """The data set does not have the requested split."""
 
 
-class SeveralDataSetsError(LayoutError):
+class SeveralDataSetsError(LayoutError, UsageError):
     """The directory or repository holds several data sets, in `directories`, and none was chosen."""
 
     def __init__(self, dataset: str, directories: Sequence[str]) -> None:
@@ -73,7 +77,7 @@ def dataset_files(
             raise UsageError(f"--dataset is the file {path}, where {flags} has no meaning: leave it out")
         return {"train": [_single_file(path)]}
     if not path.exists() and suffix_of(dataset):
-        raise FtError(f"there is no file {shown(dataset)}: check --dataset.")
+        raise UsageError(f"there is no file {shown(dataset)}: check --dataset.")
     try:
         return _dataset_files(Source("dataset", dataset, revision), part, first_of)
     except NoSplitError as error:
@@ -108,7 +112,7 @@ def _dataset_files(source: Source, part: str | None, first_of: Sequence[str]) ->
 def _single_file(path: Path) -> Path:
     """Check the suffix and the first bytes of a data set that is one file."""
     if suffix_of(path.name) is None:
-        raise FtError(
+        raise UsageError(
             f"--dataset is the file {path}, whose format is not supported: it must be one of {', '.join(SUFFIXES)}. "
             "Save a sheet of a workbook as .csv, and rename a .txt of values between tabs to .tsv."
         )
@@ -127,7 +131,7 @@ def save_dataset(files: dict[str, list[Path]], directory: Path) -> None:
     """
     try:
         if directory.exists() and any(directory.iterdir()):
-            raise FtError(f"{directory} is not empty: name a new directory for the copy of the data set.")
+            raise UsageError(f"{directory} is not empty: name a new directory for the copy of the data set.")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as staging:
             copy = Path(staging) / directory.name
@@ -192,7 +196,7 @@ def sort_into_splits(
     if part is not None and directories:
         if part not in directories:
             known = ", ".join("one at its top" if directory == "." else directory for directory in directories)
-            raise LayoutError(
+            raise UnknownPartError(
                 f"{dataset} has no data set in a directory {shown(part)}, it has {known}: correct --dataset-config."
             )
     elif len(directories) > 1:

@@ -11,7 +11,7 @@ from ft.data.splits import Split
 from ft.data.table import NoLabelsError
 from ft.data.tables import read_split
 from ft.data.text_files import TextFormat
-from ft.errors import FtError
+from ft.errors import FtError, UsageError
 
 
 def read_evaluation_splits(
@@ -30,6 +30,7 @@ def read_evaluation_splits(
         The splits, and notes for the user on how they were read.
 
     Raises:
+        UsageError: the split that is named does not exist.
         NoSplitError: none of the splits exists.
         FtError: a split cannot be read, or none has labels.
     """
@@ -40,7 +41,7 @@ def read_evaluation_splits(
     if path.is_file() and not of_run:
         if split not in order:
             notes.append(f"{path.name} is one file, without splits: all its rows are evaluated")
-        wanted = [path.name]
+        wanted = [path.name if split in order else wanted[0]]
     splits: dict[str, Split] = {}
     failures: list[FtError] = []
     for name in wanted:
@@ -55,7 +56,8 @@ def read_evaluation_splits(
         if split is None:
             break
     if not splits:
-        raise failures[0]
+        is_named = split not in order and isinstance(failures[0], NoSplitError)
+        raise UsageError(str(failures[0])) if is_named else failures[0]
     return splits, notes
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from ft.data.splits import Split
-from ft.errors import FtError, shown
+from ft.errors import FtError, UsageError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -68,10 +68,10 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
             token of `0`, `1`, and so on.
 
     Raises:
-        FtError: there are fewer than two labels, a name is empty, or two labels begin with the same token.
+        UsageError: there are fewer than two labels, a name is empty, or two labels begin with the same token.
     """
     if len(names) < 2:
-        raise FtError(
+        raise UsageError(
             f"there must be at least two labels, not {shown(list(names))}; name them by --label-names neg,pos"
         )
     tokens: list[int] = []
@@ -79,14 +79,14 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
         require_utf8(name, f"the name of label {label}")
         ids = tokenizer.encode(name, add_special_tokens=False).ids
         if not ids:
-            raise FtError(f"the name of label {label} is empty; name all labels by --label-names")
+            raise UsageError(f"the name of label {label} is empty; name all labels by --label-names")
         if ids[0] in tokens:
             numbers = [str(number) for number in range(len(names))]
             if or_numbers and len(set(names)) == len(names) and list(names) != numbers:
                 with suppress(FtError):  # of the numbers: the user knows only the names
                     return label_tokens(numbers, tokenizer)
             other = names[tokens.index(ids[0])]
-            raise FtError(
+            raise UsageError(
                 f"the labels {shown(other)} and {shown(name)} begin with the same token "
                 f"{shown(tokenizer.id_to_token(ids[0]))}; give them names that differ from the start by --label-names"
             )
@@ -101,6 +101,8 @@ def length_of(example: Example) -> int:
 
 def keep_end(example: Example, max_length: int) -> Example:
     """The last `max_length` tokens of an example."""
+    if length_of(example) <= max_length:
+        return example
     input_ids = example.input_ids[-(max_length - 1) :]
     return Example(input_ids, example.target_ids[-len(input_ids) :])
 

@@ -15,7 +15,7 @@ from ft.data.splits import Split, stratified
 from ft.data.table import NoLabelsError, listed
 from ft.data.tables import WHOLE_NUMBER, Columns, read_split
 from ft.data.text_files import TextFormat
-from ft.errors import FtError, shown
+from ft.errors import FtError, UsageError, shown
 from ft.io.formats import TEXT_SUFFIXES
 
 VALIDATION_FRACTION = 0.1  # of the training rows, if there is no validation split
@@ -146,7 +146,7 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     count = round(config.train_fraction * len(train.texts))
     count = min(count, config.max_train_samples or count)
     if count == 0:
-        raise FtError(
+        raise UsageError(
             f"--train-fraction is {config.train_fraction}, of {len(train.texts):,} training rows that is none: raise it"
         )
     if count < len(train.texts):
@@ -191,7 +191,7 @@ def _name_numbers(splits: dict[str, Split], label_names: Sequence[str] | None) -
     if label_names is None:
         names = tuple(map(str, numbers))
         note = f"the labels are the numbers {listed(names)} themselves; --label-names names them in this order"
-    elif numbers[-1] >= len(label_names) == len(numbers) or (numbers[0] < 0 and len(label_names) == len(numbers)):
+    elif len(label_names) == len(numbers) and not 0 <= numbers[0] <= numbers[-1] < len(numbers):
         names = tuple(label_names)
         pairs = [f"{number} is {name}" for number, name in zip(numbers, names, strict=True)]
         note = f"the label {listed(pairs)}"

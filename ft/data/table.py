@@ -1,14 +1,13 @@
 """A table as read from a file of any format, and its columns."""
 
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.data.splits import FileRows
-from ft.errors import FtError, printable
+from ft.errors import FtError, UsageError, printable, quoted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,6 +19,10 @@ MOST_LABELS = 100  # distinct values of a column that is taken for labels
 
 class NoLabelsError(FtError):
     """The split exists, but has no labels."""
+
+
+class NoLabelColumnError(NoLabelsError, UsageError):
+    """The split exists, but has no column of the given name for its labels."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ def find_columns(table: Table, flags: dict[str, str]) -> list[int]:
     """The indices of the columns named by the keys of `flags`, ignoring blanks around names.
 
     Raises:
-        NoLabelsError: only the target column is missing.
-        FtError: a column is missing, or several have its name.
+        NoLabelColumnError: only the target column is missing.
+        UsageError: another column is missing.
+        FtError: several columns have the name.
     """
     stripped = [name.strip() for name in table.names]
     found = {}
@@ -71,7 +75,7 @@ def find_columns(table: Table, flags: dict[str, str]) -> list[int]:
     absent = [name for name in flags if name not in found]
     if absent:
         message = f"{table.path} has no column {absent[0]!r}; its columns are {listed(table.names)}: "
-        error = NoLabelsError if absent == list(flags)[1:] else FtError
+        error = NoLabelColumnError if absent == list(flags)[1:] else UsageError
         raise error(message + _advice_on_columns(table, {name: flags[name] for name in absent}, set(found.values())))
     return list(found.values())
 
@@ -93,7 +97,7 @@ def _advice_on_columns(table: Table, absent: dict[str, str], found: set[int]) ->
             has_header = has_header and table.names[place] not in words
     candidates = {flag: labels if flag == "--label-column" else texts for flag in absent.values()}
     if has_header and all(len(names) == 1 for names in candidates.values()):
-        return "try " + " ".join(f"{flag} {shlex.quote(names[0])}" for flag, names in candidates.items())
+        return "try " + " ".join(f"{flag} {quoted(names[0])}" for flag, names in candidates.items())
     if not has_header:
         return "its first line must name the columns, as in text,label"
     if len(absent) == 1:

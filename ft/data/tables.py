@@ -213,9 +213,11 @@ def _labels(table: Table, place: int, column: str, missing: Set[str]) -> list[st
         elif isinstance(value, int) or (isinstance(value, float | Decimal) and value == value // 1):
             labels.append(int(value))
         else:
+            is_fraction = isinstance(value, float | Decimal) and value == value
+            remedy = "; to take such numbers as classes, write them as words, as in '0.5 stars'" if is_fraction else ""
             raise FtError(
-                f"the {column} in {table.where([row])} is {shown_value(value)}, it must be a whole number or a word; "
-                "to take such numbers as classes, write them as words, as in '0.5 stars'"
+                f"the {column} in {table.where([row])} is {shown_value(value)}, it must be a whole number or a word"
+                + remedy
             )
     words = {label for label in labels if isinstance(label, str)}
     if words & missing and words - missing and all(_whole_number(word) is not None for word in words - missing):

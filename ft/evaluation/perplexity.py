@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ft.data.dataset_files import SeveralDataSetsError, dataset_files
 from ft.data.examples import Example
 from ft.data.tables import read_texts
-from ft.errors import FtError, shown
+from ft.errors import FtError, UsageError, shown
 from ft.evaluation.general_text import GENERAL_TEXT
 from ft.io.formats import suffix_of
 
@@ -67,7 +67,7 @@ def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> Ge
         text = _read_dataset(source)
     ids = tokenizer.encode(text[:MOST_CHARACTERS], add_special_tokens=False).ids
     if len(ids) < 2:
-        raise FtError(
+        raise UsageError(
             f"--forgetting is {shown(source)}, which holds {len(ids)} tokens: name a text of at least 2, better 1,000"
         )
     complete = len(text) <= MOST_CHARACTERS and len(ids) <= MOST_TOKENS
@@ -109,12 +109,13 @@ def _read_dataset(name: str) -> str:
                 break
         return text
     except SeveralDataSetsError as error:
-        raise FtError(
+        raise UsageError(
             f"--forgetting is {shown(name)}, which holds several data sets, {', '.join(error.directories)}: name one "
             f"of them, as {name}/{error.directories[0]}"
         ) from error
     except FtError as error:
-        raise FtError(f"--forgetting is {shown(name)}, which is not a text file, and as a data set: {error}") from error
+        kind = UsageError if isinstance(error, UsageError) else FtError
+        raise kind(f"--forgetting is {shown(name)}, which is not a text file, and as a data set: {error}") from error
 
 
 def perplexity(loss: float) -> float:

@@ -21,7 +21,7 @@ from ft.config import Config
 from ft.data.batches import by_length, in_batches
 from ft.data.examples import encode, label_tokens, require_utf8
 from ft.data.splits import Split
-from ft.errors import FtError
+from ft.errors import UsageError
 from ft.inference.language_model import LanguageModel, load_language_model
 from ft.io.hub import is_path
 from ft.io.plain_files import read_regular
@@ -55,10 +55,10 @@ class Classifier(LanguageModel):
         """The label names in the order of their numbers.
 
         Raises:
-            FtError: the label names are unknown.
+            UsageError: the label names are unknown.
         """
         if self.named_labels is None:
-            raise FtError(f"{self.source} does not name its labels: name them by --label-names neg,pos")
+            raise UsageError(f"{self.source} does not name its labels: name them by --label-names neg,pos")
         return self.named_labels
 
     def predict(self, texts: Sequence[str], batch_size: int = 64, progress: Count = no_progress) -> list[Prediction]:

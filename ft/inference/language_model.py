@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ft.checkpoint.model_description import read_description
-from ft.checkpoint.store import checkpoints, is_checkpoint, verify_checkpoint
-from ft.data.table import listed
+from ft.checkpoint.model_description import model_directory, read_description
 from ft.device import use_device
 from ft.errors import FtError
 from ft.inference.generation import Generation
@@ -74,7 +72,7 @@ def load_language_model(source: str | Path, *, device: str | None = None, revisi
     chosen_device = use_device(device)
     source = expand_home(str(source))
     while True:
-        directory = _model_directory(Path(source))
+        directory = model_directory(Path(source))
         before = _device_and_inode(directory)
         try:
             return _load(directory, source, chosen_device, revision)
@@ -94,7 +92,7 @@ def _device_and_inode(directory: Path | None) -> tuple[int, int] | None:
 
 
 def _load(directory: Path | None, source: str | Path, device: torch.device, revision: str | None) -> LanguageModel:
-    files = pretrained.model_files(directory or str(source), revision)
+    files = pretrained.model_files(directory or str(source), revision, named_by="the name of the model")
     described = read_description(files)
     try:
         model = GPT2(described.config)
@@ -103,35 +101,3 @@ def _load(directory: Path | None, source: str | Path, device: torch.device, revi
     load_weights(model, files.weights)
     model.to(device).eval()
     return LanguageModel(str(directory or source), described.published, model, described.tokenizer.tokenizer)
-
-
-def _model_directory(source: Path) -> Path | None:
-    """The directory of the model that `source` names; None if it is not a directory, but perhaps a Hub id.
-
-    Raises:
-        FtError: `source` is a file, an unknown name beside other runs, a run without a complete model, or a damaged
-            checkpoint.
-    """
-    if source.is_file():
-        raise FtError(f"{source} is a file: a run, a checkpoint or a model is a directory")
-    if not source.is_dir():
-        siblings = () if source.parent == Path() else source.parent.glob("*/metrics.jsonl")
-        runs = sorted(file.parent.name for file in siblings)
-        if runs:  # most likely a misspelled run, not a Hub id
-            raise FtError(f"there is no run {source}; in {source.parent} are {listed(runs)}")
-        return None
-    if is_checkpoint(source):
-        if damage := verify_checkpoint(source):
-            raise FtError(f"{source} is damaged: {damage}")
-        return source
-    if (source / "final").is_dir():
-        return source / "final"
-    if not (source / "metrics.jsonl").exists():
-        return source
-    damaged: set[Path] = set()
-    # Listed anew each time, as a run in progress deletes and adds checkpoints.
-    while candidates := [checkpoint for checkpoint in checkpoints(source) if checkpoint not in damaged]:
-        if verify_checkpoint(candidates[-1]) is None:
-            return candidates[-1]
-        damaged.add(candidates[-1])
-    raise FtError(f"the run {source} has no finished model and no complete checkpoint yet")

@@ -37,6 +37,13 @@ class Source:
     revision: str | None
     is_directory: bool = False
     """It was found on the disk: if it is deleted meanwhile, the name is not looked up on the Hub."""
+    named_by: str = ""
+    """The argument that names it, for messages; empty for the flag `--model` or `--dataset`."""
+
+    @property
+    def flag(self) -> str:
+        """The flag or argument that names it."""
+        return self.named_by or f"--{self.kind}"
 
 
 # From the names that a source has, chooses those that are needed; raises FtError if one is missing.
@@ -60,10 +67,11 @@ def find_files(source: Source, choose: _Choice) -> dict[str, Path]:
     try:
         if not (source.name and directory.is_dir()):
             if source.is_directory or is_path(source.name):
-                beside = f", though there is {str(directory.parent)!r}" if directory.parent.is_dir() else ""
-                raise FtError(
+                has_parent = directory.parent.is_dir() and directory.parent != Path()
+                beside = f", though there is {str(directory.parent)!r}" if has_parent else ""
+                raise UsageError(
                     f"there is no directory {source.name!r}{beside}: this is a path, which is not looked up on the "
-                    f"Hub: check --{source.kind}."
+                    f"Hub: check {source.flag}."
                 )
             files = _hub_files(source, choose)
         elif source.revision is None:
@@ -75,7 +83,7 @@ def find_files(source: Source, choose: _Choice) -> dict[str, Path]:
         for path in files.values():
             check_first_bytes(path)
     except OSError as error:
-        raise FtError(f"cannot read {error.filename}, named by --{source.kind}: {error.strerror}.") from error
+        raise FtError(f"cannot read {error.filename}, named by {source.flag}: {error.strerror}.") from error
     return files
 
 
@@ -219,9 +227,10 @@ def _failure(error: BaseException, source: Source) -> FtError:
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # "not in the cache either": the cause is why the download failed
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    flag, what = f"--{source.kind}", f"{source.kind} {source.name}"
+    flag, what = source.flag, f"{source.kind} {source.name}"
+    example = f" ({flag} DIR)" if flag.startswith("--") else ""
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    instead = f"a local directory works too ({flag} DIR); `python run.py --demo` needs no network."
+    instead = f"a local directory works too{example}; `python run.py --demo` needs no network."
     match error:
         case errors.HFValidationError():
             name = shown(source.name)
@@ -232,7 +241,10 @@ def _failure(error: BaseException, source: Source) -> FtError:
             page = f"{hub}/datasets/{source.name}" if source.kind == "dataset" else f"{hub}/{source.name}"
             text = f"{what} is gated: accept its conditions at {page}, then set HF_TOKEN to a token of that account."
         case errors.RevisionNotFoundError():
-            text = f"{what} has no revision {source.revision}: give {flag}-revision a branch, tag or commit at {hub}."
+            text = (
+                f"{what} has no revision {source.revision}: name a branch, tag or commit at {hub} by "
+                f"--{source.kind}-revision."
+            )
         case errors.HfHubHTTPError() if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
             # The Hub answers the same for missing and for private repositories.
             text = (
@@ -257,4 +269,8 @@ def _failure(error: BaseException, source: Source) -> FtError:
             # Only the first line, up to "(…)", where the client quotes the end of a signed URL.
             reason = re.split(r"\n|\(…\)", str(error))[0].rstrip(" .") or type(error).__name__
             text = f"cannot fetch {what} from {hub}: {reason}. Check the network, or set HF_ENDPOINT; {instead}"
-    return FtError(re.sub(r"//[^/\s@]+@", "//", text))  # without the password in the URL of a mirror
+    is_wrong_name = isinstance(
+        error, errors.HFValidationError | errors.RevisionNotFoundError | errors.RepositoryNotFoundError
+    ) and not isinstance(error, errors.GatedRepoError)
+    kind = UsageError if is_wrong_name else FtError
+    return kind(re.sub(r"//[^/\s@]+@", "//", text))  # without the password in the URL of a mirror

@@ -104,7 +104,11 @@ class GPT2Config:
         if not problems and config.n_embd % config.n_head:
             problems.append(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
         if problems:
-            raise FtError("not a GPT-2 configuration that this program can run: " + "; ".join(problems))
+            raise FtError(
+                "not a GPT-2 configuration that this program can run: "
+                + "; ".join(problems)
+                + "; models that work: openai-community/gpt2 in all sizes, distilbert/distilgpt2, their fine-tunings"
+            )
         return config
 
 

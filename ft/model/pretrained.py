@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ft.config import Config
-from ft.errors import FtError
+from ft.errors import FtError, UsageError
 from ft.io.hub import Source, find_files
 from ft.io.model_layout import CONFIG, INDEX, WEIGHTS, choose_model_files, require_files, shard_names
 from ft.model.gpt2 import GPT2, GPT2Config
@@ -87,7 +87,10 @@ def load_published(model: GPT2, tensors: Iterable[tuple[str, Tensor]]) -> None:
         problems += _copy_tensor(missing.pop("wte.weight"), head, "lm_head.weight")
     problems += [f"{name} is missing" for name in missing]
     if head is not None and not problems and not torch.equal(head.to(model.wte.weight), model.wte.weight):
-        problems.append("lm_head.weight differs from wte.weight: the head is not tied to the embeddings")
+        problems.append(
+            "lm_head.weight differs from wte.weight: the head is not tied to the embeddings, as it is in GPT-2; take a "
+            "model that has one matrix for both, such as openai-community/gpt2 or distilbert/distilgpt2"
+        )
     if problems:
         more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
         raise FtError("the weights do not fit the configuration: " + "; ".join(problems[:_MOST_PROBLEMS]) + more)
@@ -122,7 +125,9 @@ class ModelFiles:
     weights: tuple[Path, ...]
 
 
-def model_files(model: str | Path, revision: str | None = None, *, with_weights: bool = True) -> ModelFiles:
+def model_files(
+    model: str | Path, revision: str | None = None, *, with_weights: bool = True, named_by: str = ""
+) -> ModelFiles:
     """Find the files of a model in a directory, in the Hub's cache or on the Hub.
 
     Weights are `model.safetensors`, else the shards that `model.safetensors.index.json` names.
@@ -131,12 +136,13 @@ def model_files(model: str | Path, revision: str | None = None, *, with_weights:
         model: a directory or a Hub id; a `Path` is always a directory.
         revision: branch, tag or commit on the Hub.
         with_weights: whether to find (and on the Hub, download) the weights too.
+        named_by: the argument that names the model, for messages; empty for --model.
 
     Raises:
         FtError: no such directory, repository, revision or file; no connection; a malformed file.
     """
     is_directory, model = isinstance(model, Path), str(model)
-    source = Source("model", model, revision, is_directory)
+    source = Source("model", model, revision, is_directory, named_by)
 
     def needed(names: Collection[str]) -> list[str]:
         return choose_model_files(names, model, with_weights=with_weights)
@@ -154,10 +160,10 @@ def model_config_of(model_config: GPT2Config, config: Config) -> GPT2Config:
     """The configuration of the model with the dropout of the run.
 
     Raises:
-        FtError: the model has fewer positions than `config.max_length`.
+        UsageError: the model has fewer positions than `config.max_length`.
     """
     if config.max_length > model_config.n_positions:
-        raise FtError(
+        raise UsageError(
             f"--max-length is {config.max_length}, but {config.model} has {model_config.n_positions} positions; "
             "lower it or take another --model"
         )

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ft.checkpoint.error_hints import explain_out_of_memory_in_training
-from ft.checkpoint.model_description import read_description
+from ft.checkpoint.model_description import find_model, read_description
 from ft.checks import flag
 from ft.config import Config
 from ft.data.batches import IGNORED, Batch, collate
@@ -24,7 +24,6 @@ from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_precision, use_device
 from ft.errors import FtError, UsageError, printable, shown
-from ft.model import pretrained
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
 from ft.model.pretrained import load_weights, model_config_of
@@ -72,7 +71,7 @@ def explain(config: Config, row: int | None) -> None:
 def _walk(config: Config, row: int | None) -> None:
     device = use_device(config.device)
     precision = choose_precision(config.precision, device)
-    files = pretrained.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
+    files = find_model(config.model, config.model_revision, with_weights=config.init == "pretrained")
     described = read_description(files)
     tokenizer, model_config = described.tokenizer.tokenizer, model_config_of(described.config, config)
     data = read_data(config, tokenizer)

@@ -129,7 +129,8 @@ REMEDY = ": name them by --text-column and --label-column, or --prompt-column an
         ),
         (
             {"text": ["a"], "label": [0.5]},
-            "the label in row 0 of {path} is 0.5, it must be a whole number or a word",
+            "the label in row 0 of {path} is 0.5, it must be a whole number or a word; to take such numbers as "
+            "classes, write them as words, as in '0.5 stars'",
         ),
         (
             {"text": ["a"], "label": [b"pos"]},
@@ -314,7 +315,7 @@ def test_a_label_out_of_range_is_refused_by_row(demo_tokenizer, label, row):
         encode(Split("validation", ["a", "b", "c"], labels), demo_tokenizer, [5, 6], 32)
     assert str(raised.value) == (
         f"the label in row {row} of the validation split is {label}, it must be from 0 to 1; "
-        "correct the data or name more labels by --label-names"
+        "correct the data, or name all labels by --label-names"
     )
 
 

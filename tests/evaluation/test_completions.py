@@ -173,7 +173,7 @@ def test_any_model_is_scored_on_completions(finished, tmp_path, capsys):
     [
         (["evaluate", "{run}", "--label-column", "x"], 2, "--label-column is for labels, but the completions of"),
         (["evaluate", "{run}", "--label-names", "a,b"], 2, "--label-names is for labels, but the completions of"),
-        (["evaluate", "{run}", "--completion-column", "x"], 1, "has no column 'x'; its columns are question, answer"),
+        (["evaluate", "{run}", "--completion-column", "x"], 2, "has no column 'x'; its columns are question, answer"),
         (["evaluate", "{run}", "--mistakes", "-1"], 2, "--mistakes is -1, it must be at least 0"),
         (["evaluate", "{run}", "--mistakes", "some"], 2, "--mistakes is 'some', it must be a whole number"),
         (

@@ -285,7 +285,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_replaced_by_the_next(cop
     rotated = []
     shutil.rmtree(copy / "final")
     monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
-    name = {"verified": "verify_checkpoint", "found": "_model_directory", "read": "read_description"}[moment]
+    name = {"verified": "verify_checkpoint", "found": "model_directory", "read": "read_description"}[moment]
     target = f"ft.inference.language_model.{name}"
     monkeypatch.setattr(target, then_rotate(getattr(language_model, name)))
     assert main(["predict", str(copy), "a fine film", "--device", "cpu"]) == 0

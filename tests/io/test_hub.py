@@ -501,7 +501,7 @@ def test_what_the_hub_refuses(hub, run):
     assert "answered 429" in errors["busy"]
     for name in ("portal", "other"):
         assert f"does not answer for model owner/{name} as the Hub does: check HF_ENDPOINT" in errors[name]
-    assert "owner/gpt has no revision v9: give --model-revision" in revision["error"]
+    assert "owner/gpt has no revision v9: name a branch, tag or commit" in revision["error"]
     assert f"{hub.url} has no dataset owner/reviews, or none that you may read (403)" in cdn["error"]
     assert revision["cause"] == "RevisionNotFoundError"
     assert all("--demo" in errors[name] for name in ("sick", "gone", "busy", "portal"))

@@ -1,0 +1,313 @@
+"""Tables that `predict` and `evaluate` write, read by pandas and by `datasets`."""
+
+import io
+import json
+import sys
+
+import datasets
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import ft
+from ft.cli import output_table
+from ft.cli.main import main
+
+TEXTS = ["=1+2", 'a "fine" film', "a, comma", "two\nlines", "a;b\rc", "schön", " blanks ", "@cmd", "-3", "'"]
+READERS = {
+    ".csv": lambda path: pandas.read_csv(path, keep_default_na=False, dtype=str),
+    ".tsv": lambda path: pandas.read_csv(path, sep="\t", keep_default_na=False, dtype=str),
+    ".jsonl": lambda path: pandas.read_json(path, lines=True, dtype=False, precise_float=True),
+    ".json": lambda path: pandas.read_json(path, dtype=False, precise_float=True),
+    ".parquet": pandas.read_parquet,
+}
+ADDED = ["predicted", "probability", "probability_neg", "probability_pos"]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*inputs, "--max-steps", "3", "--precision", "fp32", "--output-dir", str(run)]) == 0
+    return run
+
+
+def frame():
+    return pandas.DataFrame({"id": [f"{n:03}" for n in range(len(TEXTS))], "text": TEXTS, "note": ["", "x"] * 5})
+
+
+def write(path, table):
+    match path.suffix:
+        case ".csv":
+            table.to_csv(path, index=False)
+        case ".tsv":
+            table.to_csv(path, index=False, sep="\t")
+        case ".jsonl":
+            table.to_json(path, orient="records", lines=True, force_ascii=False)
+        case ".json":
+            table.to_json(path, orient="records")
+        case _:
+            table.to_parquet(path)
+    return path
+
+
+def predict(finished, *arguments):
+    return main(["predict", str(finished), "--device", "cpu", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("target", list(READERS))
+@pytest.mark.parametrize("source", list(READERS))
+def test_the_same_table_comes_back_with_added_columns(finished, tmp_path, source, target):
+    path = write(tmp_path / f"in{source}", frame())
+    before = path.read_bytes()
+    assert predict(finished, "--file", path, "--output", tmp_path / f"out{target}", "--batch-size", "2") == 0
+    assert path.read_bytes() == before
+    answers = READERS[target](tmp_path / f"out{target}")
+    assert list(answers.columns) == ["id", "text", "note", *ADDED]
+    pandas.testing.assert_frame_equal(
+        answers[["id", "text", "note"]].astype(str), frame().astype(str), check_dtype=False
+    )
+    expected = ft.load(finished, device="cpu").predict(TEXTS, batch_size=2)
+    assert list(answers["predicted"]) == [prediction.label for prediction in expected]
+    for column, name in (("probability_neg", "neg"), ("probability_pos", "pos")):
+        values = [prediction.probabilities[name] for prediction in expected]
+        assert list(answers[column].astype(float)) == pytest.approx(values, abs=1e-6)
+    most = [max(prediction.probabilities.values()) for prediction in expected]
+    assert list(answers["probability"].astype(float)) == pytest.approx(most, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.parquet"])
+def test_datasets_loads_what_is_written(finished, tmp_path, name):
+    table = frame()
+    if name == "x.parquet":
+        features = datasets.Features({column: datasets.Value("string") for column in table})
+        datasets.Dataset.from_pandas(table, features=features).to_parquet(str(tmp_path / name))
+    else:
+        write(tmp_path / name, table)
+    assert predict(finished, "--file", tmp_path / name, "--output", tmp_path / f"out-{name}") == 0
+    builder = {"csv": "csv", "jsonl": "json", "parquet": "parquet"}[name.partition(".")[2]]
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset(builder, data_files=str(tmp_path / f"out-{name}"), cache_dir=cache, split="train")
+    assert loaded.column_names == ["id", "text", "note", *ADDED]
+    assert loaded["predicted"][:2] == [p.label for p in ft.load(finished, device="cpu").predict(TEXTS[:2])]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "delimiter", "flags"),
+    [
+        ("utf-8", ";", []),
+        ("utf-8-sig", ",", []),
+        ("utf-16", "\t", []),
+        ("cp1252", ";", ["--encoding", "cp1252"]),
+        ("utf-8", "|", []),
+        ("utf-8", "~", ["--delimiter", "~"]),
+    ],
+)
+def test_csv_keeps_its_delimiter_and_encoding(finished, tmp_path, encoding, delimiter, flags):
+    path, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    frame().to_csv(path, index=False, sep=delimiter, encoding=encoding)
+    assert predict(finished, "--file", path, "--output", output, *flags) == 0
+    answers = pandas.read_csv(output, sep=delimiter, encoding=encoding, keep_default_na=False, dtype=str)
+    pandas.testing.assert_frame_equal(answers[["id", "text", "note"]], frame())
+    assert output.read_bytes()[:3] == path.read_bytes()[:3], "the same byte order mark, or none"
+
+
+def test_types_and_metadata_of_parquet_are_kept(finished, tmp_path):
+    table = pa.table(
+        {
+            "when": pa.array([0, 1], pa.timestamp("ms")),
+            "text": pa.array(["a", "b"], pa.large_string()),
+            "score": pa.array([1.5, None], pa.float32()),
+            "tags": pa.array([["x"], None]),
+        }
+    ).replace_schema_metadata({"mine": "yes"})
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert predict(finished, "--file", tmp_path / "in.parquet", "--output", tmp_path / "out.parquet") == 0
+    written = pq.read_table(tmp_path / "out.parquet")
+    assert written.select(table.column_names).equals(table)
+    assert written.schema.metadata == table.schema.metadata
+    assert predict(finished, "--file", tmp_path / "in.parquet", "--output", tmp_path / "out.jsonl") == 0
+    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert (first["when"], first["score"], first["tags"]) == ("1970-01-01 00:00:00", 1.5, ["x"])
+
+
+def test_a_column_with_the_name_of_an_added_one_is_kept_and_said(finished, tmp_path, capsys):
+    write(tmp_path / "in.csv", frame().assign(predicted="mine", probability_pos="too"))
+    assert predict(finished, "--file", tmp_path / "in.csv", "--output", tmp_path / "out.csv") == 0
+    answers = pandas.read_csv(tmp_path / "out.csv")
+    assert set(answers["predicted"]) == {"mine"}
+    assert list(answers.columns)[-4:] == [f"ft_{name}" for name in ADDED]
+    assert "in.csv has predicted, probability_pos already: the new columns are ft_predicted" in capsys.readouterr().err
+
+
+def test_rows_without_a_text_are_kept_without_a_prediction(finished, tmp_path, capsys):
+    pq.write_table(pa.table({"text": ["a film", None, ""]}), tmp_path / "in.parquet")
+    assert predict(finished, "--file", tmp_path / "in.parquet", "--output", tmp_path / "out.parquet") == 0
+    assert "the text in row 1 of" in capsys.readouterr().err
+    answers = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert [label is None for label in answers["predicted"]] == [False, True, False]
+    assert predict(finished, "--file", tmp_path / "in.parquet", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["label"] is None for line in lines] == [False, True, False]
+
+
+@pytest.mark.parametrize("suffix", list(READERS))
+def test_lines_become_rows(finished, tmp_path, suffix):
+    texts = ["=1+2", 'a "fine" film', "", "schön"]
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n", "utf-8")
+    assert predict(finished, "--input", tmp_path / "in.txt", "--output", tmp_path / f"out{suffix}") == 0
+    answers = READERS[suffix](tmp_path / f"out{suffix}")
+    assert list(answers["text"]) == texts
+    assert list(map(int, answers["row"])) == [0, 1, 2, 3]
+
+
+# --- atomic ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", list(READERS))
+def test_an_output_that_fails_leaves_the_old_file_and_nothing_else(finished, tmp_path, monkeypatch, capsys, suffix):
+    path = write(tmp_path / "in.csv", frame())
+    output = tmp_path / f"out{suffix}"
+    output.write_text("old")
+    calls = []
+
+    def fail_in_the_second_chunk(self, rows):
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ft.cli.predict.CHUNK_OF_BATCHES", 1)
+    monkeypatch.setattr(output_table.TableWriter, "write", fail_in_the_second_chunk)
+    assert predict(finished, "--file", path, "--output", output, "--batch-size", "4") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert calls == [4, 4]
+    assert output.read_text() == "old"
+    assert {file.name for file in tmp_path.iterdir()} == {"in.csv", output.name}
+
+
+def test_values_that_the_encoding_lacks_are_an_error_with_a_remedy(finished, tmp_path, capsys):
+    table = frame()
+    table.to_csv(tmp_path / "in.csv", index=False, encoding="cp1252")
+    flags = ["--file", tmp_path / "in.csv", "--encoding", "cp1252", "--output", tmp_path / "out.csv"]
+    assert predict(finished, *flags) == 0
+    flags = ["--label-names", "neg,позитив", *flags]
+    assert predict(finished, *flags) == 1
+    assert "cannot be written in cp1252" in capsys.readouterr().err
+
+
+def test_a_column_of_several_types_is_no_parquet(finished, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "y"}\n')
+    assert predict(finished, "--file", tmp_path / "in.jsonl", "--output", tmp_path / "out.parquet") == 1
+    assert "name an --output that ends in .jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out.parquet").exists()
+
+
+# --- as they are made -------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_predicted_as_they_come(finished, monkeypatch, capsys):
+    printed = []
+
+    class Slow(io.RawIOBase):
+        """Standard input in which a line comes when the one before has been answered."""
+
+        def __init__(self):
+            self.lines = [b"\xef\xbb\xbfone\n", b"two\nthr", b"ee\r\n", b"four"]
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            printed.append(capsys.readouterr().out)
+            line = self.lines.pop(0) if self.lines else b""
+            buffer[: len(line)] = line
+            return len(line)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Slow())))
+    assert predict(finished, "--json") == 0
+    printed.append(capsys.readouterr().out)
+    answers = [[json.loads(line)["text"] for line in part.splitlines()] for part in printed]
+    assert [texts for texts in answers if texts] == [["one"], ["two"], ["three"], ["four"]]
+
+
+def test_a_line_that_is_not_utf8_is_named_by_its_number_in_the_file(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ft.cli.predict.BLOCK", 8)
+    (tmp_path / "in.txt").write_bytes(b"one\ntwo\nthree\nfour and \xff\n")
+    assert predict(finished, "--file", tmp_path / "in.txt") == 1
+    assert "in line 4, byte 9" in capsys.readouterr().err
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", list(READERS))
+def test_evaluate_writes_each_text_with_label_and_prediction(finished, tmp_path, capsys, suffix):
+    table = frame().assign(label=["pos", "neg"] * 5)
+    path = write(tmp_path / "mine.csv", table)
+    output = tmp_path / f"out{suffix}"
+    flags = ["evaluate", str(finished), "--device", "cpu", "--dataset", str(path), "--json", "--output", str(output)]
+    assert main(flags) == 0
+    record = json.loads(capsys.readouterr().out)
+    answers = READERS[suffix](output)
+    assert list(answers.columns) == ["split", "file", "row", "line", "text", "label", *ADDED]
+    assert list(answers["text"]) == TEXTS
+    assert list(answers["label"]) == list(table["label"])
+    assert (answers["label"] == answers["predicted"]).mean() == record["accuracy"]
+    lines = path.read_text("utf-8").split("\n")
+    assert [int(line) for line in answers["line"]] == [2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
+    for mistake in record["mistakes"]:
+        assert mistake["file"] == str(path)
+        assert f"{mistake['row']:03}" in lines[mistake["line"] - 1]
+        assert TEXTS[mistake["row"]] == mistake["text"]
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl", "mine.parquet"])
+def test_mistakes_of_all_rows_are_named_as_in_the_file(finished, tmp_path, capsys, name):
+    texts = [f"film {n}" for n in range(8)]
+    wrong = {"neg": "pos", "pos": "neg"}
+    labels = [wrong[prediction.label] for prediction in ft.load(finished, device="cpu").predict(texts)]
+    path = write(tmp_path / name, pandas.DataFrame({"text": texts, "label": labels}))
+    flags = ["evaluate", str(finished), "--device", "cpu", "--dataset", str(path), "--mistakes", "8"]
+    for split in ([], ["--split", "all"], ["--split", "train"]):
+        assert main([*flags, *split]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"{split[1] if 'train' in split else name}: 8 examples, accuracy 0.00%")
+        for n in range(8):
+            place = {"mine.csv": f"line {n + 2}", "mine.jsonl": f"line {n + 1}", "mine.parquet": f"row {n}"}[name]
+            assert f", {place}): film {n}\n" in out
+
+
+def test_the_drawn_validation_rows_of_a_file_are_named_as_in_the_file(inputs, tmp_path, capsys):
+    texts = [f"film {n}" for n in range(60)]
+    path = write(tmp_path / "mine.csv", pandas.DataFrame({"text": texts, "label": ["neg", "pos"] * 30}))
+    run = tmp_path / "run"
+    flags = ["--dataset", str(path), "--device", "cpu", "--max-steps", "1", "--output-dir", str(run)]
+    assert main([*inputs[:2], *flags]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--device", "cpu", "--json", "--output", str(tmp_path / "o.csv")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    lines = path.read_text().splitlines()
+    assert record["split"] == "validation"
+    assert record["mistakes"]
+    for mistake in [*record["mistakes"], *json.loads((run / "scores.json").read_text())["mistakes"]]:
+        assert lines[mistake["line"] - 1].startswith(f"{mistake['text']},")
+    written = pandas.read_csv(tmp_path / "o.csv")
+    assert [lines[line - 1].partition(",")[0] for line in written["line"]] == list(written["text"])
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("x.xlsx", "it must end in .csv, .tsv, .json, .jsonl or .parquet"),
+        ("none/x.csv", "does not"),
+        ("in.csv", "the file that is read: name another"),
+        ("dir.csv", "which is a directory"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, command, output, message):
+    (tmp_path / "dir.csv").mkdir()
+    path = write(tmp_path / "in.csv", frame())
+    flag = "--file" if command == "predict" else "--dataset"
+    assert main([command, str(tmp_path / "run"), flag, str(path), "--output", str(tmp_path / output)]) == 2
+    assert message in capsys.readouterr().err
