@@ -131,6 +131,7 @@ class CommandParser(argparse.ArgumentParser):
             **options,
         )
         self._paragraphs, self._examples = [description], examples
+        self._wrong_flag = ""  # the one that `error` was last called for
 
     def format_help(self) -> str:
         """The help, at most as wide as the terminal."""
@@ -149,21 +150,33 @@ class CommandParser(argparse.ArgumentParser):
         """Parse a command line.
 
         Raises:
-            UsageError: an argument is missing, wrong or unknown.
+            UsageError: arguments are missing, wrong or unknown; one sentence for each.
         """
-        options, rest = self.parse_known_intermixed_args(arguments)  # positionals may follow flags
-        if rest:
-            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            raise UsageError(
-                *[
-                    describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
-                    for word in without_values(rest)
-                ]
-            )
+        problems: list[str] = []
+        words = list(arguments)
+        while True:
+            try:
+                options, rest = self.parse_known_intermixed_args(words)  # positionals may follow flags
+                break
+            except UsageError as error:  # argparse stops at the first: continue without it
+                problems += error.problems
+                shorter = _without_flag(words, self._wrong_flag)
+                if len(shorter) == len(words):
+                    raise UsageError(*problems) from None
+                words = shorter
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        problems += [
+            describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
+            for word in without_values(rest)
+        ]
+        if problems:
+            raise UsageError(*problems)
         return options
 
     def error(self, message: str) -> Never:
         """Raise the message that argparse would print; for an invalid number that of `ft.settings.parse_value`."""
+        flag = re.match("argument (--[a-z-]+): ", message)
+        self._wrong_flag = flag[1] if flag else ""
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{found[1]} is {found[3]}, it must be {'a whole number' if found[2] == 'int' else 'a number'}"
         raise UsageError(message)
@@ -172,6 +185,15 @@ class CommandParser(argparse.ArgumentParser):
 def to_path(text: str) -> Path:
     """The path that an argument names, with `~` expanded."""
     return Path(expand_home(text))
+
+
+def _without_flag(words: Sequence[str], flag: str) -> list[str]:
+    """A command line without a flag and its value."""
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if word.partition("=")[0] != flag and (before != flag or word.startswith("-"))
+    ]
 
 
 def without_values(unknown: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ That was the demo, with generated reviews and a model small enough to learn in s
   python run.py explain --demo     follow one review through one training step
   python run.py predict runs/demo "the plot is not dull"\
 """
+MUCH_WORSE = 1.5  # times the perplexity before, from which on the rise is explained
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
 
@@ -86,19 +87,24 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + (f" (step {state.best_step:,})" if state.best_step is not None else ", without a finite loss")
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"
-        + _forgotten(state)
+        + _forgotten(state, is_demo=config.demo)
         + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
         f"{run / 'metrics.jsonl'}. To use it: python run.py "
         + (f'predict {run} "an example"' if config.completion_column is None else f'generate {run} "a prompt"')
     )
 
 
-def _forgotten(state: State) -> str:
-    """The perplexity on general text before and after; empty if it was not measured."""
+def _forgotten(state: State, *, is_demo: bool) -> str:
+    """The perplexity on general text before and after, and what a large rise means; empty if it was not measured."""
     if state.general_loss_before is None or state.general_loss is None:
         return ""
     before, after = perplexity(state.general_loss_before), perplexity(state.general_loss)
-    return f"Perplexity on general text {before:,.2f} before, {after:,.2f} after.\n"
+    meaning = ""
+    if after > MUCH_WORSE * before:
+        meaning = ": the model has become worse at other text than that of its training"
+        if is_demo:  # with a vocabulary of a few hundred tokens, learned from the demo's reviews
+            meaning = ": the demo's model reads nothing but its own reviews, and is surprised by any other text"
+    return f"Perplexity on general text {before:,.2f} before, {after:,.2f} after{meaning}.\n"
 
 
 def three_predictions(model: GPT2, data: Data, max_length: int) -> str:
