@@ -19,6 +19,7 @@ DESTRUCTIVE = ("--overwrite",)
 # counterpart here: for it no flag is suggested, though one of ours may have a similar name.
 _OTHER_NAMES = {
     "file": "input input-file",
+    "activation-checkpointing": "activation-checkpointing-kwargs gradient-checkpointing-kwargs",
     "activation-checkpointing full": "enable-activation-checkpointing gradient-checkpointing",
     "batch-size": (
         "auto-find-batch-size batch-size-per-gpu bs global-batch-size micro-batch-size per-device-batch-size "
@@ -29,8 +30,8 @@ _OTHER_NAMES = {
     "completion-column": "completion response-column",
     "config": "config-file",
     "dataset": (
-        "data data-dir data-path dataset-dir dataset-name dataset-path datasets input input-file test-file train "
-        "train-data train-file val-file valid-file validation-file"
+        "data data-dir data-path dataset-dir dataset-name dataset-path datasets input input-file test-data "
+        "test-file train train-data train-file val-file valid-data valid-file validation-file"
     ),
     "dataset-config": "dataset-config-name subset",
     "device": "accelerator device-map devices gpu-ids gpus",
@@ -56,10 +57,10 @@ _OTHER_NAMES = {
     "label-column": "label label-column-name label-key target-column",
     "label-names": "labels",
     "learning-rate": "init-lr lr",
-    "logging-steps": "log-every log-every-n-steps log-freq log-interval log-steps logging-strategy",
+    "logging-steps": "log-every log-every-n-steps log-freq log-interval log-steps logging-first-step logging-strategy",
     "logging-steps 1": "v verbose verbosity",
     "lora-rank": "adapter lora lora-r peft r use-lora use-peft",
-    "lr-schedule": "decay-lr lr-scheduler lr-scheduler-type scheduler",
+    "lr-schedule": "decay-lr lr-scheduler lr-scheduler-kwargs lr-scheduler-type scheduler",
     "max-grad-norm": "clip grad-clip gradient-clip-val gradient-clipping max-norm",
     "max-length": (
         "block-size context-length cutoff-len length max-len max-seq-len max-seq-length max-source-length "
@@ -81,6 +82,7 @@ _OTHER_NAMES = {
     "precision bf16": "bf16",
     "precision fp16": "fp16",
     "precision fp32": "fp32",
+    "process-timeout": "ddp-timeout",
     "prompt-column": "instruction-column prompt",
     "quiet": "disable-tqdm log-level no-progress no-progress-bar q silent",
     "resume": "checkpoint ckpt ckpt-path restore resume-from-checkpoint",
@@ -97,12 +99,13 @@ _OTHER_NAMES = {
     "weight-decay": "wd",
     "": (
         "adam-beta1 adam-beta2 adam-epsilon beta1 beta2 cache-dir chat-template dataloader-num-workers ddp debug "
-        "do-eval do-predict do-train eval-iters eval.max-iters eval.max-new-tokens flash-attention force "
-        "full-determinism group-by-length hub-model-id label-smoothing label-smoothing-factor load-in-4bit "
-        "load-in-8bit lr-decay-iters max-eval-samples min-lr n-layer nproc-per-node num-proc num-processes "
-        "num-workers optim optimizer optimizer-name overwrite-output-dir packing processes push-to-hub "
-        "sample-packing save-model streaming token train-on-inputs trust-remote-code val-set-size val-split "
-        "validation-split validation-split-percentage wandb workers world-size yes"
+        "do-eval do-predict do-train enable-jit-checkpoint eval-accumulation-steps eval-iters eval.max-iters "
+        "eval.max-new-tokens flash-attention force fsdp-config full-determinism group-by-length hub-model-id "
+        "hub-revision label-smoothing label-smoothing-factor load-in-4bit load-in-8bit lr-decay-iters "
+        "max-eval-samples min-lr n-layer nproc-per-node num-proc num-processes num-workers optim optimizer "
+        "optimizer-name overwrite-output-dir packing processes push-to-hub sample-packing save-model streaming "
+        "token train-on-inputs trust-remote-code val-set-size val-split validation-split "
+        "validation-split-percentage wandb workers world-size yes"
     ),
 }
 
@@ -131,7 +134,6 @@ class CommandParser(argparse.ArgumentParser):
             **options,
         )
         self._paragraphs, self._examples = [description], examples
-        self._wrong_flag = ""  # the one that `error` was last called for
 
     def format_help(self) -> str:
         """The help, at most as wide as the terminal."""
@@ -150,33 +152,23 @@ class CommandParser(argparse.ArgumentParser):
         """Parse a command line.
 
         Raises:
-            UsageError: arguments are missing, wrong or unknown; one sentence for each.
+            UsageError: an argument is missing, wrong or unknown.
         """
-        problems: list[str] = []
-        words = list(arguments)
-        while True:
-            try:
-                options, rest = self.parse_known_intermixed_args(words)  # positionals may follow flags
-                break
-            except UsageError as error:  # argparse stops at the first: continue without it
-                problems += error.problems
-                shorter = _without_flag(words, self._wrong_flag)
-                if len(shorter) == len(words):
-                    raise UsageError(*problems) from None
-                words = shorter
-        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        problems += [
-            describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
-            for word in without_values(rest)
-        ]
-        if problems:
-            raise UsageError(*problems)
+        positionals = [action for action in self._actions if not action.option_strings]
+        self.usage = " ".join([self.prog, *map(_usage_of, positionals), "[FLAG ...]"])
+        options, rest = self.parse_known_intermixed_args(arguments)  # positionals may follow flags
+        if rest:
+            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            raise UsageError(
+                *[
+                    describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
+                    for word in without_values(rest)
+                ]
+            )
         return options
 
     def error(self, message: str) -> Never:
         """Raise the message that argparse would print; for an invalid number that of `ft.settings.parse_value`."""
-        flag = re.match("argument (--[a-z-]+): ", message)
-        self._wrong_flag = flag[1] if flag else ""
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{found[1]} is {found[3]}, it must be {'a whole number' if found[2] == 'int' else 'a number'}"
         raise UsageError(message)
@@ -185,15 +177,6 @@ class CommandParser(argparse.ArgumentParser):
 def to_path(text: str) -> Path:
     """The path that an argument names, with `~` expanded."""
     return Path(expand_home(text))
-
-
-def _without_flag(words: Sequence[str], flag: str) -> list[str]:
-    """A command line without a flag and its value."""
-    return [
-        word
-        for before, word in zip(["", *words], words, strict=False)
-        if word.partition("=")[0] != flag and (before != flag or word.startswith("-"))
-    ]
 
 
 def without_values(unknown: Sequence[str]) -> list[str]:
@@ -229,6 +212,12 @@ def find_meant_flag(name: str, known: Sequence[str]) -> str | None:
     if bare in FOREIGN_FLAGS:
         return next((meaning for meaning in FOREIGN_FLAGS[bare] if meaning.split(" ")[0] in by_name), None)
     return next(iter(difflib.get_close_matches(bare, by_name, n=1, cutoff=0.65)), None)
+
+
+def _usage_of(action: argparse.Action) -> str:
+    """A positional argument in the usage line."""
+    name = str(action.metavar)
+    return {"*": f"[{name} ...]", "?": f"[{name}]", "+": f"{name} [{name} ...]"}.get(str(action.nargs), name)
 
 
 def _format_examples(examples: str, width: int) -> str:

@@ -81,6 +81,11 @@ def world_size() -> int:
     return _read_number("WORLD_SIZE", if_absent=1)
 
 
+def rank() -> int:
+    """The rank of this process in the run, from 0."""
+    return _read_number("RANK", if_absent=0)
+
+
 def local_rank() -> int:
     """The rank of this process on its machine, from 0."""
     return _read_number("LOCAL_RANK", if_absent=0)

@@ -19,12 +19,6 @@ from ft.model.gpt2 import GPT2
 from ft.train.state import State
 
 SHOWN_TOKENS = 24  # of a completion
-AFTER_DEMO = """
-That was the demo, with generated reviews and a model small enough to learn in seconds. Next:
-  python run.py                    fine-tune the 124M-parameter GPT-2 on real reviews; downloads 550 MB
-  python run.py explain --demo     follow one review through one training step
-  python run.py predict runs/demo "the plot is not dull"\
-"""
 MUCH_WORSE = 1.5  # times the perplexity before, from which on the rise is explained
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
@@ -91,6 +85,22 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
         f"{run / 'metrics.jsonl'}. To use it: python run.py "
         + (f'predict {run} "an example"' if config.completion_column is None else f'generate {run} "a prompt"')
+    )
+
+
+def after_demo(run: Path) -> str:
+    """What to try next, at the end of the demo."""
+    lines = {
+        f'python run.py predict {printable(str(run))} "the plot is not dull"': "ask the model that was just trained",
+        "python run.py explain --demo": "follow one review through one training step",
+        "python run.py": "fine-tune the 124M-parameter GPT-2 on real film reviews; downloads 550 MB",
+    }
+    width = max(map(len, lines))
+    return "\n".join(
+        [
+            "\nThat was the demo: generated reviews, and a model small enough to learn them in half a minute. Next:",
+            *(f"  {command:{width}}   {purpose}" for command, purpose in lines.items()),
+        ]
     )
 
 

@@ -506,7 +506,7 @@ def test_help_and_mistakes_do_not_wait_for_torch():
         [sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: python run.py [FLAG ...]")
+    assert done.stdout.startswith("usage: python run.py [COMMAND] [FLAG ...]")
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------------
