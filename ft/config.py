@@ -274,6 +274,9 @@ class Config:
     tensorboard: bool = setting(
         False, LOGGING, "also write the metrics as event files for TensorBoard, to tensorboard/ in --output-dir"
     )
+    profile: str | None = setting(
+        None, LOGGING, "write a torch.profiler trace of three training steps to FILE (.json or .json.gz), for Perfetto"
+    )
     quiet: bool = setting(
         False, LOGGING, "print the results alone: no progress; warnings and errors go to standard error"
     )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from ft.checkpoint import store
 from ft.checkpoint.async_writer import Saver
@@ -23,12 +24,13 @@ from ft.io.atomic import Executor, atomic_directory
 from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2
-from ft.report.console import AFTER_DEMO, closing, count_parameters, three_completions, three_predictions
+from ft.report.console import after_demo, closing, count_parameters, three_completions, three_predictions
 from ft.report.model_card import model_card
 from ft.report.outcome import Outcome
 from ft.setup import Inputs
 from ft.train.loop import Components
 from ft.train.metrics import Report
+from ft.train.profiler import trace_steps
 from ft.train.schedule import steps_per_epoch, times_due, total_steps
 from ft.train.signals import StopRequest
 from ft.train.state import State
@@ -62,9 +64,15 @@ def open_session(
             planned=_planned_work(inputs, config, state),
             quiet=config.quiet,
         ) as report,
+        trace_steps(
+            Path(config.profile) if config.profile is not None and ranks.is_rank_zero else None,
+            state.step,
+            total_steps(len(inputs.data.examples["train"]), config),
+            report.print_line,
+        ) as after_step,
         explain_nonfinite(config, run.path, inputs.data.splits["train"]),
     ):
-        yield Session(run, inputs, model, components, state, report, stopping)
+        yield Session(run, inputs, model, components, state, report, stopping, after_step)
 
 
 def _planned_work(inputs: Inputs, config: Config, state: State) -> dict[str, float]:
@@ -91,8 +99,10 @@ class Session:
         state: State,
         report: Report,
         stopping: StopRequest,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         """`model` is what `components.model` wraps; `stopping` returns whether any rank received a signal."""
+        self._after_step = after_step
         self._seconds_before = state.seconds  # in earlier processes of a resumed run
         self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
         self._components, self._report, self._stopping = components, report, stopping
@@ -122,6 +132,7 @@ class Session:
     def step_done(self, num_examples: int, num_tokens: int) -> None:
         """Count an optimizer step for throughput and progress."""
         self._report.count_step(examples=num_examples, tokens=num_tokens)
+        self._after_step()
 
     def log(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Write the mean training loss to console and metrics.jsonl."""
@@ -258,7 +269,7 @@ class Session:
             print(closing(run.path, outcome, total_steps(len(data.examples["train"]), config), config, data))
             print(examples)
         if config.demo:
-            print(AFTER_DEMO)
+            print(after_demo(run.path))
 
     def _seconds(self) -> float:
         """Seconds of the run, including earlier processes."""

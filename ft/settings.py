@@ -14,7 +14,7 @@ from ft.errors import UsageError, shown
 from ft.io.plain_files import read_regular
 
 # How a run was started: not part of the configuration that a file sets.
-NOT_RECORDED = ("resume", "overwrite", "save_dataset", "quiet")
+NOT_RECORDED = ("resume", "overwrite", "save_dataset", "profile", "quiet")
 
 # The settings that determine which rows a run reads.
 DATA_SETTINGS = (

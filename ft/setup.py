@@ -12,7 +12,7 @@ from ft.checkpoint.snapshot import WEIGHTS, load_training_state
 from ft.config import Config
 from ft.data.load import Data, read_data
 from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
-from ft.distributed.launch import local_rank, world_size
+from ft.distributed.launch import local_rank, rank, world_size
 from ft.distributed.ranks import Ranks
 from ft.evaluation.perplexity import GeneralText, read_general_text
 from ft.model.compile import compile_blocks
@@ -22,6 +22,7 @@ from ft.model.pretrained import ModelFiles, load_weights, model_config_of
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
 from ft.train.optim import build_optimizer
+from ft.train.profiler import require_writable
 from ft.train.state import State
 from ft.train.tensorboard import summary_writer
 
@@ -58,11 +59,13 @@ def prepare_device(config: Config) -> Precision:
     """Choose device and precision, and apply process-wide settings of PyTorch and of the allocator.
 
     Raises:
-        UsageError: the device is not present, or does not support the settings.
+        UsageError: the device is not present or does not support the settings; --profile names no file to write.
     """
     device = use_device(config.device, local_rank() if world_size() > 1 else None)
     if config.cuda_graphs:
         require_cuda(device)
+    if config.profile is not None and rank() == 0:
+        require_writable(Path(config.profile))
     if config.tensorboard:
         summary_writer()  # raises now if the package is not installed, not after reading the data
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")

@@ -74,15 +74,15 @@ DEMO_INPUTS = (
 )
 # What the help says of each command.
 SUMMARIES = {
-    "data": "class counts, token lengths and duplicates of a data set",
+    "data": "counts, lengths and duplicates of a data set",
     "predict": "labels of texts, by a fine-tuned model",
     "evaluate": "scores of a model on a split of a data set",
     "explain": "one example on its way through one training step",
     "generate": "the continuation of a prompt",
-    "report": "curves, mistakes and settings of runs, as one HTML file",
+    "report": "curves, mistakes, settings as one HTML file",
     "runs": "a table of the runs in a directory",
     "export": "a model in another format",
-    "help": "the help of a command: python run.py help predict",
+    "help": "the help of a command",
 }
 
 
@@ -325,7 +325,7 @@ def _add_flag(parser: _RunParser, heading: str, name: str) -> None:
     elif kind is tuple:
         parser.add_values(heading, flag(name), metavar="PATTERN ...", **options)
     else:
-        path = "ID|PATH" if name in _ID_OR_PATH else "PATH"
+        path = "ID|PATH" if name in _ID_OR_PATH else "FILE" if name == "profile" else "PATH"
         value = path if name in SETTINGS else {int: "N", float: "X", str: "TEXT"}[kind]
         if_absent = NEWEST if name == "resume" else _NO_VALUE
         parser.add_value(heading, flag(name), if_absent=if_absent, metavar="|".join(choices) or value, **options)

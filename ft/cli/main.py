@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -11,6 +12,8 @@ from ft.cli.arguments import COMMANDS, HELP_PAGES, RUN_FLAG_COMMANDS, TRAINING_P
 from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
 from ft.io.standard_streams import standard_streams
 from ft.train.signals import interrupts_on_signals, report_interrupt
+
+LATER = 1.0  # seconds
 
 # The remedy when memory runs out where no `memory_advice` has a better one.
 LESS_MEMORY = "use fewer or shorter examples at once (--batch-size and --max-length, where the command has them)"
@@ -51,6 +54,7 @@ def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]
     """Run a command, print its errors, and return the exit status."""
     place = "while reading or writing"
     advice = ""
+    has_begun = False
     try:
         if arguments[:1] == ["help"]:
             arguments = _arguments_for_help(arguments[1:])
@@ -63,13 +67,18 @@ def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]
             (module, function), page = RUN_FLAG_COMMANDS[arguments[0]], HELP_PAGES[arguments[0]]
             arguments = arguments[1:]
         config = read_arguments(arguments, page)
-        place = config.output_dir
+        place, has_begun = config.output_dir, True
         if function == "fine_tune":
             advice = "; --resume continues from the newest checkpoint"
             make_output_optional()
         # Imported only now: importing torch takes seconds, for which --help and usage errors do not wait.
         getattr(import_module(module), function)(config)
     except UsageError as error:
+        if not has_begun and os.environ.get("LOCAL_RANK", "0") != "0":
+            # All processes that torchrun has started on a machine read the same command line, and one prints what is
+            # wrong: it must end first, as torchrun then ends the others.
+            time.sleep(LATER)
+            return 2
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
 # counterpart here: for it no flag is suggested, though one of ours may have a similar name.
 _OTHER_NAMES = {
     "file": "input input-file",
+    "activation-checkpointing": "activation-checkpointing-kwargs gradient-checkpointing-kwargs",
     "activation-checkpointing full": "enable-activation-checkpointing gradient-checkpointing",
     "batch-size": (
         "auto-find-batch-size batch-size-per-gpu bs global-batch-size micro-batch-size per-device-batch-size "
@@ -31,8 +32,8 @@ _OTHER_NAMES = {
     "completion-column": "completion response-column",
     "config": "config-file",
     "dataset": (
-        "data data-dir data-path dataset-dir dataset-name dataset-path datasets input input-file test-file train "
-        "train-data train-file val-file valid-file validation-file"
+        "data data-dir data-path dataset-dir dataset-name dataset-path datasets input input-file test-data "
+        "test-file train train-data train-file val-file valid-data valid-file validation-file"
     ),
     "dataset-config": "dataset-config-name subset",
     "device": "accelerator device-map devices gpu-ids gpus",
@@ -60,10 +61,10 @@ _OTHER_NAMES = {
     "label-column": "label label-column-name label-key target-column",
     "label-names": "labels",
     "learning-rate": "init-lr lr",
-    "logging-steps": "log-every log-every-n-steps log-freq log-interval log-steps logging-strategy",
+    "logging-steps": "log-every log-every-n-steps log-freq log-interval log-steps logging-first-step logging-strategy",
     "logging-steps 1": "v verbose verbosity",
     "lora-rank": "adapter lora lora-r peft r use-lora use-peft",
-    "lr-schedule": "decay-lr lr-scheduler lr-scheduler-type scheduler",
+    "lr-schedule": "decay-lr lr-scheduler lr-scheduler-kwargs lr-scheduler-type scheduler",
     "max-grad-norm": "clip grad-clip gradient-clip-val gradient-clipping max-norm",
     "max-length": (
         "block-size context-length cutoff-len length max-len max-seq-len max-seq-length max-source-length "
@@ -85,6 +86,7 @@ _OTHER_NAMES = {
     "precision bf16": "bf16",
     "precision fp16": "fp16",
     "precision fp32": "fp32",
+    "process-timeout": "ddp-timeout",
     "prompt-column": "instruction-column prompt",
     "quiet": "disable-tqdm log-level no-progress no-progress-bar q silent",
     "resume": "checkpoint ckpt ckpt-path restore resume-from-checkpoint",
@@ -101,12 +103,13 @@ _OTHER_NAMES = {
     "weight-decay": "wd",
     "": (
         "adam-beta1 adam-beta2 adam-epsilon beta1 beta2 cache-dir chat-template dataloader-num-workers ddp debug "
-        "do-eval do-predict do-train eval-iters eval.max-iters eval.max-new-tokens flash-attention force "
-        "full-determinism group-by-length hub-model-id label-smoothing label-smoothing-factor load-in-4bit "
-        "load-in-8bit lr-decay-iters max-eval-samples min-lr n-layer nproc-per-node num-proc num-processes "
-        "num-workers optim optimizer optimizer-name overwrite-output-dir packing processes push-to-hub "
-        "sample-packing save-model streaming token train-on-inputs trust-remote-code val-set-size val-split "
-        "validation-split validation-split-percentage wandb workers world-size yes"
+        "do-eval do-predict do-train enable-jit-checkpoint eval-accumulation-steps eval-iters eval.max-iters "
+        "eval.max-new-tokens flash-attention force fsdp-config full-determinism group-by-length hub-model-id "
+        "hub-revision label-smoothing label-smoothing-factor load-in-4bit load-in-8bit lr-decay-iters "
+        "max-eval-samples min-lr n-layer nproc-per-node num-proc num-processes num-workers optim optimizer "
+        "optimizer-name overwrite-output-dir packing processes push-to-hub sample-packing save-model streaming "
+        "token train-on-inputs trust-remote-code val-set-size val-split validation-split "
+        "validation-split-percentage wandb workers world-size yes"
     ),
 }
 
@@ -160,6 +163,8 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             UsageError: an argument or the value of a flag is missing; has all problems that were found before.
         """
+        positionals = [action for action in self._actions if not action.option_strings]
+        self.usage = " ".join([self.prog, *map(_usage_of, positionals), "[FLAG ...]"])
         options, rest = self.parse_known_intermixed_args(arguments)  # positionals may follow flags
         known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         self.problems += [
@@ -241,6 +246,12 @@ def find_meant_flag(name: str, known: Sequence[str]) -> str | None:
     if bare in FOREIGN_FLAGS:
         return next((meaning for meaning in FOREIGN_FLAGS[bare] if meaning.split(" ")[0] in by_name), None)
     return next(iter(difflib.get_close_matches(bare, by_name, n=1, cutoff=0.65)), None)
+
+
+def _usage_of(action: argparse.Action) -> str:
+    """A positional argument in the usage line."""
+    name = str(action.metavar)
+    return {"*": f"[{name} ...]", "?": f"[{name}]", "+": f"{name} [{name} ...]"}.get(str(action.nargs), name)
 
 
 def _format_examples(examples: str, width: int) -> str:

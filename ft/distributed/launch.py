@@ -1,4 +1,4 @@
-"""Connect the processes that torchrun has started. Only this module reads the environment variables of torchrun.
+"""Connect the processes that torchrun has started. This module reads the environment variables of torchrun.
 
 They are documented at https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables.
 """
@@ -26,7 +26,7 @@ def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
         timeout: seconds after which a process that does not answer counts as lost.
 
     Raises:
-        FtError: the other processes cannot be reached.
+        FtError: the other processes cannot be reached, or the port of rank 0 is taken.
         UsageError: the environment variables of torchrun are incomplete.
     """
     if world_size() == 1:
@@ -51,6 +51,12 @@ def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
             control = dist.new_group(backend="gloo", timeout=limit)
         except RuntimeError as error:
             detail = str(error).partition("\n")[0]
+            if "EADDRINUSE" in str(error):
+                raise FtError(
+                    f"port {port} of {host} is in use by another program, perhaps by another run on this machine: "
+                    "choose a free one by torchrun --master-port (or MASTER_PORT), or have torchrun --standalone "
+                    "choose one"
+                ) from error
             raise FtError(
                 f"process {rank} of {size} did not find all others at {host}:{port} within --process-timeout "
                 f"{timeout:g} s: {detail}"
@@ -73,6 +79,11 @@ def process_group(device: torch.device, timeout: float) -> Iterator[Ranks]:
 def world_size() -> int:
     """The number of processes of the run: 1 without torchrun."""
     return _read_number("WORLD_SIZE", if_absent=1)
+
+
+def rank() -> int:
+    """The rank of this process in the run, from 0."""
+    return _read_number("RANK", if_absent=0)
 
 
 def local_rank() -> int:

@@ -21,12 +21,7 @@ from ft.report.outcome import Outcome
 from ft.train.state import State
 
 SHOWN_TOKENS = 24  # of a completion
-AFTER_DEMO = """
-That was the demo, with generated reviews and a model small enough to learn in seconds. Next:
-  python run.py                    fine-tune the 124M-parameter GPT-2 on real reviews; downloads 550 MB
-  python run.py explain --demo     follow one review through one training step
-  python run.py predict runs/demo "the plot is not dull"\
-"""
+MUCH_WORSE = 1.5  # times the perplexity before, from which on the rise is explained
 VERB = {"train": "train on", "validation": "validate", "test": "test"}
 
 
@@ -91,7 +86,7 @@ def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: D
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"
         + _macro_f1(outcome, data)
-        + _forgotten(state)
+        + _forgotten(state, is_demo=config.demo)
         + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
         f"{run / 'metrics.jsonl'}. To use it: python run.py "
         + (f'predict {command} "an example"' if config.completion_column is None else f'generate {command} "a prompt"')
@@ -114,12 +109,33 @@ def _macro_f1(outcome: Outcome, data: Data) -> str:
     )
 
 
-def _forgotten(state: State) -> str:
-    """The perplexity on general text before and after; empty if it was not measured."""
+def after_demo(run: Path) -> str:
+    """What to try next, at the end of the demo."""
+    lines = {
+        f'python run.py predict {printable(str(run))} "the plot is not dull"': "ask the model that was just trained",
+        "python run.py explain --demo": "follow one review through one training step",
+        "python run.py": "fine-tune the 124M-parameter GPT-2 on real film reviews; downloads 550 MB",
+    }
+    width = max(map(len, lines))
+    return "\n".join(
+        [
+            "\nThat was the demo: generated reviews, and a model small enough to learn them in half a minute. Next:",
+            *(f"  {command:{width}}   {purpose}" for command, purpose in lines.items()),
+        ]
+    )
+
+
+def _forgotten(state: State, *, is_demo: bool) -> str:
+    """The perplexity on general text before and after, and what a large rise means; empty if it was not measured."""
     if state.general_loss_before is None or state.general_loss is None:
         return ""
     before, after = perplexity(state.general_loss_before), perplexity(state.general_loss)
-    return f"Perplexity on general text {before:,.2f} before, {after:,.2f} after.\n"
+    meaning = ""
+    if after > MUCH_WORSE * before:
+        meaning = ": the model has become worse at other text than that of its training"
+        if is_demo:  # with a vocabulary of a few hundred tokens, learned from the demo's reviews
+            meaning = ": the demo's model reads nothing but its own reviews, and is surprised by any other text"
+    return f"Perplexity on general text {before:,.2f} before, {after:,.2f} after{meaning}.\n"
 
 
 def three_predictions(model: GPT2, data: Data, max_length: int) -> str:

@@ -329,32 +329,38 @@ def _show_losses(before: Tensor, after: Tensor, targets: Tensor, of_what: str) -
 def _explain_lower_probability(
     before: Tensor, after: Tensor, targets: Tensor, own: slice, label_ids: Sequence[int]
 ) -> str:
-    """Why the step has made the targets of an example less likely; empty if it has not.
+    """Why the step has made the target of an example less likely, of all tokens or of the labels; empty if it has not.
 
     Args:
         before: (S, V) logits of all targets of the step.
         after: (S, V).
         targets: (S,) token ids.
         own: the targets of the example among them.
-        label_ids: the tokens that compete; empty for the full vocabulary.
+        label_ids: the tokens of the labels; empty for completions.
     """
-
-    def losses(logits: Tensor) -> Tensor:
-        right = logits.gather(-1, targets[:, None])[:, 0]
-        return (logits[:, list(label_ids)] if label_ids else logits).logsumexp(-1) - right
-
-    rise = losses(after) - losses(before)  # (S,)
-    if rise[own].mean() <= 0:
-        return ""
-    less_likely = "the target has become less likely" + (" among the labels" if label_ids else "") + ": "
-    if rise.mean() > 0:
-        return less_likely + "so have those of the step on average: a lower --learning-rate makes smaller steps"
+    rise = F.cross_entropy(after, targets, reduction="none") - F.cross_entropy(
+        before, targets, reduction="none"
+    )  # (S,)
+    if rise[own].mean() > 0:
+        if rise.mean() > 0:
+            return (
+                "the step is too large for its examples: their loss rises. A lower --learning-rate makes smaller steps"
+            )
+        same = f", {int((targets == targets[own][0]).sum())} of them with this label" if label_ids else ""
+        return (
+            f"the loss of this example rises: the step follows the mean gradient of {len(targets)} targets{same}, not "
+            "that of this example alone"
+        )
     if not label_ids:
-        return less_likely + "a step follows the mean gradient of its examples, not that of this one alone"
-    same = int((targets == targets[own][0]).sum())
-    return less_likely + (
-        f"a step follows the mean gradient of its {len(targets)} examples, {same} of them with this label, not that "
-        "of this one alone; many steps learn what tells the labels apart"
+        return ""
+    first, labels = own.start, list(label_ids)
+    shares = [logits[first].softmax(-1)[[*labels, int(targets[first])]] for logits in (before, after)]
+    together = [float(share[:-1].sum()) for share in shares]
+    if shares[1][-1] / together[1] >= shares[0][-1] / together[0]:
+        return ""
+    return (
+        f"the target has become more likely of all tokens, and less likely of the labels, which rise together from "
+        f"{together[0]:.2%} to {together[1]:.2%}: the first steps learn that a label comes next, later ones which"
     )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ft.cli.main import main
+from ft.report.explanation import _explain_lower_probability
 
 NUMBER = r"(-?\d+\.?\d*(?:e-?\d+)?)"
 
@@ -206,3 +207,33 @@ def test_a_nan_loss_is_an_error(explained, inputs, tmp_path):
     (problem,) = explained(*inputs, "--model", tmp_path, status=1)
     assert problem.startswith("error: ")
     assert "a lower --learning-rate or fp32 may help" in problem
+
+
+def note_of(before, after, targets, own, label_ids):
+    return _explain_lower_probability(torch.tensor(before), torch.tensor(after), torch.tensor(targets), own, label_ids)
+
+
+def test_a_target_that_becomes_less_likely_is_explained():
+    """Two targets over the tokens 0, 1 (labels) and 2."""
+    better = [[1.0, 0.0, 0.0], [0.0, 3.0, 0.0]]
+    start = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    worse = [[-1.0, 0.0, 0.0], [0.0, 3.0, 0.0]]
+    first = slice(0, 1)
+    assert note_of(start, better, [0, 1], first, [0, 1]) == ""
+    assert "follows the mean gradient of 2 targets, 1 of them with this label" in note_of(
+        start, worse, [0, 1], first, [0, 1]
+    )
+    assert "follows the mean gradient of 2 targets, not" in note_of(start, worse, [0, 1], first, [])
+    assert "A lower --learning-rate" in note_of(better, start, [0, 1], first, [0, 1])
+    both_rise = [[1.0, 2.0, -9.0], [0.0, 3.0, 0.0]]
+    rare = [[0.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
+    assert "from 9.06% to 100.00%: the first steps learn" in note_of(rare, both_rise, [0, 1], first, [0, 1])
+    assert note_of(rare, both_rise, [0, 1], first, []) == ""
+
+
+def test_the_demo_explains_why_its_label_is_less_likely_among_the_labels(explained):
+    text = " ".join(explained("--demo", "--device", "cpu").split())
+    rows = re.findall(r"\|(?:neg|pos)\| +\S+ +(\S+)% +(\S+)% +\S+ +(\S+)% +(\S+)% +<- target", text)
+    ((all_before, share_before, all_after, share_after),) = [tuple(map(float, row)) for row in rows]
+    fell = all_after < all_before or share_after < share_before
+    assert fell == (" note " in text)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,20 @@ from hypothesis import strategies as st
 
 import ft.finetune
 from ft.checks import field_types, flag
-from ft.cli.arguments import COMMANDS, read_arguments
+from ft.cli.arguments import (
+    _ID_OR_PATH,
+    COMMANDS,
+    HELP_PAGES,
+    MOST_USED,
+    RUN_FLAG_COMMANDS,
+    SUMMARIES,
+    read_arguments,
+)
 from ft.cli.main import main
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import FtError, UsageError
-from ft.settings import DEMO_SETTINGS, NOT_RECORDED, field_groups, field_help
+from ft.io.paths import SETTINGS
+from ft.settings import DATA_SETTINGS, DEMO_SETTINGS, NOT_RECORDED, field_groups, field_help
 from tests.test_config import EVERY_FIELD, FIELDS, other_value
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +84,7 @@ def test_every_field_has_a_flag(name, form):
 
 
 def test_what_a_run_notes_by_itself_cannot_be_asked_for():
-    assert problems_of("--processes", "2") == ["there is no flag --processes, is it --process-timeout?"]
+    assert problems_of("--processes", "2") == ["there is no flag --processes; --help lists all flags"]
 
 
 def test_resume_needs_no_value():
@@ -102,27 +113,107 @@ def help_text(capsys, monkeypatch):
     return " ".join(out.split()) + " "
 
 
+def shown_default(name):
+    kind, _ = field_types(Config)[name]
+    default = FIELDS[name].default
+    if kind in (bool, tuple) or default is None:
+        return ""
+    return f" (default: {default:g})" if kind is float else f" (default: {default})"
+
+
 def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
-    for name, field in FIELDS.items():
+    for name in FIELDS:
         if name in NO_FLAGS:
             assert f" {flag(name)} " not in help_text
             continue
         kind, choices = field_types(Config)[name]
         value = " " + ("|".join(choices) or {int: "N", float: "X", str: "TEXT", tuple: "PATTERN ..."}.get(kind, ""))
-        value = {"resume": " [TEXT]"}.get(name, "" if kind is bool else value)
-        default = "" if kind is bool or field.default in (None, ()) else f" (default {field.default})"
-        assert f" {flag(name)}{value} {field_help()[name]}{default} " in help_text
+        value = "" if kind is bool else value
+        if name in SETTINGS:
+            value = {"resume": " [PATH]"}.get(name, " ID|PATH" if name in _ID_OR_PATH else " PATH")
+        assert f" {flag(name)}{value} {field_help()[name]}{shown_default(name)} " in help_text
     assert " --config FILE read settings from" in help_text
     assert "no value" not in help_text
+    assert "left out" not in help_text
 
 
-def test_the_help_has_the_examples_first_and_the_flags_under_headings(help_text):
-    headings = list(dict.fromkeys(field_groups().values()))
+def test_the_help_has_the_commands_and_examples_then_the_most_used_flags_then_the_others_by_group(help_text):
+    headings = [f"Advanced: {each[0].lower()}{each[1:]}:" for each in dict.fromkeys(field_groups().values())]
     assert set(field_groups()) == set(FIELDS)
     assert len(headings) >= 5
-    places = [help_text.index(text) for text in ("examples:", *(f" {heading}: --" for heading in headings))]
+    flags = [f" {flag(name)} " for name in MOST_USED]
+    order = ["usage:", "commands:", "examples:", "Most used flags:", *flags, *headings, " Help: -h"]
+    after_examples = help_text.index("Most used flags:")
+    places = [help_text.index(text, after_examples if text.startswith(" --") else 0) for text in order]
     assert places == sorted(places)
-    assert help_text.index(" --learning-rate X") > help_text.index(f" {field_groups()['learning_rate']}: ")
+    assert 10 <= len(MOST_USED) <= 12
+    assert help_text.index(" --weight-decay X") > help_text.index("Advanced: optimizer:")
+    for name in (*COMMANDS, *RUN_FLAG_COMMANDS):
+        assert f" {name} {SUMMARIES[name]} " in help_text
+
+
+PAGES = [[], *([name] for name in (*COMMANDS, *RUN_FLAG_COMMANDS))]
+
+
+def help_of(words, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(words)
+    assert raised.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+@pytest.mark.parametrize("command", PAGES, ids=" ".join)
+def test_the_help_fits_the_terminal(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = help_of([*command, "--help"], capsys).splitlines()
+    assert max(map(len, lines)) <= columns
+
+
+@pytest.mark.parametrize("command", PAGES, ids=" ".join)
+def test_each_command_has_its_own_help_which_the_command_help_prints_too(command, capsys):
+    text = help_of([*command, "--help"], capsys)
+    assert text.startswith(f"usage: python run.py {(command or ['[COMMAND]'])[0]} ")
+    assert help_of(["help", *command], capsys) == text
+    assert help_of([*command, "-h"], capsys) == text
+
+
+def test_the_help_of_data_has_the_flags_that_choose_rows_and_no_others(capsys):
+    listed = set(re.findall(r"^  (--[a-z-]+)", help_of(["data", "--help"], capsys), re.MULTILINE))
+    assert {flag(name) for name in DATA_SETTINGS} <= listed
+    assert {"--max-length", "--label-names", "--demo", "--model", "--config"} <= listed
+    assert not listed & {"--learning-rate", "--output-dir", "--resume", "--epochs", "--save-steps", "--overwrite"}
+    assert read_arguments(["--learning-rate", "1"], HELP_PAGES["data"]) == Config(learning_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predct"], "there is no command 'predct', is it predict?"),
+        (["xyzzy"], f"there is no command 'xyzzy', is it {', '.join([*COMMANDS, *RUN_FLAG_COMMANDS])}?"),
+        (["predict", "data"], "help takes one command, not 2: it is one of"),
+    ],
+)
+def test_help_of_what_is_no_command_is_refused(words, message, capsys):
+    assert main(["help", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_version_prints_what_a_bug_report_needs(capsys):
+    import torch
+
+    assert f"torch {torch.__version__}, Python {platform.python_version()}\n" in help_of(["--version"], capsys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a full disk")
+@pytest.mark.parametrize("words", [["--help"], ["data", "--help"], ["predict", "-h"], ["help"], ["--version"]])
+def test_help_that_cannot_be_written_is_an_error(words):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "run.py"), *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device: standard output\n")
 
 
 @pytest.mark.parametrize(("word", "command"), [("predct", "predict"), ("evalute", "evaluate")])
@@ -139,7 +230,7 @@ def test_a_misspelt_flag_of_a_command_is_told_with_the_nearest(command, capsys):
 
 def test_the_help_shows_flags_that_exist(help_text):
     known = {"--help", "--config", *map(flag, FIELDS)}
-    known |= {"--split", "--nproc-per-node"}  # in examples of `evaluate` and of torchrun
+    known |= {"--version", "--nproc-per-node"}
     assert {word.rstrip(":;,.") for word in help_text.split() if word.startswith("--")} <= known
 
 
@@ -423,4 +514,19 @@ def test_help_and_mistakes_do_not_wait_for_torch():
         [sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: python run.py [FLAG ...]")
+    assert done.stdout.startswith("usage: python run.py [COMMAND] [FLAG ...]")
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("local_rank", "prints"), [("0", True), ("1", False)])
+def test_of_the_processes_of_torchrun_one_prints_what_is_wrong_and_the_others_end_later(
+    local_rank, prints, monkeypatch, capsys
+):
+    slept = []
+    monkeypatch.setattr("ft.cli.main.time.sleep", slept.append)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert main(["--sed", "1"]) == 2
+    assert capsys.readouterr().err == ("error: there is no flag --sed, is it --seed?\n" if prints else "")
+    assert bool(slept) != prints

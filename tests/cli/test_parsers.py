@@ -1,5 +1,6 @@
 """What all command lines have in common: positionals anywhere, `~` for the home directory, and flags of other tools."""
 
+import dataclasses
 import json
 
 import pytest
@@ -153,7 +154,18 @@ def test_a_report_in_the_home_directory(home):
         ("--gradient_checkpointing", "--activation-checkpointing full"),
         ("--Learning_Rate", "--learning-rate"),
         ("--text_colum", "--text-column"),
-        ("--verbose", None),
+        ("--verbose", "--logging-steps 1"),
+        ("--disable_tqdm", "--quiet"),
+        ("--force", None),
+        ("--overwrite_cache", None),
+        ("--train.micro_batch_size", "--batch-size"),
+        ("--train.max_seq_length=8", "--max-length"),
+        ("--eval.interval", "--eval-steps"),
+        ("--optimizer.init_args.lr", "--learning-rate"),
+        ("--optimizer.weight_decay", "--weight-decay"),
+        ("--sequence_len", "--max-length"),
+        ("--micro_batch_size", "--batch-size"),
+        ("--nproc_per_node", None),
         ("--overwrite_output_dir", None),
         ("--overwrit", None),
         ("--val_split", None),
@@ -165,6 +177,28 @@ def test_flags_of_other_tools_are_answered_with_ours(word, meant):
     with pytest.raises(UsageError) as raised:
         read_arguments([word])
     assert raised.value.problems == (f"there is no flag {name}{ending}",)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("epochs=3", "--epochs 3"), ("optimizer.lr=2e-5", "--learning-rate 2e-5"), ("dtype=bf16", "--precision bf16")],
+)
+def test_what_torchtune_writes_without_dashes_is_answered(word, meant):
+    with pytest.raises(UsageError) as raised:
+        read_arguments([word])
+    assert raised.value.problems == (f"unexpected argument {word!r}; is it {meant}?",)
+
+
+def test_flags_of_the_trainer_are_known():
+    """Each of its arguments is ours too, or is in the table, so that no similar name of ours is proposed for it."""
+    transformers = pytest.importorskip("transformers")
+    theirs = {field.name.replace("_", "-") for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert {"num-train-epochs", "per-device-train-batch-size", "gradient-accumulation-steps"} <= theirs
+    proposals = {
+        name: describe_unknown_flag(f"--{name}", FLAGS).partition(", is it ")[2]
+        for name in sorted(theirs - {each.removeprefix("--") for each in FLAGS} - set(FOREIGN_FLAGS))
+    }
+    assert {name: proposed for name, proposed in proposals.items() if proposed} == {}
 
 
 def test_a_command_answers_with_its_own_flags(capsys):

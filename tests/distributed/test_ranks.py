@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from ft.checkpoint.resume import divide_batch_over_ranks
 from ft.checkpoint.snapshot import gather_weights
 from ft.checkpoint.store import checkpoints, verify_checkpoint
+from ft.cli.main import main
 from ft.config import Config
 from ft.data.batches import IGNORED
 from ft.data.examples import Example
@@ -425,3 +427,18 @@ def test_missing_variables_of_torchrun(monkeypatch, capsys, command):
         monkeypatch.delenv(name, raising=False)
     assert main(command("run", 4)) == 2
     assert re.search("WORLD_SIZE is 2, but MASTER_ADDR, .*RANK.* are not set", capsys.readouterr().err)
+
+
+def test_a_taken_port_is_named_with_the_remedy(inputs, tmp_path, monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        assert main([*inputs, "--output-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert f"error: port {port} of 127.0.0.1 is in use by another program" in error
+    assert "--master-port" in error
+    assert not (tmp_path / "run").exists()

@@ -195,7 +195,7 @@ def test_before_meanwhile_and_after_and_training_does_not_notice(inputs, tmp_pat
         assert list(line) == ["step", "epoch", "general_loss", "general_perplexity"]
         assert line["general_perplexity"] == pytest.approx(math.exp(line["general_loss"]))
     before, after = general[0]["general_perplexity"], general[-1]["general_perplexity"]
-    assert f"Perplexity on general text {before:,.2f} before, {after:,.2f} after." in output
+    assert f"Perplexity on general text {before:,.2f} before, {after:,.2f} after" in output
     assert after != before
     for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
         files = [(run / "checkpoint-10" / name).read_bytes() for run in (without, measured)]
