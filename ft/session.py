@@ -14,7 +14,7 @@ from ft.checkpoint.snapshot import Snapshot, gather_weights, take_snapshot
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.device import read_synchronizes, threads_for
-from ft.errors import FtError, printable
+from ft.errors import FtError, printable, program
 from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
@@ -34,7 +34,13 @@ from ft.train.tensorboard import EventFiles
 
 @contextmanager
 def open_session(
-    run: RunDirectory, inputs: Inputs, model: GPT2, components: Components, state: State
+    run: RunDirectory,
+    inputs: Inputs,
+    model: GPT2,
+    components: Components,
+    state: State,
+    *,
+    exits_on_second_interrupt: bool,
 ) -> Iterator["Session"]:
     """Open the metrics file, install signal handlers and yield a `Session`; undo both at the end.
 
@@ -48,7 +54,7 @@ def open_session(
         tensorboard = EventFiles(run.path / "tensorboard", first_step=state.step) if config.tensorboard else None
     with (
         threads_for(count_parameters(model)),
-        StopRequest(all_reduce_max=ranks.all_reduce_max) as stopping,
+        StopRequest(ranks.all_reduce_max, exits_on_second_interrupt=exits_on_second_interrupt) as stopping,
         Report(
             metrics,
             total_steps=total_steps(len(inputs.data.examples["train"]), config),
@@ -184,7 +190,7 @@ class Session:
         if self._stopping():
             if self._writer.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {self._writer.failure}")
-            message = f"Stopped after step {state.step:,}. To continue: python run.py --resume {printable(str(path))}"
+            message = f"Stopped after step {state.step:,}. To continue: {program()} --resume {printable(str(path))}"
             raise self._stopping.stopped(message if ranks.is_rank_zero else "")
         self._seconds_in_all = self._seconds()
         test = self._evaluations.get("test")
@@ -235,7 +241,7 @@ class Session:
         print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
         print(examples)
         if config.demo:
-            print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
+            print(f"\nNow the real thing: {program()} --device cuda (or mps, or cpu)")
 
     def _seconds(self) -> float:
         """Seconds of the run, including earlier processes."""

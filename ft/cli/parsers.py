@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
 
-from ft.errors import UsageError, shown
+from ft.errors import IN_REPOSITORY, UsageError, program, shown
 from ft.io.paths import expand_home
 
 DESTRUCTIVE = ("--overwrite",)
@@ -105,7 +105,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, examples: str, **options: Any) -> None:  # noqa: ANN401
         super().__init__(
-            prog=f"python run.py {command}".rstrip(),
+            prog=f"{program()} {command}".rstrip(),
             description=f"{description}\n\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -128,6 +128,10 @@ class CommandParser(argparse.ArgumentParser):
                 ]
             )
         return options
+
+    def format_help(self) -> str:
+        """The help with the name under which the program was started."""
+        return super().format_help().replace(IN_REPOSITORY, program())
 
     def error(self, message: str) -> Never:
         """Raise the message that argparse would print; for an invalid number that of `ft.settings.parse_value`."""

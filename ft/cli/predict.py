@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft.cli.parsers import CommandParser, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, is_utf8, one_line, printable, shown
+from ft.errors import FtError, UsageError, is_utf8, one_line, printable, program, shown
 from ft.io.atomic import atomic_write_text
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
@@ -97,7 +97,7 @@ def predict(arguments: Sequence[str]) -> None:
         problems.append("there are no examples: pass them as arguments, with --file FILE, or through a pipe")
     if options.label_names is None and read_run_settings(Path(options.model)).get("completion_column") is not None:
         problems.append(
-            f"{options.model} was trained on completions and has no labels: use python run.py generate {options.model} "
+            f"{options.model} was trained on completions and has no labels: use {program()} generate {options.model} "
             '"a prompt"'
         )
     if problems:

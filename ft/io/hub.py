@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ft.errors import FtError, shown
+from ft.errors import FtError, program, shown
 from ft.io.formats import check_first_bytes, suffix_of
 from ft.io.stall import StalledError, run_with_stall_timeout
 
@@ -219,7 +219,7 @@ def _failure(error: BaseException, source: Source) -> FtError:
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     flag, what = f"--{source.kind}", f"{source.kind} {source.name}"
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    instead = f"a local directory works too ({flag} DIR); `python run.py --demo` needs no network."
+    instead = f"a local directory works too ({flag} DIR); `{program()} --demo` needs no network."
     match error:
         case errors.HFValidationError():
             name = shown(source.name)

@@ -8,7 +8,7 @@ from ft.config import Config
 from ft.data.load import Data
 from ft.data.tables import listed
 from ft.device import Precision
-from ft.errors import one_line, printable
+from ft.errors import one_line, printable, program
 from ft.evaluation.evaluate import Evaluation
 from ft.evaluation.perplexity import GeneralText, perplexity
 from ft.inference.classifier import predict
@@ -82,7 +82,7 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + ".\n"
         + _forgotten(state)
         + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
-        f"{run / 'metrics.jsonl'}. To use it: python run.py "
+        f"{run / 'metrics.jsonl'}. To use it: {program()} "
         + (f'predict {run} "an example"' if config.completion_column is None else f'generate {run} "a prompt"')
     )
 

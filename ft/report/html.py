@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ft.errors import program
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.report.charts import COLORS, Curve, bar_chart, calibration_chart, line_chart, spans_magnitudes
 from ft.report.run_record import Recorded, command_of, is_number, settings_given
@@ -257,7 +258,7 @@ def _evaluation(run: Recorded, number: int, several: bool) -> str:
     if scores is None:
         why = "they are written at its end" if not run.finished else "it has no valid scores.json"
         if run.config.get("completion_column") is not None:
-            command = shlex.join(["python", "run.py", "evaluate", str(run.directory)])
+            command = shlex.join([*program().split(), "evaluate", str(run.directory)])
             why = f"it was trained on completions, which <code>{text(command)}</code> evaluates"
         return _section(f"Evaluation{name}", key, f'<p class="note">This run has no scores: {why}.</p>')
     labels, confusion = [_bdi(label) for label in scores["labels"]], scores["confusion"]

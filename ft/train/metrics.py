@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -58,9 +59,11 @@ class Report:
             else:
                 self._file.truncate(metrics_bytes)
             self._file.seek(0, 2)  # truncating does not move the position
-        # A bar only on a terminal; a file or a pipe gets the log lines.
-        shows_bar = metrics_path is not None and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shows_bar)
+        # A bar only on a terminal or in a notebook; a file or a pipe gets the log lines.
+        shows_bar = metrics_path is not None and (sys.stderr.isatty() or in_notebook())
+        self._bar = _bar_class()(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shows_bar
+        )
         self.times = StepTimes()
         self._started = time.perf_counter()
         self._paused = 0.0
@@ -208,6 +211,19 @@ class Report:
     def _write_pending(self) -> None:
         while self._pending:
             self._pending = self._pending[self._file.write(self._pending) :]
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, by the criterion of `tqdm.autonotebook`."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bar_class() -> Any:  # noqa: ANN401
+    """The bar of this process; it starts no monitoring thread, which would outlive the run."""
+    base = import_module("tqdm.auto").tqdm if in_notebook() else tqdm
+    return type("Bar", (base,), {"monitor_interval": 0})
 
 
 def _opened(path: Path | None) -> io.FileIO:
