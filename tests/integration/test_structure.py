@@ -15,39 +15,16 @@ MOST_LINES_OF_FUNCTION, MOST_LINES_OF_MODULE = 80, 350
 MOST_MODULES_AT_THE_TOP, MOST_MODULES_IN_A_PACKAGE = 9, 12
 
 # From the top down: a module imports only from its own layer and from those after it.
-TOP_LAYERS = (
-    "__main__",
-    "api",
-    "cli",
-    "finetune",
-    "session",
-    "setup",
-    "report",
-    "evaluation",
-    "inference",
-    "checkpoint",
-    "train",
-)
-LAYERS = (
-    "__main__",
-    *TOP_LAYERS,
-    "distributed",
-    "data",
-    "model",
-    "settings",
-    "config",
-    "checks",
-    "io",
-    "device",
-    "errors",
-)
+TOP_LAYERS = ("__main__", "api", "cli", "finetune", "session", "setup", "report", "evaluation", "inference")
+LOWER_LAYERS = ("checkpoint", "train", "distributed", "data", "model", "settings", "config", "checks", "io", "device")
+LAYERS = (*TOP_LAYERS, *LOWER_LAYERS, "errors")
 
 # `import ft`, `--help` and a wrong flag do not wait for these packages: only here a function may import modules that
 # import them.
 SLOW_PACKAGES = {"torch", "pyarrow"}
 WAIT_FOR_NO_SLOW_PACKAGE = ("ft", "ft.cli")
 # This one waits for signal handlers, so that an interrupt while modules are imported ends with a message.
-AFTER_SIGNAL_HANDLERS = ("ft.__main__", "ft.cli.main")
+AFTER_SIGNAL_HANDLERS = "ft.__main__ imports ft.cli.main"
 
 # Words for what PyTorch's documentation has other words for.
 PRIVATE_WORDS = {
@@ -183,16 +160,10 @@ def test_only_slow_packages_are_imported_inside_functions():
     unneeded = [
         f"{importing} imports {module}"
         for importing, module in inside
-        if (
-            (importing, module) != AFTER_SIGNAL_HANDLERS
-            and (
-                importing.rpartition(".")[0] not in WAIT_FOR_NO_SLOW_PACKAGE
-                and importing not in WAIT_FOR_NO_SLOW_PACKAGE
-            )
-        )
+        if (importing.rpartition(".")[0] not in WAIT_FOR_NO_SLOW_PACKAGE and importing not in WAIT_FOR_NO_SLOW_PACKAGE)
         or not is_slow(module)
     ]
-    assert unneeded == []
+    assert [pair for pair in unneeded if pair != AFTER_SIGNAL_HANDLERS] == []
 
 
 def test_no_module_reads_its_own_source():
