@@ -183,6 +183,21 @@ def disable_malloc_trim() -> bool:
     return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
 
 
+def restore_malloc_trim() -> None:
+    """Undo `disable_malloc_trim`, and return freed memory to the kernel.
+
+    glibc cannot adjust its thresholds itself any more. They are set to the values that it reaches by freeing a large
+    block, from malloc.c: DEFAULT_MMAP_THRESHOLD_MAX, and twice that to trim.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+    largest = 4 * 2**20 * ctypes.sizeof(ctypes.c_long)
+    for parameter, value in ((m_mmap_max, 65536), (m_mmap_threshold, largest), (m_trim_threshold, 2 * largest)):
+        libc.mallopt(parameter, value)
+    libc.malloc_trim(0)
+
+
 @contextmanager
 def threads_for(num_parameters: int) -> Iterator[None]:
     """A context that uses one thread for a small model, unless OMP_NUM_THREADS is set.

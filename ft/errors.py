@@ -1,9 +1,10 @@
-"""The exceptions of this program, and how their messages quote values: escaped and shortened."""
+"""The exceptions of this program, and how their messages quote values (escaped and shortened) and name the program."""
 
 import re
 import reprlib
 import shlex
 import sys
+from pathlib import PurePath
 
 MAX_MESSAGE_LENGTH = 1500  # characters of one problem
 MAX_PROBLEMS = 20  # reported at once; a wrong file as --config may have many more
@@ -12,6 +13,18 @@ _VALUES = reprlib.Repr()
 _VALUES.maxstring = _VALUES.maxother = 200  # enough for most paths
 _VALUES.maxlong = 40
 _VALUES.maxlevel = 2
+
+
+# How documentation and help name the program.
+IN_REPOSITORY = "python run.py"
+
+
+def program() -> str:
+    """What the user types before the flags: `python run.py`, `ft`, or `python -m ft`, which always works."""
+    name = PurePath(sys.argv[0]).name
+    if name == "run.py":
+        return IN_REPOSITORY
+    return "ft" if name in ("ft", "ft.exe") else "python -m ft"
 
 
 def printable(text: str, keep: str = "") -> str:

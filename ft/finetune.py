@@ -8,6 +8,9 @@ The parts of the tutorial that this program reproduces, and where each is:
     collate function   ft/data/batches.py `collate`                training            `fine_tune`, below
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 from ft.checkpoint import resume
 from ft.checkpoint.error_hints import explain_out_of_memory_in_training
 from ft.checkpoint.run_dir import RunDirectory, open_run_directory
@@ -24,11 +27,15 @@ from ft.train.schedule import total_steps
 from ft.train.state import State
 
 
-def fine_tune(config: Config) -> None:
+def fine_tune(
+    config: Config, write_rows: Callable[[Path], None] | None = None, *, exits_on_second_interrupt: bool = True
+) -> None:
     """Fine-tune a model and save it to `final/` in the run directory; under torchrun in several processes.
 
     Args:
         config: the settings of the run.
+        write_rows: writes the data set to `config.dataset`, if it is in the run directory: see `ft.fine_tune`.
+        exits_on_second_interrupt: whether a second Ctrl-C ends the process; otherwise it raises `KeyboardInterrupt`.
 
     Raises:
         FtError: something that the user can correct; the message has the reason.
@@ -42,7 +49,7 @@ def fine_tune(config: Config) -> None:
         quiet_output(config.quiet),
         explain_out_of_memory_in_training(config),
         # 2. Lock the run directory, and find the checkpoint to resume from, if any.
-        open_run_directory(config, ranks) as run,
+        open_run_directory(config, ranks, write_rows) as run,
     ):
         config = run.config
         # 3. Read the data set and the tokenizer, and encode the rows as examples.
@@ -63,7 +70,9 @@ def fine_tune(config: Config) -> None:
             opening(config, model, precision, inputs.data, inputs.general_text, last_step), disk_space, *notes, sep="\n"
         )
         # 6. Open the metrics file and install signal handlers. The session evaluates, saves and stops.
-        with open_session(run, inputs, model, components, state) as session:
+        with open_session(
+            run, inputs, model, components, state, exits_on_second_interrupt=exits_on_second_interrupt
+        ) as session:
             # 7. Train. If this raises, the checkpoint that is being written is still completed.
             try:
                 if session.prepare(state):

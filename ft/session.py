@@ -16,7 +16,7 @@ from ft.config import Config
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.device import read_synchronizes, threads_for
-from ft.errors import FtError, quoted
+from ft.errors import FtError, program, quoted
 from ft.evaluation.classification import majority_baseline, write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
@@ -39,7 +39,13 @@ from ft.train.tensorboard import EventFiles
 
 @contextmanager
 def open_session(
-    run: RunDirectory, inputs: Inputs, model: GPT2, components: Components, state: State
+    run: RunDirectory,
+    inputs: Inputs,
+    model: GPT2,
+    components: Components,
+    state: State,
+    *,
+    exits_on_second_interrupt: bool,
 ) -> Iterator["Session"]:
     """Open the metrics file, install signal handlers and yield a `Session`; undo both at the end.
 
@@ -53,7 +59,7 @@ def open_session(
         tensorboard = EventFiles(run.path / "tensorboard", first_step=state.step) if config.tensorboard else None
     with (
         threads_for(count_parameters(model)),
-        StopRequest(all_reduce_max=ranks.all_reduce_max) as stopping,
+        StopRequest(ranks.all_reduce_max, exits_on_second_interrupt=exits_on_second_interrupt) as stopping,
         Report(
             metrics,
             total_steps=total_steps(len(inputs.data.examples["train"]), config),
@@ -217,7 +223,7 @@ class Session:
         if self._stopping():
             if self._writer.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {self._writer.failure}")
-            message = f"Stopped after step {state.step:,}. To continue: python run.py --resume {quoted(path)}"
+            message = f"Stopped after step {state.step:,}. To continue: {program()} --resume {quoted(path)}"
             raise self._stopping.stopped(message if ranks.is_rank_zero else "")
         self._seconds_in_all = self._seconds()
         test = self._evaluations.get("test")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ft.checks import field_types, flag
-from ft.config import Config
+from ft.config import NEWEST, Config
 from ft.errors import UsageError, shown
+from ft.io.paths import expand_home
 from ft.io.plain_files import read_regular
 
 # How a run was started: not part of the configuration that a file sets.
@@ -146,6 +147,39 @@ def build_config(settings: Mapping[str, Any], problems: Sequence[str]) -> Config
     return config
 
 
+def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that --resume and --demo put in place of the defaults.
+
+    Raises:
+        UsageError: the configuration of the run that is resumed is not valid.
+    """
+    settings = {name: expand_home(value) for name, value in settings.items()}
+    resume = settings.get("resume")
+    if not isinstance(settings.get("output_dir", ""), str):
+        return {}  # `Config` raises for it
+    if resume is not None and resume != NEWEST:
+        run = run_directory_of(Path(resume))
+        base: dict[str, Any] = {"output_dir": str(run)}
+    else:
+        run = Path(settings.get("output_dir", Config.output_dir))
+        base = {}
+    if settings.get("demo"):
+        base = {**DEMO_SETTINGS, **base}
+        run = Path(settings.get("output_dir", base["output_dir"]))
+    if resume is not None and (run / "config.json").is_file():
+        recorded = read_config_file(run / "config.json")
+        if rows := rows_of_run(recorded.get("dataset")):  # they are in the run directory, which may have been moved
+            recorded["dataset"] = str(run / rows)
+        return {**base, **recorded, "output_dir": str(run)}
+    return base
+
+
+def rows_of_run(dataset: object) -> str | None:
+    """Where in the run directory the rows are that were passed to `ft.fine_tune`; None for another data set."""
+    match = re.search(r"(?:^|[/\\])(inputs)[/\\](rows-[0-9a-f]{16})$", dataset) if isinstance(dataset, str) else None
+    return None if match is None else f"{match[1]}/{match[2]}"
+
+
 def run_directory_of(path: Path) -> Path:
     """The run directory for a value of --resume: itself, or the parent directory of a checkpoint."""
     return path.parent if re.fullmatch(r"checkpoint-[0-9]+", path.name) else path
@@ -156,6 +190,8 @@ def find_changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
     may_change = {*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME}
     if old.get("demo") is True and new.demo:  # its inputs are in the run directory, which may have been moved
         may_change |= {"model", "dataset"}
+    if rows_of_run(old.get("dataset")) == rows_of_run(new.dataset) is not None:  # as well
+        may_change.add("dataset")
     changed = [
         (flag(name), shown(old[name]), shown(value))
         for name, value in asdict(new).items()

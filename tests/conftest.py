@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from tests import emulated_cuda  # noqa: E402  (before anything that imports PyTorch)
 
 emulated_cuda.load()
+sys.argv[0] = str(ROOT / "run.py")  # by which messages name the program
 
 HUB = ROOT.parent / "shared" / "hub"
 

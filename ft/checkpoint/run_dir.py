@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,14 +17,22 @@ from ft.io.atomic import remove_stale_staging
 from ft.io.lock import LOCK, DirectoryLock, locked
 from ft.io.model_layout import EXPORTED_FILES
 from ft.io.plain_files import remove
-from ft.settings import read_config_file, run_directory_of
+from ft.settings import read_config_file, rows_of_run, run_directory_of
 from ft.train.state import State
 
 BYTES_PER_WEIGHT, BYTES_PER_TRAINED = 4, 8  # in a checkpoint: the weight, and AdamW's two moments if it is trained
 
 
 def _has_files(run: Path) -> bool:
-    return any(entry.name != LOCK for entry in run.iterdir())
+    """Whether there is anything but what a run leaves that ends before its first step: the lock, and its rows."""
+    rows = _rows_in(run)
+    names = {entry.name for entry in run.iterdir()}
+    return bool(names - {LOCK, "inputs"}) or ("inputs" in names and len(rows) < len(list((run / "inputs").iterdir())))
+
+
+def _rows_in(run: Path) -> list[Path]:
+    """The rows in a run directory that were passed to `ft.fine_tune`."""
+    return [path for path in run.glob("inputs/rows-*") if rows_of_run(str(path)) and path.is_dir()]
 
 
 def _is_demo_run(run: Path) -> bool:
@@ -67,7 +75,7 @@ class RunDirectory:
                 keep, keep_best = self.config.keep_checkpoints, self.config.keep_best
                 store.delete_old(self.path, state, keep=keep, keep_best=keep_best)
             if self.config.resume is None:
-                clear(self.path)
+                clear(self.path, Path(self.config.dataset))
             self.config.save(self.path / "config.json")
             ranks.mark_started()
             return space
@@ -85,8 +93,15 @@ class RunDirectory:
 
 
 @contextmanager
-def open_run_directory(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
+def open_run_directory(
+    config: Config, ranks: Ranks, write_rows: Callable[[Path], None] | None = None
+) -> Iterator[RunDirectory]:
     """Lock the output directory on rank 0, and find the checkpoint to resume from, the same on all ranks.
+
+    Args:
+        config: the settings.
+        ranks: the processes of the run.
+        write_rows: writes the data set to `config.dataset`, which is in the output directory, unless it is there.
 
     Raises:
         FtError: another process uses the directory, or the given checkpoint is damaged.
@@ -112,6 +127,10 @@ def open_run_directory(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
         resume_from = store.checkpoint_path(run, step) if step >= 0 else None
         if resume_from is not None:
             resume.check_config_unchanged(resume_from, config)
+        if write_rows is not None:
+            with ranks.rank_zero_first() as first:
+                if first and not Path(config.dataset).is_dir():
+                    write_rows(Path(config.dataset))
         yield RunDirectory(run, config, resume_from, lock, started)
 
 
@@ -188,10 +207,11 @@ def _size(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
-def clear(run: Path) -> None:
-    """Delete what an earlier run wrote, except the inputs of --demo; other files in the directory are kept."""
+def clear(run: Path, dataset: Path) -> None:
+    """Delete what an earlier run wrote, except the inputs of --demo and `dataset`; other files are kept."""
     written = ("metrics.jsonl", "scores.json", "tensorboard", "final", *EXPORTED_FILES)
     for path in (
+        *(rows for rows in _rows_in(run) if rows.name != dataset.name),
         *(run / name for name in written),
         *store.checkpoints(run),
         *run.glob(f"{store.SUPERSEDED}*"),

@@ -15,15 +15,7 @@ from ft.cli.parsers import CommandParser, describe_unknown_flag, find_meant_flag
 from ft.config import FILES, NEWEST, NO_FLAGS, Config
 from ft.errors import UsageError, shown
 from ft.io.paths import SETTINGS, expand_home
-from ft.settings import (
-    DEMO_SETTINGS,
-    build_config,
-    field_groups,
-    field_help,
-    parse_value,
-    read_config_file,
-    run_directory_of,
-)
+from ft.settings import base_settings, build_config, field_groups, field_help, parse_value, read_config_file
 
 EXAMPLES = """\
 examples:
@@ -213,7 +205,7 @@ def read_arguments(arguments: Sequence[str], page: HelpPage = TRAINING_PAGE) -> 
         elif config_file is not None:
             recorded = read_config_file(Path(expand_home(config_file)), may_be_pipe=True)
         given, settings = settings, {**recorded, **settings}
-        settings = {**_base_settings(settings), **settings}
+        settings = {**base_settings(settings), **settings}
         problems += _unused_flags(given, recorded, settings)
     except UsageError as error:
         problems += error.problems
@@ -257,26 +249,6 @@ def _join_negative_numbers(arguments: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-def _base_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that --resume and --demo put in place of the defaults."""
-    settings = {name: expand_home(value) for name, value in settings.items()}
-    resume = settings.get("resume")
-    if not isinstance(settings.get("output_dir", ""), str):
-        return {}  # `Config` raises for it
-    if resume is not None and resume != NEWEST:
-        run = run_directory_of(Path(resume))
-        base: dict[str, Any] = {"output_dir": str(run)}
-    else:
-        run = Path(settings.get("output_dir", Config.output_dir))
-        base = {}
-    if settings.get("demo"):
-        base = {**DEMO_SETTINGS, **base}
-        run = Path(settings.get("output_dir", base["output_dir"]))
-    if resume is not None and (run / "config.json").is_file():
-        return {**base, **read_config_file(run / "config.json"), "output_dir": str(run)}
-    return base
 
 
 def _parser(page: HelpPage) -> _RunParser:

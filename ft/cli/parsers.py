@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
 
-from ft.errors import UsageError, shown
+from ft.errors import UsageError, program, shown
 from ft.io.paths import expand_home
 
 DESTRUCTIVE = ("--overwrite",)
@@ -136,7 +136,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, examples: str, **options: Any) -> None:  # noqa: ANN401
         """`examples` has a command line per line, which three spaces separate from an explanation, if any."""
         super().__init__(
-            prog=f"python run.py {command}".rstrip(),
+            prog=f"{program()} {command}".rstrip(),
             formatter_class=_Formatter,
             allow_abbrev=False,
             **options,
@@ -145,13 +145,13 @@ class CommandParser(argparse.ArgumentParser):
         self.problems: list[str] = []
 
     def format_help(self) -> str:
-        """The help, at most as wide as the terminal."""
+        """The help, at most as wide as the terminal, with the name under which the program was started."""
         width = max(20, shutil.get_terminal_size().columns - 2)  # as argparse
         paragraphs = [*self._paragraphs, _format_examples(self._examples, width)]
         self.description = "\n\n".join(
             text if "\n" in text else textwrap.fill(text, width, break_on_hyphens=False) for text in paragraphs
         )
-        return super().format_help()
+        return super().format_help().replace(IN_REPOSITORY, program())
 
     def print_help(self, file: Any = None) -> None:  # noqa: ANN401
         """Print the help. That of argparse ignores an error, such as a full disk."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ft.checks import find_problems_of_names
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, is_utf8, printable, quoted, shown
+from ft.errors import FtError, UsageError, is_utf8, printable, program, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
@@ -137,7 +137,7 @@ def _check_flags(options: argparse.Namespace, parsing_problems: Sequence[str]) -
         problems.append("there are no examples: pass them as arguments, with --file FILE, or through a pipe")
     if options.label_names is None and read_run_settings(Path(options.model)).get("completion_column") is not None:
         problems.append(
-            f"{options.model} was trained on completions and has no labels: use python run.py generate "
+            f"{options.model} was trained on completions and has no labels: use {program()} generate "
             f'{quoted(options.model)} "a prompt"'
         )
     if problems:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ft.errors import FtError, UsageError, shown
+from ft.errors import FtError, UsageError, program, shown
 from ft.io.formats import check_first_bytes, suffix_of
 from ft.io.stall import StalledError, run_with_stall_timeout
 
@@ -230,7 +230,7 @@ def _failure(error: BaseException, source: Source) -> FtError:
     flag, what = source.flag, f"{source.kind} {source.name}"
     example = f" ({flag} DIR)" if flag.startswith("--") else ""
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    instead = f"a local directory works too{example}; `python run.py --demo` needs no network."
+    instead = f"a local directory works too{example}; `{program()} --demo` needs no network."
     match error:
         case errors.HFValidationError():
             name = shown(source.name)

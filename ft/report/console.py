@@ -9,7 +9,7 @@ from ft.config import Config
 from ft.data.load import Data
 from ft.data.table import listed
 from ft.device import Precision
-from ft.errors import counted, one_line, printable, quoted
+from ft.errors import counted, one_line, printable, program, quoted
 from ft.evaluation.classification import majority_label
 from ft.evaluation.perplexity import GeneralText, perplexity
 from ft.inference.classifier import predict
@@ -88,7 +88,7 @@ def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: D
         + _macro_f1(outcome, data)
         + _forgotten(state, is_demo=config.demo)
         + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
-        f"{run / 'metrics.jsonl'}. To use it: python run.py "
+        f"{run / 'metrics.jsonl'}. To use it: {program()} "
         + (f'predict {command} "an example"' if config.completion_column is None else f'generate {command} "a prompt"')
     )
 
@@ -112,9 +112,9 @@ def _macro_f1(outcome: Outcome, data: Data) -> str:
 def after_demo(run: Path) -> str:
     """What to try next, at the end of the demo."""
     lines = {
-        f'python run.py predict {printable(str(run))} "the plot is not dull"': "ask the model that was just trained",
-        "python run.py explain --demo": "follow one review through one training step",
-        "python run.py": "fine-tune the 124M-parameter GPT-2 on real film reviews; downloads 550 MB",
+        f'{program()} predict {printable(str(run))} "the plot is not dull"': "ask the model that was just trained",
+        f"{program()} explain --demo": "follow one review through one training step",
+        program(): "fine-tune the 124M-parameter GPT-2 on real film reviews; downloads 550 MB",
     }
     width = max(map(len, lines))
     return "\n".join(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ft.errors import program
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.report.charts import Curve, bar_chart, calibration_chart, line_chart, spans_magnitudes
 from ft.report.comparison import HEADLINES, compared, run_heading, setting_value, state_badge
@@ -171,7 +172,7 @@ def _evaluation(run: Recorded, number: int, several: bool) -> str:
     if scores is None:
         why = "they are written at its end" if not run.finished else "it has no valid scores.json"
         if run.config.get("completion_column") is not None:
-            command = shlex.join(["python", "run.py", "evaluate", str(run.directory)])
+            command = shlex.join([*program().split(), "evaluate", str(run.directory)])
             why = f"it was trained on completions, which <code>{text(command)}</code> evaluates"
         return section(f"Evaluation{name}", key, f'<p class="note">This run has no scores: {why}.</p>')
     labels, confusion = [bdi(label) for label in scores["labels"]], scores["confusion"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ft.checks import field_types, flag
 from ft.config import Config
-from ft.errors import UsageError, shown
+from ft.errors import UsageError, program, shown
 from ft.io.plain_files import read_regular
 from ft.settings import DEMO_SETTINGS, NOT_RECORDED
 
@@ -149,7 +149,7 @@ def command_of(config: dict[str, Any]) -> str:
     """The command line of a run with these settings, quoted for a POSIX shell."""
     settings = settings_given(config)
     processes = settings.pop("processes", 1)
-    words = ["python", "run.py"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "run.py"]
+    words = program().split() if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "run.py"]
     for name, value in settings.items():
         if isinstance(value, bool):
             words += [flag(name)] if value else []

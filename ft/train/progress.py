@@ -52,6 +52,8 @@ class TimeLeft:
 class RunBar(tqdm):  # type: ignore[misc]  # tqdm has no annotations
     """The bar of a run: its steps, what is done between them and how far, and the time left by `TimeLeft`."""
 
+    monitor_interval = 0  # no monitoring thread, which would outlive a run in a notebook
+
     def __init__(self, *, total: int, initial: int, time_left: TimeLeft, is_shown: bool) -> None:
         self._time_left, self._refreshed = time_left, 0.0
         super().__init__(

@@ -45,7 +45,9 @@ def report_interrupt(interrupt: KeyboardInterrupt, advice: str = "") -> int:
 
 
 class StopRequest:
-    """A context manager that records whether one of `SIGNALS` was received; a second Ctrl-C ends the process at once.
+    """A context manager that records whether one of `SIGNALS` was received; a second Ctrl-C does not wait.
+
+    It ends the process at once, or with `exits_on_second_interrupt=False` raises `KeyboardInterrupt`.
 
     Calling it returns whether to stop. In several processes `all_reduce_max` takes the maximum of their signal numbers,
     so that all ranks stop after the same step: all ranks must call it.
@@ -53,8 +55,11 @@ class StopRequest:
     Python runs signal handlers between two bytecode instructions of the main thread, never inside an operator.
     """
 
-    def __init__(self, all_reduce_max: Callable[[int], int] = lambda number: number) -> None:
+    def __init__(
+        self, all_reduce_max: Callable[[int], int] = lambda number: number, *, exits_on_second_interrupt: bool = True
+    ) -> None:
         self._all_reduce_max = all_reduce_max
+        self._exits = exits_on_second_interrupt
         self._number = 0  # of the signal that this process received
         self._agreed = 0  # of the signal that any rank received
         self._interrupted = False
@@ -73,6 +78,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
+            if not self._exits:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self._number = number
         self._interrupted = self._interrupted or number == signal.SIGINT

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BACKEND = PROJECT["build-system"]["build-backend"]
-DATA = {"ft/report/report.css"}
+DATA = {"ft/report/report.css", "ft/py.typed"}
 
 
 @pytest.fixture(scope="module")

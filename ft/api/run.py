@@ -1,0 +1,165 @@
+"""A run on disk, for Python: predictions, evaluation and history."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft.api.rows import read_rows
+from ft.checkpoint import store
+from ft.config import Config
+from ft.data.examples import encode
+from ft.data.splits import Split
+from ft.data.tables import WHOLE_NUMBER, listed
+from ft.device import Precision
+from ft.errors import FtError, shown
+from ft.evaluation.classification import scores
+from ft.evaluation.evaluate import evaluate
+from ft.inference.classifier import Classifier, Prediction, load
+from ft.io.plain_files import read_regular
+from ft.settings import read_config_file
+
+BATCH_SIZE = 64  # of predictions and evaluation
+
+
+class Run:
+    """A run directory. `ft.fine_tune` returns one, and `ft.Run("runs/mine")` opens that of an earlier run.
+
+    Attributes:
+        path: the directory.
+        final: the directory of the final model, which `transformers` loads too.
+    """
+
+    def __init__(self, path: str | Path, *, device: str | None = None) -> None:
+        """`device` is that of predictions and evaluation; by default the best that is available."""
+        self.path = Path(path).expanduser()
+        self.final = self.path / "final"
+        self._device = device
+
+    @property
+    def config(self) -> Config:
+        """All settings of the run.
+
+        Raises:
+            UsageError: the run has no valid config.json.
+        """
+        return Config(**read_config_file(self.path / "config.json"))
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The directories of the checkpoints, the newest last."""
+        return store.checkpoints(self.path)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The events of metrics.jsonl: training losses by `loss`, evaluations by `eval_loss`, all by `step`.
+
+        Raises:
+            FtError: the run has no metrics.jsonl, or it is not valid.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in read_regular(path).splitlines()]
+        except OSError as error:
+            raise FtError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise FtError(f"cannot read {path} as JSON lines: {error}") from error
+
+    @cached_property
+    def model(self) -> Classifier:
+        """The final model, or of an unfinished run that of the newest checkpoint; loaded at first use.
+
+        Raises:
+            FtError: there is none yet.
+        """
+        return load(self.path, device=self._device)
+
+    def predict(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> list[Prediction]:
+        """Predict the label of each text, in order.
+
+        Raises:
+            FtError: the run is on completions, or a text is not valid UTF-8.
+        """
+        return self.model.predict(texts, batch_size)
+
+    def evaluate(self, texts: object, labels: object = None, batch_size: int = BATCH_SIZE) -> dict[str, float]:
+        """Compute loss, accuracy and macro F1 on labeled texts; on prompts and completions loss and accuracy.
+
+        Args:
+            texts: the texts, or a table that also has the labels, as for `ft.fine_tune`.
+            labels: the label of each text.
+            batch_size: texts per forward pass.
+
+        Returns:
+            `loss`, in nats per target; `accuracy`, the fraction of targets that are predicted correctly; and with
+            labels `macro_f1`.
+
+        Raises:
+            UsageError: the rows are not valid.
+            FtError: the model does not have one of the labels.
+        """
+        config, model = self.config, self.model
+        is_completion = config.completion_column is not None
+        columns = columns_of_rows(config)
+        rows = read_rows(texts, labels, None, None, **columns, is_completion=is_completion)["train"]
+        if is_completion:
+            split = Split("given", rows.texts, [0] * len(rows.texts), completions=list(map(str, rows.answers)))
+        else:
+            split = Split("given", rows.texts, _numbers(rows.answers, rows.label_names, model.label_names))
+        label_ids = [] if is_completion else model.label_ids
+        result = evaluate(
+            model.model,
+            encode(split, model.tokenizer, label_ids, model.max_length),
+            label_ids,
+            batch_size=batch_size,
+            precision=Precision("fp32", "that of predictions", model.model.wte.weight.device),
+        )
+        assert result is not None, "nothing stops it"
+        found = {"loss": result.loss, "accuracy": result.accuracy}
+        if result.probabilities is not None:
+            found["macro_f1"] = scores(result.probabilities, torch.tensor(split.labels)).macro_f1
+        return found
+
+    def __repr__(self) -> str:
+        if not (self.path / "metrics.jsonl").is_file():
+            return f"Run({str(self.path)!r}), which has not begun"
+        events = self.history
+        lines = [f"Run({str(self.path)!r}), {events[-1]['step'] if events else 0:,} steps"]
+        for key, name in (("loss", "training"), ("eval_loss", "validation"), ("test_loss", "test")):
+            if (last := next((event for event in reversed(events) if event.get(key) is not None), None)) is not None:
+                accuracy = last.get(key.replace("loss", "accuracy")) if key != "loss" else None
+                lines.append(
+                    f"  {name:<10} loss {last[key]:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.2%}")
+                )
+        where = self.final if self.final.is_dir() else "not finished; ft.fine_tune(..., resume=True) continues"
+        return "\n".join([*lines, f"  {'model':<10} {where}"])
+
+
+def columns_of_rows(config: Config) -> dict[str, str]:
+    """The columns of the texts and of the answers, as arguments of `read_rows`."""
+    if config.completion_column is not None:
+        return {"text_column": config.prompt_column, "answer_column": config.completion_column}
+    return {"text_column": config.text_column, "answer_column": config.label_column}
+
+
+def _numbers(labels: Sequence[int | str], published: Sequence[str] | None, names: Sequence[str]) -> list[int]:
+    """The number of each label in the model: words by their names, numbers too if the model's names are numbers.
+
+    Raises:
+        FtError: the model does not have a label.
+    """
+    if published is not None and set(published) <= set(names):
+        labels = [published[int(label)] if 0 <= int(label) < len(published) else label for label in labels]
+    are_names = isinstance(labels[0], str | bool) or all(map(WHOLE_NUMBER.fullmatch, names))
+    number_of: dict[object, int] = {(name if are_names else i): i for i, name in enumerate(names)}
+    found = []
+    for row, label in enumerate(labels):
+        key = str(label).strip() if are_names else label
+        if key not in number_of:
+            known = listed(names) if are_names else f"0 to {len(names) - 1} ({listed(names)})"
+            raise FtError(f"labels has {shown(label)} at {row}, the model has {known}")
+        found.append(number_of[key])
+    return found
