@@ -13,7 +13,8 @@ from ft.checkpoint import store
 from ft.config import Config
 from ft.data.examples import encode
 from ft.data.splits import Split
-from ft.data.tables import WHOLE_NUMBER, listed
+from ft.data.table import listed
+from ft.data.tables import WHOLE_NUMBER
 from ft.device import Precision
 from ft.errors import FtError, shown
 from ft.evaluation.classification import scores

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
 
-from ft.errors import UsageError, program, shown
+from ft.errors import IN_REPOSITORY, UsageError, program, shown
 from ft.io.paths import expand_home
 
 DESTRUCTIVE = ("--overwrite",)
