@@ -42,18 +42,6 @@ def _values(config: Any) -> Iterator[tuple[Field[Any], type, tuple[str, ...], An
             yield field, kind, choices, value
 
 
-def find_problems_of_names(label_names: object) -> list[str]:
-    """What is wrong with the words of --label-names, if they are given."""
-    if not isinstance(label_names, str) or not label_names:
-        return []
-    names = [name.strip() for name in label_names.split(",")]
-    if "" in names:
-        return [f"--label-names is {shown(label_names)}: the name of label {names.index('')} is empty"]
-    if len(names) < 2:
-        return [f"--label-names is {shown(label_names)}, there must be at least two labels, such as neg,pos"]
-    return []
-
-
 def find_problems(config: Any) -> list[str]:  # noqa: ANN401
     """Everything that is wrong with a `Config`, one sentence each."""
     problems = []
@@ -99,12 +87,6 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
         if getattr(config, text) == getattr(config, answer):
             same = shown(getattr(config, text))
             problems.append(f"{flag(text)} and {flag(answer)} are both {same}: the model would read its answer")
-    default_prompt = next(field.default for field in fields(config) if field.name == "prompt_column")
-    if config.completion_column is None and config.prompt_column != default_prompt:
-        problems.append(
-            f"--prompt-column is {shown(config.prompt_column)} without --completion-column: give both or neither"
-        )
-    problems += find_problems_of_names(config.label_names)
     if config.completion_column is not None and config.label_names is not None:
         problems.append("--label-names are words for labels, and with --completion-column there are none: leave it out")
     if config.completion_column is not None and config.best_metric == "macro_f1":

@@ -364,7 +364,7 @@ def test_what_decides_the_weights_is_not_free_on_resume():
     decides = {"model", "model_revision", "init", "dataset", "dataset_revision", "label_names", "demo", "epochs"}
     decides |= {"max_steps", "batch_size", "gradient_accumulation_steps", "max_length", "seed", "learning_rate"}
     decides |= {"dataset_config", "text_column", "label_column", "prompt_column", "completion_column"}
-    decides |= {"train_fraction", "max_train_samples", "delimiter", "encoding"}
+    decides |= {"train_fraction", "max_train_samples", "delimiter", "encoding", "skip_empty"}
     decides |= {"lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dropout"}
     decides |= {"train_only", "freeze", "processes", "bf16_gradients"}
     decides |= {"precision", "tf32", "compile", "static_shapes", "cuda_graphs"}  # how it rounds, and what dropout drops

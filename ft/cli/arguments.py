@@ -232,6 +232,10 @@ def _unused_flags(given: dict[str, Any], recorded: dict[str, Any], settings: dic
         ]
         if ignored:
             problems.append(f"--demo has its own model and data: leave out --demo, or {', '.join(ignored)}")
+    if "prompt_column" in given and settings.get("completion_column") is None:
+        problems.append(
+            f"--prompt-column is {shown(given['prompt_column'])} without --completion-column: give both or neither"
+        )
     columns = [flag(name) for name in ("text_column", "label_column") if name in given]
     if settings.get("completion_column") is not None and columns:
         problems.append(f"--completion-column trains on completions, without labels: leave out {' and '.join(columns)}")

@@ -146,6 +146,10 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
             for name in LABEL_SETTINGS
             if getattr(options, name) is not None
         ]
+    elif options.prompt_column is not None:
+        problems.append(
+            f"--prompt-column is {shown(options.prompt_column)} without --completion-column: pass both or neither"
+        )
     return build_config(settings, problems)
 
 

@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft.checks import find_problems_of_names
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, is_utf8, printable, program, quoted, shown
@@ -235,7 +234,6 @@ def find_flag_problems(options: argparse.Namespace) -> list[str]:
         for name, least in (("batch_size", 1), ("max_length", 2))
         if getattr(options, name, None) is not None and getattr(options, name) < least
     ]
-    problems += find_problems_of_names(options.label_names)
     if options.label_names is not None and not is_utf8(options.label_names):
         problems.append(f"--label-names is {shown(options.label_names)}, it must be valid UTF-8")
     return problems

@@ -86,7 +86,15 @@ def with_demo_inputs(config: Config, directory: Path, *, write: bool = True) -> 
 
 
 def columns_of(config: Config) -> Columns:
-    """The columns that a run reads."""
+    """The columns that a run reads.
+
+    Raises:
+        UsageError: a prompt column is named, but no completion column.
+    """
+    if config.completion_column is None and config.prompt_column != Config.prompt_column:
+        raise UsageError(
+            f"--prompt-column is {shown(config.prompt_column)} without --completion-column: give both or neither"
+        )
     if config.completion_column is not None:
         return Columns(text=config.prompt_column, completion=config.completion_column)
     return Columns(text=config.text_column, label=config.label_column)

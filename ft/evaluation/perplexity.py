@@ -20,6 +20,7 @@ from ft.evaluation.general_text import GENERAL_TEXT
 from ft.io.formats import suffix_of
 
 BUILTIN = "builtin"
+TEXT_FILES = (".txt", ".md", ".text")  # suffixes that no data set on the Hub has
 WINDOW = 256  # tokens of context at most
 MOST_TOKENS = 20_000  # evaluated each time
 MOST_CHARACTERS = 16 * MOST_TOKENS  # English has four or five per token
@@ -63,6 +64,8 @@ def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> Ge
         text = GENERAL_TEXT
     elif Path(source).is_file() and suffix_of(source) is None:
         text = _read_file(Path(source))
+    elif not Path(source).exists() and Path(source).suffix.lower() in TEXT_FILES:
+        raise UsageError(f"--forgetting is {shown(source)}, there is no such file")
     else:
         text = _read_dataset(source)
     ids = tokenizer.encode(text[:MOST_CHARACTERS], add_special_tokens=False).ids

@@ -14,7 +14,7 @@ import ft
 from ft.cli import output_table
 from ft.cli.main import main
 
-TEXTS = ["=1+2", 'a "fine" film', "a, comma", "two\nlines", "a;b\rc", "schön", " blanks ", "@cmd", "-3", "'"]
+TEXTS = ["=1+2", 'a "fine" film', "a, comma", "two\nlines", "a;b|c~d", "schön", " blanks ", "@cmd", "-3", "'"]
 READERS = {
     ".csv": lambda path: pandas.read_csv(path, keep_default_na=False, dtype=str),
     ".tsv": lambda path: pandas.read_csv(path, sep="\t", keep_default_na=False, dtype=str),
@@ -74,6 +74,17 @@ def test_the_same_table_comes_back_with_added_columns(finished, tmp_path, source
         assert list(answers[column].astype(float)) == pytest.approx(values, abs=1e-6)
     most = [max(prediction.probabilities.values()) for prediction in expected]
     assert list(answers["probability"].astype(float)) == pytest.approx(most, abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_line_breaks_of_all_kinds_are_quoted(finished, tmp_path, suffix):
+    texts = ["one\rtwo", "one\r\ntwo", "\n", 'tab\tand "quotes"', ""]
+    write(tmp_path / "in.jsonl", pandas.DataFrame({"text": texts}))
+    assert predict(finished, "--file", tmp_path / "in.jsonl", "--output", tmp_path / f"out{suffix}") == 0
+    assert list(READERS[suffix](tmp_path / f"out{suffix}")["text"]) == texts
+    again = tmp_path / f"again{suffix}"
+    assert predict(finished, "--file", tmp_path / f"out{suffix}", "--output", again) == 0, "read by this program"
+    assert list(READERS[suffix](again)["text"]) == texts
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.parquet"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ft.checkpoint import model_description
 from ft.checkpoint.store import checkpoints, step_of, verify_checkpoint
 from ft.cli.main import main
 from ft.errors import FtError
@@ -286,8 +287,8 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_replaced_by_the_next(cop
     shutil.rmtree(copy / "final")
     monkeypatch.setattr("ft.io.hub._hub_files", lambda *_: pytest.fail("asked the Hub"))
     name = {"verified": "verify_checkpoint", "found": "model_directory", "read": "read_description"}[moment]
-    target = f"ft.inference.language_model.{name}"
-    monkeypatch.setattr(target, then_rotate(getattr(language_model, name)))
+    module = model_description if moment == "verified" else language_model
+    monkeypatch.setattr(module, name, then_rotate(getattr(module, name)))
     assert main(["predict", str(copy), "a fine film", "--device", "cpu"]) == 0
     assert rotated == [None]
     assert f"by {copy / 'checkpoint-7'}" in capsys.readouterr().err

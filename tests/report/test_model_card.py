@@ -109,7 +109,8 @@ def test_a_card_of_completions_runs_too(inputs, tmp_path, monkeypatch, capsys):
 
 
 def make_card(labels=("neg", "pos"), **settings):
-    data = SimpleNamespace(examples={"train": [0] * 1200, "validation": [0]}, label_names=labels, label_ids=[5, 7])
+    examples, lengths = {"train": [0] * 1200, "validation": [0]}, {"train": [8] * 1100 + [40] * 100}
+    data = SimpleNamespace(examples=examples, lengths=lengths, label_names=labels, label_ids=[5, 7])
     state = State(step=3, best_step=2, best_accuracy=0.75, best_loss=0.5, last_accuracy=0.5, last_loss=0.7)
     outcome = Outcome(state, Evaluation(0.25, 0.875), 61.2)
     return model_card(Config(**settings), data, outcome, num_parameters=124_439_808, device="cpu in fp32")
