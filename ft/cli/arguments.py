@@ -35,6 +35,7 @@ examples:
   python run.py explain --demo           follow one example through one training step
   python run.py generate runs/rotten_tomatoes "the film"
   python run.py report runs/rotten_tomatoes     curves, mistakes and settings as one HTML file
+  python run.py runs                     a table of all runs below runs/: settings, figures, time
 """
 
 # The commands beside training, each with its module and function, which are imported only when needed.
@@ -44,6 +45,7 @@ COMMANDS = {
     "explain": ("ft.cli.main", "explain"),
     "generate": ("ft.cli.generate", "generate"),
     "report": ("ft.cli.report", "report"),
+    "runs": ("ft.cli.runs", "runs"),
 }
 
 # The commands that take the flags of a training run; their function gets its `Config`.
