@@ -189,7 +189,7 @@ def _size(number: float) -> str:
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, except the inputs of --demo; other files in the directory are kept."""
-    written = ("metrics.jsonl", "scores.json", "tensorboard", "final")
+    written = ("metrics.jsonl", "scores.json", "summary.json", "tensorboard", "final")
     for path in (
         *(run / name for name in written),
         *store.checkpoints(run),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft.cli.parsers import CommandParser, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, is_utf8, one_line, printable, shown
+from ft.errors import FtError, UsageError, counted, is_utf8, one_line, printable, shown
 from ft.io.atomic import atomic_write_text
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
@@ -117,7 +117,7 @@ def predict(arguments: Sequence[str]) -> None:
     else:
         print(_table(texts, predictions, classifier.label_names))
     print(
-        f"{len(texts):,} examples, {len(texts) / seconds:,.1f} examples/s, by {printable(classifier.source)}",
+        f"{counted(len(texts), 'example')}, {len(texts) / seconds:,.1f} examples/s, by {printable(classifier.source)}",
         file=sys.stderr,
     )
 

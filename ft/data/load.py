@@ -14,7 +14,7 @@ from ft.data.examples import Example, encode, label_tokens
 from ft.data.splits import Split, stratified
 from ft.data.tables import WHOLE_NUMBER, Columns, NoLabelsError, listed, read_split
 from ft.data.text_files import TextFormat
-from ft.errors import FtError, UsageError, shown
+from ft.errors import FtError, UsageError, counted, shown
 
 VALIDATION_FRACTION = 0.1  # of the training rows, if there is no validation split
 MOST_NOTES = 4  # on labels of several tokens; more are summed up in one
@@ -123,7 +123,8 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         validation_rows = set(stratified(train.labels, count, config.seed))
         splits["validation"] = train.only(sorted(validation_rows), "validation")
         train = train.only([row for row in range(len(train.texts)) if row not in validation_rows])
-        notes.append(f"there is no validation split: {count:,} training rows, drawn by --seed, are set aside for it")
+        rows = f"{counted(count, 'training row')}, drawn by --seed, {'is' if count == 1 else 'are'} set aside for it"
+        notes.append(f"there is no validation split: {rows}")
     count = round(config.train_fraction * len(train.texts))
     count = min(count, config.max_train_samples or count)
     if count == 0:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from ft.errors import FtError, printable
 from ft.io.lock import DirectoryLock
 from ft.io.plain_files import is_at, open_to_write
 from ft.train.tensorboard import EventFiles
-from ft.train.timing import StepTimes
+from ft.train.timing import StepIntervals, StepTimes
 
 
 class Report:
@@ -34,6 +34,7 @@ class Report:
         metrics_bytes: int,
         tensorboard: EventFiles | None = None,
         lock: DirectoryLock | None = None,
+        each_step: bool = True,
     ) -> None:
         """Open the metrics file and truncate it to `metrics_bytes`: a run that was interrupted wrote what follows.
 
@@ -43,6 +44,7 @@ class Report:
             first_step: steps that are already done.
             metrics_bytes: `State.metrics_bytes`.
             tensorboard: also gets each event.
+            each_step: time each step; on a GPU the host does not see its end.
             lock: of the run directory; with it, files that are moved or deleted during the run are restored.
 
         Raises:
@@ -61,10 +63,10 @@ class Report:
         # A bar only on a terminal; a file or a pipe gets the log lines.
         shows_bar = metrics_path is not None and sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shows_bar)
-        self.times = StepTimes()
+        self.times, self.intervals = StepTimes(), StepIntervals(each_step=each_step)
         self._started = time.perf_counter()
         self._paused = 0.0
-        self._examples = self._tokens = 0
+        self._examples = self._tokens = self._steps = 0
 
     def __enter__(self) -> Self:
         return self
@@ -106,22 +108,30 @@ class Report:
         """Count an optimizer step that read this many examples and input tokens."""
         self._examples += examples
         self._tokens += tokens
+        self.intervals.step_done(examples, tokens)
+        self._steps += 1
         self._bar.update()
 
     @contextmanager
     def pause(self, activity: str) -> Iterator[None]:
         """A context whose time (evaluating, saving) does not count as training time."""
-        self.times.end_of_step()
+        if self._steps:
+            self.times.end_of_step()
+        else:  # what was before the first step is no part of one
+            self.times.skip()
         started = time.perf_counter()
         self._bar.set_description(activity)
         yield
         self._bar.set_description("training")
-        self._paused += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._paused += seconds
+        self.intervals.leave_out(seconds)
         self.times.mark(activity)
 
     def log_training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the mean loss since the last call, and the speed over the same steps."""
         self.times.end_of_step()
+        self.intervals.values_read()
         now = time.perf_counter()
         seconds = now - self._started - self._paused
         speed = {"samples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
@@ -166,6 +176,12 @@ class Report:
         self.print_line(
             f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}"
         )
+
+    def log_hyperparameters(self, step: int, settings: dict[str, Any], metrics: Sequence[str]) -> None:
+        """Write the settings of the run and the names of its metrics to the event files, if there are any."""
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.write_hyperparameters(settings, metrics, step)
 
     def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
         """Append one event to metrics.jsonl, with the seconds by part since the last one.
