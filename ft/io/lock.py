@@ -72,6 +72,7 @@ def is_locked(directory: Path) -> bool:
     The lock file has a process id while it is held, and after the process has died. So the lock itself is tried only if
     there is one: a process that is starting is not disturbed.
     """
+    process = ""
     try:
         with open(directory / LOCK, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
             process = file.read(20).decode(errors="replace").strip()
