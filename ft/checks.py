@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from ft.errors import is_utf8, shown
 
+_NO_CLASSES = "--class-weights are of labels, and with --completion-column there are none: leave it out"
+BALANCED = "balanced"  # the value of --class-weights for weights by inverse frequency
+
 
 def flag(name: str) -> str:
     """The command-line flag of a field: `batch_size` -> `--batch-size`."""
@@ -94,6 +97,7 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             "--best-metric is 'macro_f1', which is of labels, and with --completion-column there are none: it must be "
             "accuracy or loss"
         )
+    problems += _class_weight_problems(config.class_weights, config.completion_column)
     excluded = {
         "--compile": config.compile != "none",
         "--shard": config.shard,
@@ -108,5 +112,31 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
         problems.append(
             "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
             "them out, or train on labels"
+        )
+    return problems
+
+
+def weights_given(class_weights: str) -> list[float]:
+    """The numbers of --class-weights.
+
+    Raises:
+        ValueError: one is not a number.
+    """
+    return [float(word) for word in class_weights.split(",")]
+
+
+def _class_weight_problems(class_weights: object, completion_column: object) -> list[str]:
+    """What is wrong with --class-weights; whether there is one for each label is known only with the data."""
+    if type(class_weights) is not str or class_weights in ("", BALANCED):  # an empty text is reported as one
+        return [] if completion_column is None or class_weights is None else [_NO_CLASSES]
+    problems = [] if completion_column is None else [_NO_CLASSES]
+    try:
+        fit = all(0 < weight <= sys.float_info.max for weight in weights_given(class_weights))
+    except ValueError:
+        fit = False
+    if not fit:
+        problems.append(
+            f"--class-weights is {shown(class_weights)}, it must be balanced, or one finite number above 0 for each "
+            "label, such as 1,5"
         )
     return problems

@@ -198,6 +198,19 @@ class Config:
     examples. Too large: little is learned. Evaluation has no dropout.
     """
 
+    class_weights: str | None = setting(
+        None,
+        OPTIMIZER,
+        "weights of the training loss by label: balanced (by inverse frequency), or numbers in the order of the "
+        "labels, such as 1,5; evaluation stays unweighted",
+    )
+    """The loss of a step is sum(w_i loss_i) / sum(w_i) over its examples, with w_i the weight of the label of example
+    i, as of torch.nn.CrossEntropyLoss(weight). balanced is n / (K count) for a label with count of n examples, of K
+    labels. Without weights a label of 5 % has 5 % of the gradient, and a model may never answer with it. Large weights
+    of rare labels: more of them are found, and more of the others are taken for them; steps are noisier, as few
+    examples decide them.
+    """
+
     train_only: tuple[str, ...] = setting(
         (),
         PARAMETERS,

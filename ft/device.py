@@ -13,6 +13,9 @@ import torch
 
 from ft.errors import UsageError, shown
 
+if sys.platform != "win32":
+    import resource
+
 
 def use_device(name: str | None, local_rank: int | None = None) -> torch.device:
     """Return the device of `choose_device`, and make a CUDA device the current one of this process.
@@ -111,6 +114,19 @@ def _check_compute_capability(device: torch.device) -> None:
 def read_synchronizes(device: torch.device) -> bool:
     """Whether reading a value from the device waits for all kernels that are queued on it."""
     return device.type != "cpu"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The peak memory of this process in bytes: on a CUDA device what PyTorch allocated there, else resident memory.
+
+    None where it is not known: on MPS and on Windows.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, kibibytes elsewhere
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def fine_tune(
         model = build_model(run, inputs)
         num_parameters, num_trained = count_parameters(model), num_trainable_parameters(model)
         # 5. Move the model to the device, build the optimizer, and restore the training state if the run is resumed.
-        components = build_components(model, config, precision, ranks)
+        components = build_components(model, config, inputs, precision, ranks)
         state = restore_state(run, inputs, model, components)
         if run.resume_from is not None and _is_complete(run, inputs, state):
             return

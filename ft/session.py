@@ -1,8 +1,10 @@
 """What happens between the steps of a run: log, evaluate, save, stop; and after the last: results and final model."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,18 +17,20 @@ from ft.checkpoint.snapshot import Snapshot, gather_weights, take_snapshot
 from ft.config import Config
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
-from ft.device import read_synchronizes, threads_for
+from ft.device import peak_memory, read_synchronizes, threads_for
 from ft.errors import FtError, program, quoted
 from ft.evaluation.classification import majority_baseline, write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
-from ft.io.atomic import Executor, atomic_directory
+from ft.io.atomic import Executor, atomic_directory, atomic_write_text
 from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
+from ft.model.flops import training_flops
 from ft.model.gpt2 import GPT2
 from ft.report.console import after_demo, closing, count_parameters, three_completions, three_predictions
 from ft.report.model_card import model_card
-from ft.report.outcome import Outcome
+from ft.report.outcome import Outcome, Performance
+from ft.settings import NOT_RECORDED
 from ft.setup import Inputs
 from ft.train.loop import Components
 from ft.train.metrics import Report
@@ -69,6 +73,7 @@ def open_session(
             lock=run.lock,
             planned=_planned_work(inputs, config, state),
             quiet=config.quiet,
+            each_step=not read_synchronizes(components.precision.device),
         ) as report,
         trace_steps(
             Path(config.profile) if config.profile is not None and ranks.is_rank_zero else None,
@@ -229,6 +234,10 @@ class Session:
         test = self._evaluations.get("test")
         if test is not None:
             self._log_evaluation(state, test, "test")
+        figures = ("loss", "accuracy", "macro_f1") if self._inputs.data.label_names else ("loss", "accuracy")
+        metrics = [f"{split}_{figure}" for split in ("eval", "test")[: 1 if test is None else 2] for figure in figures]
+        settings = {name: x for name, x in asdict(self._config).items() if name not in (*NOT_RECORDED, "output_dir")}
+        self._report.log_hyperparameters(state.step, settings, metrics)
 
     def write_results(self, state: State) -> None:
         """Write scores.json, the model card and `final/` on rank 0, and print a summary; after `finish`.
@@ -255,7 +264,7 @@ class Session:
             split = data.splits[self._last_split]
             write_scores(run.path / "scores.json", state.step, probabilities, split, data.label_names, train_labels)
         precision = self._components.precision
-        outcome = Outcome(state, test, seconds, self._baselines)
+        outcome = Outcome(state, test, seconds, self._baselines, self._performance())
         card = model_card(
             config,
             data,
@@ -266,6 +275,7 @@ class Session:
         with atomic_directory(run.path / "final") as staged:
             store.save_model(staged, self._inputs.model_config, weights, self._source)
             staged.write("README.md", [card.encode()])
+        atomic_write_text(run.path / "summary.json", json.dumps(outcome.summary(), indent=2) + "\n")
         if (failure := self._writer.failure) is not None:
             raise FtError(
                 f"the model is saved to {run.path / 'final'}, but the last checkpoint could not be written "
@@ -280,6 +290,15 @@ class Session:
     def _seconds(self) -> float:
         """Seconds of the run, including earlier processes."""
         return self._seconds_before + time.perf_counter() - self._run.started
+
+    def _performance(self) -> Performance | None:
+        """Speed and memory of this process; None if it took no step, as after a resumed run was complete."""
+        speed, examples = self._report.intervals.speed(), self._inputs.data.examples["train"]
+        if speed is None:
+            return None
+        flops = training_flops(self._model, ((len(each.input_ids), len(each.target_ids)) for each in examples))
+        per_second = speed.samples_per_second * flops / len(examples)
+        return Performance(speed, per_second, peak_memory(self._components.precision.device))
 
     def _evaluate_split(self, split: str) -> Evaluation | None:
         result = self._evaluate(self._inputs.data.examples[split], self._inputs.data.label_ids)

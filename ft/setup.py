@@ -19,6 +19,7 @@ from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.pretrained import ModelFiles, load_weights, model_config_of
+from ft.train.class_weights import TargetWeights, class_weights
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
 from ft.train.optim import build_optimizer
@@ -38,6 +39,7 @@ class Inputs:
         data: the splits as rows and as examples.
         general_text: the text to measure forgetting on; None without `--forgetting`.
         sha256: of all examples; a resumed run compares it with that of its checkpoint.
+        class_weights: of the loss, by label; None without `--class-weights`.
     """
 
     files: ModelFiles
@@ -46,6 +48,7 @@ class Inputs:
     data: Data
     general_text: GeneralText | None
     sha256: str
+    class_weights: list[float] | None
 
     def notes(self, config: Config) -> list[str]:
         """Notes for the user on the model, the tokenizer and the data, a sentence each."""
@@ -79,7 +82,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
 
     Raises:
         FtError: a file is missing, unreadable or not valid.
-        UsageError: the ranks read different data.
+        UsageError: the ranks read different data, or --class-weights does not fit the labels.
     """
     config = run.config
     needs_weights = config.init == "pretrained" and run.resume_from is None
@@ -93,7 +96,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
             general_text = read_general_text(config.forgetting, data.tokenizer, model_config.n_positions)
     digest = data.sha256()
     ranks.require_same({"the SHA-256 of the data": digest})
-    return Inputs(files, description, model_config, data, general_text, digest)
+    return Inputs(files, description, model_config, data, general_text, digest, class_weights(config, data))
 
 
 def build_model(run: RunDirectory, inputs: Inputs) -> GPT2:
@@ -116,7 +119,7 @@ def build_model(run: RunDirectory, inputs: Inputs) -> GPT2:
     return model
 
 
-def build_components(model: GPT2, config: Config, precision: Precision, ranks: Ranks) -> Components:
+def build_components(model: GPT2, config: Config, inputs: Inputs, precision: Precision, ranks: Ranks) -> Components:
     """Move the model to its device, and build the optimizer and the loss scaler.
 
     Raises:
@@ -129,7 +132,11 @@ def build_components(model: GPT2, config: Config, precision: Precision, ranks: R
         model.keep_half_weights(precision.dtype)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     torch.manual_seed(config.seed + ranks.rank)  # different dropout masks on each rank
-    return Components(parallel, optimizer, precision.grad_scaler(), precision, ranks)
+    weights = None
+    if inputs.class_weights is not None:
+        device, vocab_size = precision.device, model.config.vocab_size
+        weights = TargetWeights.of(inputs.class_weights, inputs.data.label_ids, vocab_size, device)
+    return Components(parallel, optimizer, precision.grad_scaler(), precision, ranks, weights)
 
 
 def restore_state(run: RunDirectory, inputs: Inputs, model: GPT2, components: Components) -> State:

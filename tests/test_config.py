@@ -33,7 +33,7 @@ def other_value(name):
     if choices:
         return next(choice for choice in choices if choice != default)
     number = (default or 0) + 3 if kind is int else None
-    text = f"{name} of mine" if name.endswith("_column") else "somewhere"
+    text = f"{name} of mine" if name.endswith("_column") else "balanced" if name == "class_weights" else "somewhere"
     return {bool: True, int: number, float: 0.625, str: text, tuple: ("h.1.*", "ln_f.bias")}[kind]
 
 
@@ -368,6 +368,7 @@ def test_what_decides_the_weights_is_not_free_on_resume():
     decides |= {"lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dropout"}
     decides |= {"train_only", "freeze", "processes", "bf16_gradients"}
     decides |= {"precision", "tf32", "compile", "static_shapes", "cuda_graphs"}  # how it rounds, and what dropout drops
+    decides |= {"class_weights"}
     decides |= {"best_metric"}  # the best evaluations of two metrics are not to be compared
     decides |= {"forgetting"}  # which changes no weights, but figures of two texts are not to be compared
     assert decides | set(FREE_ON_RESUME) == set(FIELDS)

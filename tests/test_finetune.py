@@ -55,7 +55,7 @@ def test_the_program_from_start_to_end(small, tmp_path):
     assert "examples/s" in done.stdout
     assert "Three validation examples:" in done.stdout
     run = tmp_path / "run"
-    names = [".lock", "checkpoint-5", "config.json", "final", "metrics.jsonl", "scores.json"]
+    names = [".lock", "checkpoint-5", "config.json", "final", "metrics.jsonl", "scores.json", "summary.json"]
     assert sorted(path.name for path in run.iterdir()) == names
     training, evaluation, test = metrics(run)
     assert list(training) == [

@@ -8,7 +8,7 @@ from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint import store
 from ft.checks import flag
 from ft.config import NEWEST, Config
-from ft.errors import FtError, UsageError, printable, quoted, sentence, shown
+from ft.errors import FtError, UsageError, counted, printable, quoted, sentence, shown
 from ft.io.manifest import MANIFEST
 from ft.io.plain_files import read_json
 from ft.settings import find_changed_settings, read_config_file
@@ -113,25 +113,27 @@ def check_extended_schedule(resume_from: Path, config: Config, num_examples: int
     if new < old:
         names = [name for name in ("epochs", "max_steps") if getattr(before, name) != getattr(config, name)]
         raise UsageError(
-            f"{' and '.join(map(flag, names))} would end the run after {new} steps, it was planned for {old}: a "
-            "resumed run can only become longer"
+            f"{' and '.join(map(flag, names))} would end the run after {counted(new, 'step')}, it was planned for "
+            f"{old}: a resumed run can only become longer"
         )
     if new == old:
         return None
     what = "stays as it is" if config.lr_schedule == "constant" else f"now falls to 0 at step {new:,}"
     return (
-        f"The run becomes longer: {new:,} steps instead of {old:,}. From here on the learning rate {what}, as if the "
-        f"run had been planned so, while the steps up to here followed the schedule of {old:,}."
+        f"The run becomes longer: {counted(new, 'step')} instead of {old:,}. From here on the learning rate {what}, as "
+        f"if the run had been planned so, while the steps up to here followed the schedule of {old:,}."
     )
 
 
 def describe_end(state: State, last_step: int) -> str:
     """The reason why a finished run has ended, as a clause."""
     if state.step >= last_step:
-        return f"all {last_step:,} steps are done"
+        return f"all {last_step:,} steps are done" if last_step > 1 else "its one step is done"
+    since_best = state.evaluations_since_best
+    last = "evaluation had" if since_best == 1 else f"{since_best:,} evaluations had"
     return (
-        f"after step {state.step:,} of {last_step:,}, the last {state.evaluations_since_best} evaluations had not been "
-        "better than the best before them (--early-stopping-patience)"
+        f"after step {state.step:,} of {last_step:,}, the last {last} not been better than the best before "
+        f"{'it' if since_best == 1 else 'them'} (--early-stopping-patience)"
     )
 
 

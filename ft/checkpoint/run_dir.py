@@ -209,7 +209,7 @@ def _size(number: float) -> str:
 
 def clear(run: Path, dataset: Path) -> None:
     """Delete what an earlier run wrote, except the inputs of --demo and `dataset`; other files are kept."""
-    written = ("metrics.jsonl", "scores.json", "tensorboard", "final", *EXPORTED_FILES)
+    written = ("metrics.jsonl", "scores.json", "summary.json", "tensorboard", "final", *EXPORTED_FILES)
     for path in (
         *(rows for rows in _rows_in(run) if rows.name != dataset.name),
         *(run / name for name in written),

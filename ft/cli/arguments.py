@@ -52,6 +52,7 @@ COMMANDS = {
     "generate": ("ft.cli.generate", "generate"),
     "export": ("ft.cli.export", "export"),
     "report": ("ft.cli.report", "report"),
+    "runs": ("ft.cli.runs", "runs"),
 }
 
 # The commands that take the flags of a training run; their function gets its `Config`.

@@ -358,7 +358,7 @@ def _evaluate_completions(
 
 def _summary(split: str, result: "CompletionScores") -> str:
     return (
-        f"{split}: {result.completions:,} completions of {result.tokens:,} tokens, loss {result.loss:.4f} nats per "
-        f"token, perplexity {result.perplexity:.2f}, token accuracy {result.accuracy:.2%}, exact match "
-        f"{result.exact_match:.2%}"
+        f"{split}: {counted(result.completions, 'completion')} of {counted(result.tokens, 'token')}, loss "
+        f"{result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, token accuracy {result.accuracy:.2%}, "
+        f"exact match {result.exact_match:.2%}"
     )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from ft.cli.parsers import CommandParser
-from ft.errors import FtError, UsageError, printable
+from ft.errors import FtError, UsageError, counted, printable
 from ft.inference.sampling import Sampling
 from ft.io.paths import expand_home
 
@@ -86,7 +86,7 @@ def generate(arguments: Sequence[str]) -> None:
     count = len(generation.token_ids)
     seed = f", sampled with --seed {sampling.seed}" if sampling.temperature else ""
     print(
-        f"{count:,} tokens{seed}, stopped by {generation.stopped_by}; {count / seconds:,.1f} tokens/s, by "
+        f"{counted(count, 'token')}{seed}, stopped by {generation.stopped_by}; {count / seconds:,.1f} tokens/s, by "
         f"{printable(model.source)}",
         file=sys.stderr,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
-from ft.errors import FtError, UsageError, is_utf8, printable, program, quoted, shown
+from ft.errors import FtError, UsageError, counted, is_utf8, printable, program, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
 from ft.settings import DATA_SETTINGS, read_config_file
@@ -97,7 +97,7 @@ def predict(arguments: Sequence[str]) -> None:
         count, seconds = _predict_all(classifier, chain([first], chunks), table, total, options)
     if not options.quiet:
         print(
-            f"{count:,} examples, {count / seconds:,.1f} examples/s, by {printable(classifier.source)}",
+            f"{counted(count, 'example')}, {count / seconds:,.1f} examples/s, by {printable(classifier.source)}",
             file=sys.stderr,
         )
 

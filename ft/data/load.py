@@ -15,7 +15,7 @@ from ft.data.splits import Split, stratified
 from ft.data.table import NoLabelsError, listed
 from ft.data.tables import WHOLE_NUMBER, Columns, read_split
 from ft.data.text_files import TextFormat
-from ft.errors import FtError, UsageError, shown
+from ft.errors import FtError, UsageError, counted, shown
 from ft.io.formats import TEXT_SUFFIXES
 
 VALIDATION_FRACTION = 0.1  # of the training rows, if there is no validation split
@@ -150,7 +150,8 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         validation_rows = set(stratified(train.labels, count, config.seed))
         splits["validation"] = train.only(sorted(validation_rows), "validation")
         train = train.only([row for row in range(len(train.texts)) if row not in validation_rows])
-        notes.append(f"there is no validation split: {count:,} training rows, drawn by --seed, are set aside for it")
+        rows = f"{counted(count, 'training row')}, drawn by --seed, {'is' if count == 1 else 'are'} set aside for it"
+        notes.append(f"there is no validation split: {rows}")
     count = round(config.train_fraction * len(train.texts))
     count = min(count, config.max_train_samples or count)
     if count == 0:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ft.data.dataset_files import SeveralDataSetsError, dataset_files
 from ft.data.examples import Example
 from ft.data.tables import read_texts
-from ft.errors import FtError, UsageError, shown
+from ft.errors import FtError, UsageError, counted, shown
 from ft.evaluation.general_text import GENERAL_TEXT
 from ft.io.formats import suffix_of
 
@@ -43,7 +43,7 @@ class GeneralText:
 
     def __str__(self) -> str:
         tokens = sum(len(window.target_ids) for window in self.windows)
-        return f"{self.source}, {'' if self.complete else 'the first '}{tokens:,} tokens"
+        return f"{self.source}, {'' if self.complete else 'the first '}{counted(tokens, 'token')}"
 
 
 def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> GeneralText:
@@ -71,7 +71,8 @@ def read_general_text(source: str, tokenizer: Tokenizer, n_positions: int) -> Ge
     ids = tokenizer.encode(text[:MOST_CHARACTERS], add_special_tokens=False).ids
     if len(ids) < 2:
         raise UsageError(
-            f"--forgetting is {shown(source)}, which holds {len(ids)} tokens: name a text of at least 2, better 1,000"
+            f"--forgetting is {shown(source)}, which holds {counted(len(ids), 'token')}: name a text of at least 2, "
+            "better 1,000"
         )
     complete = len(text) <= MOST_CHARACTERS and len(ids) <= MOST_TOKENS
     ids = ids[:MOST_TOKENS]

@@ -1,5 +1,6 @@
 """A lock on a directory, held until it is released or the process ends."""
 
+import errno
 import io
 import os
 import re
@@ -16,6 +17,7 @@ if sys.platform != "win32":
 
 
 LOCK = ".lock"
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would block; regular files ignore this flag
 
 
 class DirectoryLock:
@@ -62,6 +64,28 @@ class DirectoryLock:
         with suppress(OSError):
             self._file.truncate(0)  # a process id remains only if the process has died
         self._file.close()
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether another process holds the lock of a directory. Reads only; nothing is created.
+
+    The lock file has a process id while it is held, and after the process has died. So the lock itself is tried only if
+    there is one: a process that is starting is not disturbed.
+    """
+    process = ""
+    try:
+        with open(directory / LOCK, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+            process = file.read(20).decode(errors="replace").strip()
+            if not process:
+                return False
+            if sys.platform == "win32":
+                return _is_running(process)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        return error.errno in (errno.ENOLCK, errno.EOPNOTSUPP) and _is_running(process)
 
 
 @contextmanager

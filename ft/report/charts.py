@@ -74,7 +74,13 @@ def spans_magnitudes(curves: Sequence[Curve]) -> bool:
 
 
 def line_chart(
-    curves: Sequence[Curve], axis: str, description: str, *, percent: bool = False, logarithmic: bool = False
+    curves: Sequence[Curve],
+    axis: str,
+    description: str,
+    *,
+    percent: bool = False,
+    logarithmic: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Curves over steps or epochs as an SVG element, with `description` as its aria-label."""
     with _style(description):
@@ -96,6 +102,8 @@ def line_chart(
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(numticks=6) if logarithmic else MaxNLocator(5))
+        if from_zero:
+            axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None) if percent else FuncFormatter(_tick))
         return _svg(figure, description)

@@ -1,9 +1,12 @@
 """The part of a report that compares several runs: their newest metrics, and the settings in which they differ."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from ft.report.markup import bdi, section, swatch, table, text
-from ft.report.run_record import Recorded, is_number
+from ft.report.run_record import Recorded, common_metric, is_number, rank_of
 
 HEADLINES = (
     ("eval_accuracy", "validation accuracy", "{:.2%}"),
@@ -19,28 +22,66 @@ HEADLINES = (
 
 
 def compared(runs: Sequence[Recorded]) -> str:
-    """The legend, the newest metrics, and the settings in which the runs differ."""
+    """The legend, the newest metrics and the best evaluation of each run, and the settings in which they differ."""
+    best = _best_run(runs)
     heads = [(key, words, form) for key, words, form in HEADLINES if any(run.last(key) is not None for run in runs)]
     rows = []
     for number, run in enumerate(runs):
         values = [(run.last(key), form) for key, _, form in heads]
+        badge = ' <span class="state best">best</span>' if run is best else ""
         rows.append(
             [
-                swatch(number) + bdi(run.directory),
+                swatch(number) + bdi(run.name) + badge,
+                _best_evaluation(run),
                 *("" if value is None else form.format(value) for value, form in values),
                 state_badge(run),
             ]
         )
-    result = table(["run", *(words for _, words, _ in heads), ""], rows, "The runs and their newest metrics")
+    head = ["run", "best validation", *(words for _, words, _ in heads), ""]
+    metric = text(common_metric(run.best_metric for run in runs).replace("_", " "))
+    note = f'<p class="note">The best run has the best validation {metric}. Other figures are the newest.</p>'
+    result = table(head, rows, "The runs and their newest metrics", "by-run") + f"\n{note if best else ''}"
     names = dict.fromkeys(name for run in runs for name in run.config if name not in ("output_dir", "resume"))
     different = [name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1]
     if different:
-        heading = [swatch(number) + bdi(run.directory.name or run.directory) for number, run in enumerate(runs)]
+        heading = [swatch(number) + bdi(run.name) for number, run in enumerate(runs)]
         settings = [[text(name), *(setting_value(run.config.get(name)) for run in runs)] for name in different]
-        result += "\n<h3>Settings that differ</h3>\n" + table(["setting", *heading], settings, "Settings that differ")
+        result += "\n<h3>Settings that differ</h3>\n" + table(
+            ["setting", *heading], settings, "Settings that differ", "by-run"
+        )
     else:
         result += '\n<p class="note">All settings are the same.</p>'
     return section("The runs", "runs", result)
+
+
+def with_short_names(runs: Sequence[Recorded]) -> list[Recorded]:
+    """The runs, each named by its path below the directory that holds all of them; a single run by its own name."""
+    directories = [run.directory.resolve() for run in runs]
+    try:
+        common = Path(os.path.commonpath([directory.parent for directory in directories]))
+    except ValueError:  # on different drives
+        return list(runs)
+    return [replace(run, name=str(path.relative_to(common))) for run, path in zip(runs, directories, strict=True)]
+
+
+def _best_run(runs: Sequence[Recorded]) -> Recorded | None:
+    """The run with the best evaluation by the metric that they have in common; None if none was evaluated."""
+    metric = common_metric(run.best_metric for run in runs)
+    evaluated = [(run, best) for run in runs if (best := run.best_evaluation()) is not None]
+    return max(evaluated, key=lambda pair: rank_of(pair[1], metric))[0] if evaluated else None
+
+
+def _best_evaluation(run: Recorded) -> str:
+    """The best evaluation of a run: accuracy, macro F1 if it has one, and its step."""
+    best = run.best_evaluation()
+    if best is None:
+        return ""
+    macro_f1, step = best.get("eval_macro_f1"), best.get("step")
+    return (
+        f"{best['eval_accuracy']:.2%}"
+        + (f", F1 {macro_f1:.4f}" if is_number(macro_f1) else "")
+        + (f' <span class="soft">step {step:,}</span>' if is_number(step) else "")
+    )
 
 
 def setting_value(value: object) -> str:
@@ -54,10 +95,5 @@ def state_badge(run: Recorded) -> str:
         return '<span class="state done">finished</span>'
     step, epoch = run.last("step"), run.last("epoch")
     planned = run.config.get("max_steps"), run.config.get("epochs")
-    of = f" of {planned[0]:,} steps" if is_number(planned[0]) else f", epoch {epoch or 0:.2f} of {text(planned[1])}"
+    of = f" of {planned[0]:,}" if is_number(planned[0]) else f", epoch {epoch or 0:.2f} of {text(planned[1])}"
     return f'<span class="state">not finished: step {step or 0:,.0f}{of}</span>'
-
-
-def run_heading(run: Recorded, number: int, several: bool) -> str:
-    """A run's name with its color as a heading; empty if there is only one run."""
-    return f"<h3>{swatch(number)}{bdi(run.directory)}</h3>\n" if several else ""

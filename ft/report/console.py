@@ -18,6 +18,7 @@ from ft.inference.sampling import Sampling
 from ft.model.freeze import num_trainable_parameters
 from ft.model.gpt2 import GPT2
 from ft.report.outcome import Outcome
+from ft.train.class_weights import class_weights, describe_weights
 from ft.train.state import State
 
 SHOWN_TOKENS = 24  # of a completion
@@ -34,21 +35,22 @@ def opening(
     config: Config, model: GPT2, precision: Precision, data: Data, general_text: GeneralText | None, last_step: int
 ) -> str:
     """The summary at the start of a run: model, device, data and plan."""
-    sizes = {name: len(examples) for name, examples in data.examples.items()}
+    sizes = ", ".join(f"{counted(len(each), 'example')} to {VERB[name]}" for name, each in data.examples.items())
     start = "" if config.init == "pretrained" else ", from random weights"
     trained, parameters = num_trainable_parameters(model), count_parameters(model)
+    weights = class_weights(config, data)
     share = "" if trained == parameters else f"{trained:,} of "
     lines = (
         f"Fine-tuning {config.model}{start}: {share}{parameters:,} parameters, on {precision.device} in "
         f"{precision.name} ({precision.reason}).",
-        f"Data: {config.dataset}, {', '.join(f'{n:,} examples to {VERB[name]}' for name, n in sizes.items())}; "
-        f"{_describe_targets(config, data)}.",
+        f"Data: {config.dataset}, {sizes}; {_describe_targets(config, data)}.",
+        describe_weights(weights, data.label_names) if weights is not None else "",
         f"General text, to measure forgetting: {general_text}." if general_text else "",
-        f"Plan: {last_step:,} steps of {_global_batch(config)}; every "
+        f"Plan: {counted(last_step, 'step')} of {_global_batch(config)}; every "
         f"{config.logging_steps} a log line, every {config.eval_steps} an evaluation, every {config.save_steps} a "
         f"checkpoint, in {config.output_dir}.",
-        f"WARNING: --warmup-steps {config.warmup_steps:,} is not below the {last_step:,} steps of the run: the "
-        "learning rate never reaches --learning-rate."
+        f"WARNING: --warmup-steps {config.warmup_steps:,} is not below the {counted(last_step, 'step')} of the run: "
+        "the learning rate never reaches --learning-rate."
         if config.warmup_steps >= last_step
         else "",
     )
@@ -58,9 +60,9 @@ def opening(
 def _global_batch(config: Config) -> str:
     """The examples of an optimizer step, and the processes that share them."""
     if config.processes == 1:
-        return f"{config.rows_per_step} examples"
+        return counted(config.rows_per_step, "example")
     model = "each with a shard of the model" if config.shard else "each with a full copy of the model"
-    return f"{config.rows_per_step} examples in all, shared by {config.processes} processes, {model}"
+    return f"{counted(config.rows_per_step, 'example')} in all, shared by {config.processes} processes, {model}"
 
 
 def _describe_targets(config: Config, data: Data) -> str:
@@ -81,7 +83,8 @@ def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: D
         + f"\nFinished {counted(state.step, 'step')} in {timedelta(seconds=round(seconds))}, evaluation and saving "
         f"included: {examples / seconds:.1f} examples/s, {state.step / seconds:.2f} steps/s. "
         f"Mean training loss {state.mean_train_loss:.4f}.\n"
-        f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best"
+        + (f"{outcome.performance}\n" if outcome.performance else "")
+        + f"Validation accuracy {state.last_accuracy:.2%} at the end, {state.best_accuracy:.2%} at best"
         + (f" (step {state.best_step:,}{by_metric})" if state.best_step is not None else ", without a finite loss")
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"

@@ -23,10 +23,11 @@ from ft.data.batches import IGNORED, Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_precision, use_device
-from ft.errors import FtError, UsageError, printable, shown
+from ft.errors import FtError, UsageError, counted, printable, shown
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
 from ft.model.pretrained import load_weights, model_config_of
+from ft.train.class_weights import TargetWeights, class_weights, describe_weights
 from ft.train.loop import Components, StepRecorder, train
 from ft.train.nonfinite import NonFiniteError
 from ft.train.optim import build_optimizer
@@ -160,12 +161,14 @@ def _show_step(
     batches = [collate([examples[number] for number in numbers]) for numbers in window]
     embedding = model.wte.weight[target].detach().clone()
     before = _logits(model, batches, precision)
-    figures = _one_step(model, examples, config, step, precision)
+    figures = _one_step(model, data, config, step, precision)
     after = _logits(model, batches, precision)
     targets = torch.cat([batch.target_ids for batch in batches])
     _show_logits(before[own], after[own], target_ids, data)
     _show_losses(before[own], after[own], targets[own], "of this example")
-    _show_losses(before, after, targets, f"of the {len(read)} examples of the step")
+    _show_losses(before, after, targets, f"of the {counted(len(read), 'example')} of the step")
+    if (weights := class_weights(config, data)) is not None:
+        _show("weights", f"{describe_weights(weights, data.label_names)} Nor are those above.")
     if note := _explain_lower_probability(before, after, targets, own, data.label_ids):
         _show("note", note)
     if any((model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop)):
@@ -199,9 +202,7 @@ def _find_step(examples: Sequence[Example], config: Config, row: int | None) -> 
     raise FtError(f"--row is {row}, which the run's {last_step} steps do not read: use another row, or more --epochs")
 
 
-def _one_step(
-    model: GPT2, examples: Sequence[Example], config: Config, step: int, precision: Precision
-) -> dict[str, float]:
+def _one_step(model: GPT2, data: Data, config: Config, step: int, precision: Precision) -> dict[str, float]:
     """Train `model` in place for step number `step` (from 0); returns its loss, learning rate and gradient norm.
 
     Raises:
@@ -209,11 +210,15 @@ def _one_step(
     """
     torch.manual_seed(config.seed)
     hooks = StepRecorder(stop=True)
+    by_label = class_weights(config, data)
+    weights = None
+    if by_label is not None:
+        weights = TargetWeights.of(by_label, data.label_ids, model.config.vocab_size, precision.device)
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     try:
         train(
-            Components(model, optimizer, precision.grad_scaler(), precision),
-            examples,
+            Components(model, optimizer, precision.grad_scaler(), precision, target_weights=weights),
+            data.examples["train"],
             collate,
             replace(config, cuda_graphs=False),  # recording a graph does not pay for one step
             State(step=step),

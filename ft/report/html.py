@@ -7,10 +7,11 @@ from typing import Any
 
 from ft.errors import program
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
-from ft.report.charts import Curve, bar_chart, calibration_chart, line_chart, spans_magnitudes
-from ft.report.comparison import HEADLINES, compared, run_heading, setting_value, state_badge
+from ft.report.charts import Curve, calibration_chart, line_chart, spans_magnitudes
+from ft.report.comparison import HEADLINES, compared, setting_value, state_badge, with_short_names
 from ft.report.markup import bdi, card, section, swatch, table, text
 from ft.report.run_record import Recorded, command_of, is_number, predicted_label, settings_given
+from ft.report.times import times_of_one, times_of_several
 
 LONGEST_TEXT = 1000  # characters of a mistake's text that are shown
 MOST_ROWS = 500  # rows of the table of all metrics
@@ -36,13 +37,14 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], str, bool], ...] = (
 def page(runs: Sequence[Recorded]) -> str:
     """The HTML file for these runs."""
     several = len(runs) > 1
+    runs = with_short_names(runs)
     title = f"{len(runs)} runs" if several else runs[0].directory.resolve().name
     axis = "epoch" if len({_rows_per_step(run) for run in runs}) > 1 else "step"
     parts = [
         _header(runs, title),
         compared(runs) if several else _headlines(runs[0]),
         _charts(runs, axis),
-        section("Where the time went", "time", "".join(_times(run, i, several) for i, run in enumerate(runs))),
+        section("Where the time went", "time", times_of_several(runs) if several else times_of_one(runs[0])),
         *(_evaluation(run, i, several) for i, run in enumerate(runs)),
         *(_settings(run, i, several) for i, run in enumerate(runs)),
         section("All metrics", "metrics", "".join(_metrics(run, i, several) for i, run in enumerate(runs))),
@@ -105,32 +107,15 @@ def _charts(runs: Sequence[Recorded], axis: str) -> str:
         if curves:
             logarithmic = title == "Forgetting" and spans_magnitudes(curves)
             description = f"{title} by {axis}{' (logarithmic)' * logarithmic}: {'; '.join(summaries)}."
-            svg = line_chart(curves, axis, description, percent=percent, logarithmic=logarithmic)
+            svg = line_chart(
+                curves, axis, description, percent=percent, logarithmic=logarithmic, from_zero=title == "Throughput"
+            )
             unit += "; logarithmic" * logarithmic
             cards.append(card(title, unit, f'<p class="legend">{"".join(legend)}</p>\n{svg}'))
-    legend_of_runs = "".join(f"<span>{swatch(number)}{bdi(run.directory)}</span>" for number, run in enumerate(runs))
+    legend_of_runs = "".join(f"<span>{swatch(number)}{bdi(run.name)}</span>" for number, run in enumerate(runs))
     above = f'<p class="legend">{legend_of_runs}</p>\n' if len(runs) > 1 else ""
     none = '<p class="note">No metrics yet.</p>'
     return section("Curves", "curves", above + f'<div class="grid">\n{"".join(cards)}\n</div>' if cards else none)
-
-
-def _times(run: Recorded, number: int, several: bool) -> str:
-    seconds = {part: value for part, value in run.seconds_by_part().items() if value > 0}
-    if not seconds:
-        return run_heading(run, number, several) + '<p class="note">This run has no timings.</p>'
-    total, steps = sum(seconds.values()), run.last("step") or 1
-    parts = list(seconds.items())
-    shares = ", ".join(f"{text(part)} {value / total:.0%}" for part, value in parts)
-    rows = [
-        [swatch(i) + text(part), f"{value:,.1f} s", f"{value / total:.1%}", f"{1000 * value / steps:,.2f} ms"]
-        for i, (part, value) in enumerate(parts)
-    ]
-    bar = bar_chart([value for _, value in parts], f"Time of run {number + 1} by part: {shares}.")
-    head = ["part", "total", "share", "per step"]
-    return (
-        run_heading(run, number, several)
-        + f'<div class="card">\n<div class="bar">{bar}</div>\n{table(head, rows, "Time by part")}\n</div>'
-    )
 
 
 def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
@@ -167,7 +152,7 @@ def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
 
 def _evaluation(run: Recorded, number: int, several: bool) -> str:
     """Confusion matrix, scores of each class, calibration, and the most confident errors."""
-    key, name = f"scores-{number}", f" · {bdi(run.directory)}" if several else ""
+    key, name = f"scores-{number}", f" · {bdi(run.name)}" if several else ""
     scores = run.scores
     if scores is None:
         why = "they are written at its end" if not run.finished else "it has no valid scores.json"
@@ -238,7 +223,7 @@ def _settings(run: Recorded, number: int, several: bool) -> str:
             f"<details>\n<summary>All {len(rows)} settings, those that are not the defaults in bold</summary>\n"
             f"{table(['setting', 'value'], rows, 'Settings')}\n</details>"
         )
-    return section("Settings" + (f" · {bdi(run.directory)}" if several else ""), f"settings-{number}", content)
+    return section("Settings" + (f" · {bdi(run.name)}" if several else ""), f"settings-{number}", content)
 
 
 def _metrics(run: Recorded, number: int, several: bool) -> str:
@@ -255,5 +240,5 @@ def _metrics(run: Recorded, number: int, several: bool) -> str:
         return ""
     shown = f"the last {MOST_ROWS:,} of {len(run.events):,}" if len(run.events) > MOST_ROWS else f"all {len(rows):,}"
     events = table([text(key) for key in keys], rows, "Events")
-    name = f"{swatch(number)}{bdi(run.directory)}: " if several else ""
+    name = f"{swatch(number)}{bdi(run.name)}: " if several else ""
     return f"<details>\n<summary>{name}{shown} lines of metrics.jsonl</summary>\n{events}\n</details>"

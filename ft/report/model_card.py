@@ -11,9 +11,11 @@ from pathlib import Path
 from ft.checks import flag
 from ft.config import LENGTH, NO_FLAGS, OPTIMIZER, Config
 from ft.data.load import Data
+from ft.errors import counted
 from ft.evaluation.perplexity import perplexity
 from ft.report.outcome import Outcome
 from ft.settings import field_groups
+from ft.train.class_weights import class_weights, describe_weights
 from ft.train.state import State
 
 SETTINGS = (LENGTH, OPTIMIZER)  # the groups of settings that the card lists
@@ -81,7 +83,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
         f"Labels: {', '.join(map(_escaped, data.label_names))}." if data.label_names else "Completions of prompts."
     )
     task = "classifies text" if data.label_names else "completes a prompt"
-    length = config.max_length
+    length, weights = config.max_length, class_weights(config, data)
     usage = CLASSIFY if data.label_names else COMPLETE
     snippet = usage.format(labels=repr(list(data.label_names)), label_ids=data.label_ids, length=length - 1)
     return "\n".join(
@@ -103,8 +105,10 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
             "",
             *_results(outcome, config.best_metric),
             "",
-            f"{outcome.state.step:,} steps in {timedelta(seconds=round(outcome.seconds))} on {device}, evaluation and "
-            f"saving included. Mean training loss {outcome.state.mean_train_loss:.4f}.",
+            f"{counted(outcome.state.step, 'step')} in {timedelta(seconds=round(outcome.seconds))} on {device}, "
+            f"evaluation and saving included. Mean training loss {outcome.state.mean_train_loss:.4f}.",
+            *([str(outcome.performance)] if outcome.performance else []),
+            *([] if weights is None else ["", describe_weights(weights, [*map(_escaped, data.label_names)])]),
             *_forgotten(outcome.state),
             "",
             "## Settings",

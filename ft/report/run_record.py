@@ -3,18 +3,20 @@
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ft.checks import field_types, flag
 from ft.config import Config
 from ft.errors import UsageError, program, shown
 from ft.io.plain_files import read_regular
 from ft.settings import DEMO_SETTINGS, NOT_RECORDED
+from ft.train.state import evaluation_rank
 
 Events = list[dict[str, Any]]
+METRICS = ("accuracy", "macro_f1", "loss")  # of --best-metric
 PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step
 
 
@@ -24,6 +26,7 @@ class Recorded:
 
     Attributes:
         directory: the directory.
+        name: how a report names it.
         config: the settings in config.json; empty if it cannot be read.
         events: the valid lines of metrics.jsonl.
         scores: scores.json (ft/evaluation/classification.py `write_scores`); None if it is missing or invalid.
@@ -31,6 +34,7 @@ class Recorded:
     """
 
     directory: Path
+    name: str
     config: dict[str, Any]
     events: Events
     scores: dict[str, Any] | None
@@ -50,6 +54,18 @@ class Recorded:
         values = self.curve(name)[1]
         return values[-1] if values else None
 
+    @property
+    def best_metric(self) -> str:
+        """The run's `--best-metric`; the default if it is not a valid one."""
+        metric = self.config.get("best_metric")
+        return str(metric) if metric in METRICS else Config.best_metric
+
+    def best_evaluation(self) -> dict[str, Any] | None:
+        """The event of the best validation by the run's `--best-metric`, then loss; None without a valid one."""
+        return max(
+            filter(_is_evaluation, self.events), key=lambda event: rank_of(event, self.best_metric), default=None
+        )
+
     def seconds_by_part(self) -> dict[str, float]:
         """Seconds of the run by part (ft/train/timing.py), in the order of a step; empty if not recorded."""
         total: dict[str, float] = {}
@@ -61,7 +77,25 @@ class Recorded:
         return {part: total[part] for part in dict.fromkeys((*PARTS, *total)) if part in total}
 
 
-def is_number(value: object) -> bool:
+def _is_evaluation(event: dict[str, Any]) -> bool:
+    return is_number(event.get("eval_loss")) and is_number(event.get("eval_accuracy"))
+
+
+def rank_of(evaluation: dict[str, Any], metric: str) -> tuple[float, float]:
+    """What a better evaluation, an event of metrics.jsonl, has more of."""
+    macro_f1 = evaluation.get("eval_macro_f1")
+    return evaluation_rank(
+        metric, evaluation["eval_loss"], evaluation["eval_accuracy"], macro_f1 if is_number(macro_f1) else None
+    )
+
+
+def common_metric(metrics: Iterable[str]) -> str:
+    """The `--best-metric` by which runs are compared: theirs if it is the same for all, else accuracy."""
+    different = set(metrics)
+    return different.pop() if len(different) == 1 else Config.best_metric
+
+
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value from a file is a number that can be plotted: an int or float that is finite and not huge."""
     return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
 
@@ -83,6 +117,27 @@ def read_run(directory: Path) -> Recorded:
         raise UsageError(f"RUN is {shown(str(directory))}, there is no such directory")
     if not metrics.is_file():
         raise UsageError(f"RUN is {shown(str(directory))}, which has no metrics.jsonl: it must be a run directory")
+    return Recorded(
+        directory,
+        str(directory),
+        config or {},
+        read_events(metrics),
+        _json(directory / "scores.json", _are_scores),
+        is_finished(directory),
+    )
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the final model of a run exists."""
+    return (directory / "final" / "model.safetensors").is_file()
+
+
+def read_events(metrics: Path) -> Events:
+    """The valid lines of a metrics.jsonl.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     events: Events = []
     for line in read_regular(metrics).splitlines():
         try:
@@ -91,8 +146,7 @@ def read_run(directory: Path) -> Recorded:
             continue
         if isinstance(event, dict):
             events.append(event)
-    finished = (directory / "final" / "model.safetensors").is_file()
-    return Recorded(directory, config or {}, events, _json(directory / "scores.json", _are_scores), finished)
+    return events
 
 
 def _json(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any] | None:

@@ -52,18 +52,18 @@ class GraphedStep:
         self._empty = _tensors(empty)
         device = empty.input_ids.device
         # float32: the type in which the AdamW kernel of CUDA reads a learning rate that is a tensor.
-        self._num_targets, self._learning_rate = torch.zeros(2, device=device).unbind()
+        self._total_weight, self._learning_rate = torch.zeros(2, device=device).unbind()
         self._side_stream = torch.cuda.Stream(device)
         self._eager_steps_left = EAGER_STEPS
         self._graph: torch.cuda.CUDAGraph | None = None
         self._grad_norm: Tensor
 
-    def __call__(self, batches: Sequence[Batch], num_targets: float | Tensor, learning_rate: float | Tensor) -> Tensor:
+    def __call__(self, batches: Sequence[Batch], total_weight: float | Tensor, learning_rate: float | Tensor) -> Tensor:
         """Run the step on these inputs.
 
         Args:
             batches: of the same shapes as the static inputs; as many, or fewer.
-            num_targets: supervised tokens of all batches on all ranks.
+            total_weight: the number of supervised tokens of all batches on all ranks, or the sum of their weights.
             learning_rate: of this step.
 
         Returns:
@@ -71,7 +71,7 @@ class GraphedStep:
         """
         for number, inputs in enumerate(self._inputs):
             torch._foreach_copy_(inputs, _tensors(batches[number]) if number < len(batches) else self._empty)
-        self._num_targets.fill_(num_targets)
+        self._total_weight.fill_(total_weight)
         self._learning_rate.fill_(learning_rate)
         if self._eager_steps_left > 0:
             self._eager_steps_left -= 1
@@ -85,10 +85,10 @@ class GraphedStep:
         return self._grad_norm
 
     def _run(self) -> Tensor:
-        return self._step(self._batches, self._num_targets, self._learning_rate)
+        return self._step(self._batches, self._total_weight, self._learning_rate)
 
     def _run_on_side_stream(self) -> Tensor:
-        main_stream = torch.cuda.current_stream(self._num_targets.device)
+        main_stream = torch.cuda.current_stream(self._total_weight.device)
         self._side_stream.wait_stream(main_stream)
         with torch.cuda.stream(self._side_stream):
             grad_norm = self._run()

@@ -17,6 +17,7 @@ from ft.data.batches import Batch
 from ft.data.examples import Example
 from ft.device import Precision
 from ft.distributed.ranks import SINGLE_PROCESS, Ranks
+from ft.train.class_weights import TargetWeights
 from ft.train.cuda_graphs import GraphedStep, Step
 from ft.train.nonfinite import NonFiniteGuard
 from ft.train.optim import AdamW, clip_in_optimizer
@@ -34,6 +35,7 @@ class Components:
         scaler: of the loss, for fp16; disabled in the other formats.
         precision: the dtype of matrix products, and the device.
         ranks: the processes of the run, which share every batch and sum their gradients.
+        target_weights: of the loss, with `--class-weights`; None to weigh all targets alike.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Components:
     scaler: torch.amp.GradScaler
     precision: Precision
     ranks: Ranks = SINGLE_PROCESS
+    target_weights: TargetWeights | None = None
 
 
 class Hooks(Protocol):
@@ -123,7 +126,7 @@ def train(
     Raises:
         NonFiniteError: a loss or gradient is not finite, and no more steps may be skipped.
     """
-    device, ranks = components.precision.device, components.ranks
+    device, ranks, weights = components.precision.device, components.ranks, components.target_weights
     last_step = total_steps(len(examples), config)
     per_epoch = steps_per_epoch(len(examples), config)
     # The sum of losses stays on the device until it is logged: reading it makes the host wait for all queued kernels.
@@ -138,12 +141,12 @@ def train(
 
     # A window holds the rows of one optimizer step: one list per batch, and one batch unless gradients are accumulated.
     for window in windows(len(examples), config, state.step):
-        # Each rank collates its own examples. The number of targets is that of all ranks.
+        # Each rank collates its own examples. The number of targets, or the sum of their weights, is that of all ranks.
         batches = [collate(ranks.local_examples([examples[row] for row in rows])).to(device) for rows in window]
         read = [examples[row] for rows in window for row in rows]
-        num_targets = sum(len(example.target_ids) for example in read)
+        total_weight = sum(len(example.target_ids) for example in read) if weights is None else weights.total(read)
         lr = learning_rate_at(state.step, last_step, config.learning_rate, config.warmup_steps, config.lr_schedule)
-        grad_norm = step(batches, num_targets, lr)
+        grad_norm = step(batches, total_weight, lr)
         guard.check_at_once()
         state.step += 1
         state.loss_steps += 1
@@ -172,7 +175,7 @@ def train(
 def train_step(
     components: Components,
     batches: Sequence[Batch],
-    num_targets: float | Tensor,
+    total_weight: float | Tensor,
     learning_rate: float | Tensor,
     *,
     max_grad_norm: float,
@@ -182,13 +185,13 @@ def train_step(
     """One optimizer step: forward and backward pass of each batch, clipping, AdamW update. Frees the gradients.
 
     The step reads no value from the device, so that the host runs ahead of a GPU and `--cuda-graphs` can capture the
-    step. What differs between steps is passed as `batches`, `num_targets` and `learning_rate`; a captured step gets
+    step. What differs between steps is passed as `batches`, `total_weight` and `learning_rate`; a captured step gets
     them as tensors.
 
     Args:
         components: updated in place, as are `guard` and `loss_sum`.
         batches: on the device; their gradients are accumulated.
-        num_targets: supervised tokens of all batches on all ranks.
+        total_weight: the number of supervised tokens of all batches on all ranks, or the sum of their weights.
         learning_rate: of this step.
         max_grad_norm: the largest global norm that is not scaled down; 0 disables clipping.
         guard: skips the update if the loss or the gradient is not finite.
@@ -199,13 +202,15 @@ def train_step(
     """
     optimizer, scaler, ranks = components.optimizer, components.scaler, components.ranks
     # Forward and backward. The gradients of all batches and of all ranks add up. Each loss is a sum divided by the
-    # number of supervised tokens in the window, so that the total is the mean over these tokens.
+    # number of supervised tokens in the window, so that the total is the mean over these tokens; with class weights it
+    # is the weighted mean, as of torch.nn.CrossEntropyLoss(weight).
+    weights = None if components.target_weights is None else components.target_weights.tensor
     window_loss = torch.zeros_like(loss_sum)
     for number, batch in enumerate(batches, start=1):
         with ranks.gradient_sync(components.model, last=number == len(batches)):
             with components.precision.autocast():
                 logits = components.model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
-            loss = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / num_targets
+            loss = F.cross_entropy(logits.float(), batch.target_ids, weights, reduction="sum") / total_weight
             scaler.scale(loss).backward()
         window_loss += loss.detach()
     window_loss = ranks.sum(window_loss)

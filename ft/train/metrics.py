@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from ft.io.lock import DirectoryLock
 from ft.io.plain_files import is_at, open_to_write
 from ft.train.progress import Count, RunBar, TimeLeft, can_show_bar
 from ft.train.tensorboard import EventFiles
-from ft.train.timing import StepTimes
+from ft.train.timing import StepIntervals, StepTimes
 
 
 class Report:
@@ -35,6 +35,7 @@ class Report:
         lock: DirectoryLock | None = None,
         planned: Mapping[str, float] | None = None,
         quiet: bool = False,
+        each_step: bool = True,
     ) -> None:
         """Open the metrics file and truncate it to `metrics_bytes`: a run that was interrupted wrote what follows.
 
@@ -44,6 +45,7 @@ class Report:
             first_step: steps that are already done.
             metrics_bytes: `State.metrics_bytes`.
             tensorboard: also gets each event.
+            each_step: time each step; on a GPU the host does not see its end.
             lock: of the run directory; with it, files that are moved or deleted during the run are restored.
             planned: units of each kind of work between the steps, by the names that `pause` gets, for the time left.
             quiet: show no bar.
@@ -64,11 +66,11 @@ class Report:
         self._time_left = TimeLeft({"training": total_steps - first_step, **(planned or {})})
         shows_bar = metrics_path is not None and not quiet and can_show_bar()
         self._bar = RunBar(total=total_steps, initial=first_step, time_left=self._time_left, is_shown=shows_bar)
-        self.times = StepTimes()
+        self.times, self.intervals = StepTimes(), StepIntervals(each_step=each_step)
         self._started = time.perf_counter()
         self._paused = 0.0
         self._counted = self._started  # when work was last counted for the time left
-        self._examples = self._tokens = 0
+        self._examples = self._tokens = self._steps = 0
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +112,8 @@ class Report:
         """Count an optimizer step that read this many examples and input tokens."""
         self._examples += examples
         self._tokens += tokens
+        self.intervals.step_done(examples, tokens)
+        self._steps += 1
         self._count_work("training", 1)
         self._bar.update()
 
@@ -125,7 +129,10 @@ class Report:
         Yields:
             A function to call with the number of units that are finished; those left count as finished at the end.
         """
-        self.times.end_of_step()
+        if self._steps:
+            self.times.end_of_step()
+        else:  # what was before the first step is no part of one
+            self.times.skip()
         started = time.perf_counter()
         self._count_work("training", 0)
         kind, done = kind or activity, 0
@@ -140,7 +147,9 @@ class Report:
         yield count
         self._count_work(kind, units - done)
         self._bar.show_activity("training")
-        self._paused += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._paused += seconds
+        self.intervals.leave_out(seconds)
         self.times.mark(activity)
 
     def _count_work(self, kind: str, units: int) -> None:
@@ -151,6 +160,7 @@ class Report:
     def log_training(self, step: int, epoch: float, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the mean loss since the last call, and the speed over the same steps."""
         self.times.end_of_step()
+        self.intervals.values_read()
         now = time.perf_counter()
         seconds = now - self._started - self._paused
         speed = {"samples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
@@ -195,6 +205,12 @@ class Report:
         self.print_line(
             f"step {step:>6}  epoch {epoch:5.2f}  general text loss {loss:.4f}, perplexity {perplexity:.2f}"
         )
+
+    def log_hyperparameters(self, step: int, settings: dict[str, Any], metrics: Sequence[str]) -> None:
+        """Write the settings of the run and the names of its metrics to the event files, if there are any."""
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.write_hyperparameters(settings, metrics, step)
 
     def write(self, step: int, epoch: float, figures: dict[str, Any]) -> None:
         """Append one event to metrics.jsonl, with the seconds by part since the last one.

@@ -111,7 +111,7 @@ class State:
         """Record the result of an evaluation; `metric` is loss, accuracy or macro_f1, by which one is the best."""
         self.evaluation_due = False
         self.last_accuracy, self.last_loss, self.last_macro_f1 = accuracy, loss, macro_f1
-        better = self.best_loss is None or _rank(metric, loss, accuracy, macro_f1) > _rank(
+        better = self.best_loss is None or evaluation_rank(metric, loss, accuracy, macro_f1) > evaluation_rank(
             metric, self.best_loss, self.best_accuracy, self.best_macro_f1
         )
         if better and math.isfinite(loss):
@@ -126,7 +126,7 @@ class State:
         return patience is not None and self.evaluations_since_best >= patience
 
 
-def _rank(metric: str, loss: float, accuracy: float, macro_f1: float | None) -> tuple[float, float]:
+def evaluation_rank(metric: str, loss: float, accuracy: float, macro_f1: float | None) -> tuple[float, float]:
     """What a better evaluation has more of: the metric, and at equal values less loss."""
     figures = {"loss": -loss, "accuracy": accuracy, "macro_f1": -1.0 if macro_f1 is None else macro_f1}
     return figures[metric], -loss

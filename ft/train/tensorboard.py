@@ -1,5 +1,6 @@
-"""The figures of metrics.jsonl as event files for TensorBoard, with --tensorboard."""
+"""The figures of metrics.jsonl and the hyper-parameters as event files for TensorBoard, with --tensorboard."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,30 @@ class EventFiles:
                 self.write(step, value, f"{name}/")
             elif value is not None:
                 self._writer.add_scalar(prefix + name, value, step)
+        self._writer.flush()
+
+    def write_hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
+        """Write the settings of a run, for the tab HPARAMS, which compares runs by them.
+
+        Not by `SummaryWriter.add_hparams`, which writes to another directory, as if it was another run.
+
+        Args:
+            settings: of the run; null is left out, and a list is written as text.
+            metrics: the names of the figures that the tab shows beside the settings: the last one of each.
+            step: the last step of the run.
+
+        Raises:
+            OSError: the disk is full, or writing fails.
+        """
+        from torch.utils.tensorboard.summary import hparams  # here, since tensorboard is optional
+
+        shown = {
+            name: value if isinstance(value, bool | int | float | str) else " ".join(value)
+            for name, value in settings.items()
+            if value is not None
+        }
+        for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
+            self._writer.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]  # untyped in PyTorch
         self._writer.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, measured from outside: the training loop has no timer.
+"""Where the time of a run goes, and how long its steps take, measured from outside: the training loop has no timer.
 
 PyTorch's hooks on the model and on its parameters, and a wrapper around the collate function, mark the parts of a step.
 Each reads the clock once and adds one number, some 150 times a step for GPT-2. No hook is on a block, so compiled
@@ -6,7 +6,9 @@ blocks are not affected.
 """
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -30,6 +32,10 @@ class StepTimes:
         now = time.perf_counter()
         self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last_mark
         self._last_mark = now
+
+    def skip(self) -> None:
+        """Do not count the time since the last mark, such as that before the first step."""
+        self._last_mark = time.perf_counter()
 
     def end_of_step(self) -> None:
         """Count the time since the last mark as that of the step's end."""
@@ -76,3 +82,85 @@ class StepTimes:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(after_gradient)
         return timed_collate
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of the steps of a process, without evaluating and saving.
+
+    Attributes:
+        median, percentile_90: seconds per step, by nearest rank.
+        steps_per_interval: the steps whose mean is one value; 1 if each was timed by itself.
+        samples_per_second, tokens_per_second: of all ranks together.
+    """
+
+    median: float
+    percentile_90: float
+    steps_per_interval: float
+    samples_per_second: float
+    tokens_per_second: float
+
+
+class StepIntervals:
+    """The times of steps by the clock of the host: one number per step, or per log line on a GPU.
+
+    On a GPU the host queues kernels and runs ahead, so that it does not see the end of a step. It waits for all of them
+    when it reads the loss for a log line: there only the mean of the steps between two log lines is known.
+    """
+
+    def __init__(self, *, each_step: bool) -> None:
+        """With `each_step` each step is an interval, else those between two calls of `values_read`."""
+        self._each_step = each_step
+        self._seconds, self._steps = array("d"), array("q")
+        self._samples = self._tokens = 0
+        self._open_samples = self._open_tokens = self._open_steps = 0
+        self._started = time.perf_counter()
+
+    def step_done(self, samples: int, tokens: int) -> None:
+        """Count a step that read this many examples and input tokens."""
+        self._open_steps += 1
+        self._open_samples += samples
+        self._open_tokens += tokens
+        if self._each_step:
+            self._close()
+
+    def values_read(self) -> None:
+        """Note that the host has waited for all steps."""
+        if self._open_steps:
+            self._close()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count a pause of this length, which has just ended; nor what was before the first step."""
+        self._started = self._started + seconds if self._seconds or self._open_steps else time.perf_counter()
+
+    def _close(self) -> None:
+        now = time.perf_counter()
+        self._seconds.append((now - self._started) / self._open_steps)
+        self._steps.append(self._open_steps)
+        self._samples += self._open_samples
+        self._tokens += self._open_tokens
+        self._started = now
+        self._open_samples = self._open_tokens = self._open_steps = 0
+
+    def speed(self) -> Speed | None:
+        """The speed of the steps so far; None if none is known."""
+        total = sum(seconds * steps for seconds, steps in zip(self._seconds, self._steps, strict=True))
+        if total <= 0:
+            return None
+        return Speed(
+            self._quantile(0.5),
+            self._quantile(0.9),
+            sum(self._steps) / len(self._steps),
+            self._samples / total,
+            self._tokens / total,
+        )
+
+    def _quantile(self, share: float) -> float:
+        """The smallest time that at least this share of the steps do not exceed."""
+        ranked, steps = sorted(zip(self._seconds, self._steps, strict=True)), 0
+        wanted = share * sum(self._steps)
+        for seconds, count in ranked:
+            steps += count
+            if steps >= wanted:
+                return seconds
+        return ranked[-1][0]

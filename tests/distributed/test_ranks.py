@@ -141,6 +141,8 @@ def same_bytes(a, b):
         (2, 4, ["--shard"]),
         (2, 2, ["--shard", "--gradient-accumulation-steps", "3", "--freeze", "h.0.*"]),
         (2, 4, ["--static-shapes", "--weight-decay", "0.1"]),
+        (2, 2, ["--class-weights", "1,5", "--gradient-accumulation-steps", "3"]),
+        (4, 19, ["--class-weights", "3,1", "--epochs", "2", "--static-shapes"]),
     ],
 )
 def test_several_processes_do_what_one_does(several, command, tmp_path, size, batch_size, flags):

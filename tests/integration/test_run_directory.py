@@ -124,7 +124,9 @@ def test_a_folder_that_is_lost_after_the_last_line_still_gets_all(inputs, finish
     run, gather_weights = tmp_path / "run", session.gather_weights
     monkeypatch.setattr(session, "gather_weights", lose)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "scores.json", "final"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "config.json", "scores.json", "summary.json", "final"
+    }  # fmt: skip
 
 
 # --- links and other special files ------------------------------------------------------------------------------------
@@ -182,12 +184,13 @@ def test_the_demo_replaces_nothing_behind_a_link(tmp_path, outside, capsys):
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_links_in_the_place_of_what_a_run_writes_and_deletes_are_replaced(inputs, finished, copy, outside, flag):
-    names = ["final", "scores.json", ".unfinished-checkpoint-8", ".replaced-final", ".superseded-checkpoint-9"]
+    files = ("scores.json", "summary.json")
+    names = ["final", *files, ".unfinished-checkpoint-8", ".replaced-final", ".superseded-checkpoint-9"]
     for name in [*names, f".unfinished-{os.getpid()}"]:
         if name == "final":
             shutil.rmtree(copy / name)
         (copy / name).unlink(missing_ok=True)
-        (copy / name).symlink_to(outside / ("file" if name == "scores.json" else ""))
+        (copy / name).symlink_to(outside / ("file" if name in files else ""))
     (copy / "checkpoint-2").symlink_to(outside)
     steps = SETTINGS[:-1] + (["8"] if flag == "--resume" else ["6"])
     assert main([*inputs, *steps, "--output-dir", str(copy), flag]) == 0

@@ -78,7 +78,7 @@ def write_run(folder, *, events=12, rate=1e-3, label="pos", text="a fine film", 
     if scores:
         (folder / "final").mkdir()
         (folder / "final" / "model.safetensors").write_bytes(b"")
-        mistake = {"row": 7, "true": "neg", "label": label, "probability": 0.987, "text": text}
+        mistake = {"row": 7, "true": "neg", "predicted": label, "probability": 0.987, "text": text}
         record = {"step": events * 10, "split": "test", "labels": ["neg", label], "accuracy": 0.8, "macro_f1": 0.8}
         record |= {"precision": [0.9, 0.7], "recall": [0.7, 0.9], "f1": [0.79, 0.79], "confusion": [[30, 12], [4, 54]]}
         record |= {"calibration_error": 0.1, "bins": [[0.6, 0.5, 20], [0.9, 0.875, 80]], "mistakes": [mistake] * 3}
@@ -130,7 +130,7 @@ def many_classes_run(folder, classes=77):
             counts[true if rng.random() < 0.8 else min(classes - 1, rng.randrange(classes) // 4 * 4 + true % 4)] += 1
         confusion.append(counts)
     scores = json.loads((run / "scores.json").read_text())
-    mistakes = [{**mistake, "true": labels[3], "label": labels[7]} for mistake in scores["mistakes"]]
+    mistakes = [{**mistake, "true": labels[3], "predicted": labels[7]} for mistake in scores["mistakes"]]
     per_class = dict.fromkeys(("precision", "recall", "f1"), [0.8] * classes)
     record = {**scores, **per_class, "labels": labels, "confusion": confusion, "mistakes": mistakes}
     (run / "scores.json").write_text(json.dumps(record))
@@ -174,6 +174,75 @@ def test_several_runs_are_laid_over_each_other(tmp_path):
     assert main(["report", *map(str, runs)]) == 0
     assert (tmp_path / "report.html").exists(), "of several runs it lies beside them"
     assert not (runs[0] / "report.html").exists()
+
+
+def write_evaluations(run, figures):
+    """Replace the evaluations of a run by these losses, accuracies and macro F1, and a majority baseline."""
+    lines = [
+        {"step": step, "epoch": step / 10, "eval_loss": loss, "eval_accuracy": accuracy, "eval_macro_f1": macro_f1}
+        | {"eval_majority_baseline": 0.9}
+        for step, (loss, accuracy, macro_f1) in enumerate(figures, start=1)
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", "low"), ("macro_f1", "high"), ("loss", "deep/er")])
+def test_the_best_run_is_marked(tmp_path, metric, best):
+    figures = {
+        "low": [(0.5, 0.97, 0.5), (0.4, 0.9, 0.5)],
+        "high": [(0.5, 0.92, 0.75), (0.6, 0.91, 0.5)],
+        "deep/er": [(0.05, 0.9, 0.6)],
+    }
+    runs = [write_run(tmp_path / name, events=2, best_metric=metric) for name in figures]
+    for run, each in zip(runs, figures.values(), strict=True):
+        write_evaluations(run, each)
+    markup = report_of(*runs, output=tmp_path / "all.html")
+    table = re.search("The runs and their newest metrics(.*?)</table>", markup, re.DOTALL)[1]
+    rows = dict(re.findall(r'<th scope="row">.*?<bdi>([^<]*)</bdi>(.*?)</tr>', table, re.DOTALL))
+    assert list(rows) == list(figures), "named by their paths below the directory of all"
+    assert [name for name, row in rows.items() if ">best</span>" in row] == [best]
+    shown = {"accuracy": "97.00%, F1 0.5000", "macro_f1": "92.00%, F1 0.7500", "loss": "90.00%, F1 0.6000"}
+    assert shown[metric] in rows[best]
+    assert "90.00%</td>" in rows["low"], "the majority baseline"
+    assert f"has the best validation {metric.replace('_', ' ')}." in markup
+    assert str(tmp_path) not in re.sub("<code>.*?</code>|<details>.*?</details>", "", markup, flags=re.DOTALL)
+
+
+def test_the_times_of_several_runs_are_one_table(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    line = {"step": 121, "seconds_by_part": {"saving": 3.0}}
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    write_run(tmp_path / "c", events=0)
+    markup = report_of(*runs, tmp_path / "c", output=tmp_path / "all.html")
+    (table,) = re.findall("Time per step by run and part(.*?)</table>", markup, re.DOTALL)
+    rows = [re.sub("<svg.*?</svg>|<[^>]*>", " ", row, flags=re.DOTALL).split() for row in table.split("<tr>")[1:]]
+    assert rows[0] == ["run", "total", "per", "step", "shares", "data", "forward", "backward", "update", "saving"]
+    assert rows[1][:6] == ["a", "48.0", "s", "400.00", "ms", "25.00"]
+    assert rows[2][:3] == ["b", "51.0", "s"]
+    assert rows[2][-3:] == ["24.79", "ms", "6%"]
+    assert rows[3] == ["c", "not", "recorded"]
+    assert markup.count("Time of run") == 2
+
+
+def test_the_axis_of_throughput_begins_at_zero(tmp_path):
+    markup = report_of(write_run(tmp_path / "run"))
+    throughput = re.search('<svg[^>]*aria-label="Throughput.*?</svg>', markup, re.DOTALL)[0]
+    assert ">0<" in throughput
+    loss = re.search('<svg[^>]*aria-label="Gradient norm.*?</svg>', markup, re.DOTALL)[0]
+    assert ">0<" not in loss
+
+
+def test_scores_of_earlier_versions_are_shown(tmp_path):
+    """In which the predicted label of a mistake is `label`, and there is no baseline."""
+    run = write_run(tmp_path / "run")
+    assert "predicted <b><bdi>pos</bdi></b>" in report_of(run)
+    scores = json.loads((run / "scores.json").read_text())
+    for mistake in scores["mistakes"]:
+        mistake["label"] = mistake.pop("predicted", None) or mistake["label"]
+    (run / "scores.json").write_text(json.dumps(scores))
+    assert "predicted <b><bdi>pos</bdi></b>" in report_of(run)
 
 
 def test_more_runs_than_colors_are_distinguished_by_dashes(tmp_path):

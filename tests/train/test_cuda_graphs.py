@@ -14,6 +14,7 @@ from ft.device import Precision
 from ft.errors import UsageError
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
+from ft.train.class_weights import TargetWeights
 from ft.train.cuda_graphs import _tensors
 from ft.train.loop import Components, StepRecorder, train, train_step
 from ft.train.nonfinite import NonFiniteError, NonFiniteGuard
@@ -33,6 +34,9 @@ def make_examples(n=41):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 12, (n,), generator=generator).tolist()
     return [Example(torch.randint(97, (k,), generator=generator).tolist(), [5 + k % 2]) for k in lengths]
+
+
+WEIGHTS = TargetWeights.of([1.0, 5.0], [5, 6], TINY.vocab_size, CPU)
 
 
 def make_config(**settings):
@@ -57,11 +61,12 @@ def pad(examples):
     return collate_padded(examples, batch_size=4, max_length=13)
 
 
-def in_the_loop(config, precision, **settings):
+def in_the_loop(config, precision, weights=None, **settings):
     """Losses and norms of each step of the training loop, and the model it ends in."""
     model, optimizer, scaler, choice = prepare(precision, **settings)
     hooks = StepRecorder()
-    train(Components(model, optimizer, scaler, choice), make_examples(), pad, config, State(), hooks)
+    components = Components(model, optimizer, scaler, choice, target_weights=weights)
+    train(components, make_examples(), pad, config, State(), hooks)
     return [(each["loss"], each["grad_norm"]) for each in hooks.logged], model
 
 
@@ -71,33 +76,34 @@ def dropout_as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("precision", "settings", "kept"),
+    ("precision", "settings", "kept", "weights"),
     [
-        ("fp16", {}, {}),
+        ("fp16", {}, {}, None),
         # Without dropout, as a batch that is missing in the last step of an epoch is replaced by an empty one.
-        ("fp32", {"gradient_accumulation_steps": 2}, {"p": 0.0}),
-        ("bf16", {}, {"frozen": ("h.0.*", "wte.weight")}),
+        ("fp32", {"gradient_accumulation_steps": 2}, {"p": 0.0}, None),
+        ("fp32", {"gradient_accumulation_steps": 2}, {"p": 0.0}, WEIGHTS),
+        ("bf16", {}, {"frozen": ("h.0.*", "wte.weight")}, None),
     ],
 )
-def test_a_step_is_a_pure_tensor_program(precision, settings, kept):
+def test_a_step_is_a_pure_tensor_program(precision, settings, kept, weights):
     """Traced at the first step, and then run on the data of the others: what it did not read then is not read now.
 
     Tracing refuses to read a value on the host.
     """
     config = make_config(**settings)
-    expected, expected_model = in_the_loop(config, precision, **kept)
+    expected, expected_model = in_the_loop(config, precision, weights, **kept)
     model, optimizer, scaler, choice = prepare(precision, **kept)
     scaler.scale(torch.ones(()))  # makes its tensors, as the steps before a recording do
     examples, loss_sum = make_examples(), torch.zeros(())
     batches = [pad([]) for _ in range(config.gradient_accumulation_steps)]
-    num_targets, learning_rate = torch.zeros(()), torch.zeros(())
+    total_weight, learning_rate = torch.zeros(()), torch.zeros(())
     guard = NonFiniteGuard(CPU, State(), limit=0)
 
     def step():
         return train_step(
-            Components(model, optimizer, scaler, choice),
+            Components(model, optimizer, scaler, choice, target_weights=weights),
             batches,
-            num_targets,
+            total_weight,
             learning_rate,
             max_grad_norm=1.0,
             guard=guard,
@@ -110,7 +116,8 @@ def test_a_step_is_a_pure_tensor_program(precision, settings, kept):
         for batch, rows in zip(batches, window, strict=True):
             for old, new in zip(_tensors(batch), _tensors(pad([examples[row] for row in rows])), strict=True):
                 old.copy_(new)
-        num_targets.fill_(sum(map(len, window)))
+        read = [examples[row] for rows in window for row in rows]
+        total_weight.fill_(len(read) if weights is None else weights.total(read))
         learning_rate.fill_(learning_rate_at(number, STEPS, config.learning_rate))
         if program is None:
             program = make_fx(step)()  # which runs it, too

@@ -162,10 +162,10 @@ def test_time_spent_in_a_pause_does_not_slow_training_down(path, clock):
     with open_report(path) as report:
         for activity in ("evaluating", "saving"):
             clock.now += 1
+            report.count_step(examples=4, tokens=50)
             with report.pause(activity):
                 clock.now += 1000
         clock.now += 2
-        report.count_step(examples=8, tokens=100)
         report.log_training(1, 0.1, **FIGURES)
         with report.pause("evaluating"):  # of the next line's time, not of the last one's
             clock.now += 500

@@ -46,6 +46,36 @@ def test_tensorboard_reads_the_same_figures_also_of_a_resumed_run(inputs, tmp_pa
     assert not (run / "tensorboard").exists()
 
 
+def test_tensorboard_reads_the_settings_and_the_metrics_to_compare(inputs, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plugin_data_pb2 = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    run = tmp_path / "run"
+    flags = ["--max-steps", "3", "--freeze", "wte.*", "h.0.*", "--tensorboard", "--output-dir", str(run)]
+    assert main([*inputs, *flags]) == 0
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    content = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(data)
+        for tag, data in events.PluginTagToContent("hparams").items()
+    }
+    started = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert started["learning_rate"].number_value == 1e-3
+    assert started["batch_size"].number_value == 8
+    assert started["best_metric"].string_value == "accuracy"
+    assert started["freeze"].string_value == "wte.* h.0.*"
+    assert started["train_only"].string_value == ""
+    recorded = json.loads((run / "config.json").read_text())
+    assert set(started) == {name for name, value in recorded.items() if value is not None} - {
+        "output_dir", "resume", "overwrite", "save_dataset"
+    }  # fmt: skip
+    metrics = [info.name.tag for info in content["_hparams_/experiment"].experiment.metric_infos]
+    names = [f"{split}_{figure}" for split in ("eval", "test") for figure in ("loss", "accuracy", "macro_f1")]
+    assert sorted(metrics) == sorted(names)
+    assert set(metrics) <= set(events.Tags()["scalars"])
+    assert content["_hparams_/session_end_info"].session_end_info.status == 1  # STATUS_SUCCESS
+    assert [path.name for path in (run / "tensorboard").iterdir() if path.is_dir()] == []
+
+
 def test_a_missing_package_is_an_error_at_the_start(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main([*inputs, "--output-dir", str(tmp_path / "run"), "--tensorboard"]) == 1

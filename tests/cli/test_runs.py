@@ -1,0 +1,193 @@
+"""The table of runs: real ones, unfinished and damaged ones, and one that is running."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ft.cli.main import main
+from ft.config import Config
+from ft.io.lock import is_locked, locked
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """Two runs that differ in their learning rate and seed."""
+    runs = tmp_path_factory.mktemp("place") / "runs"
+    often = ["--eval-steps", "2", "--max-steps", "6", "--best-metric", "macro_f1"]
+    for name, flags in (
+        ("low", ["--learning-rate", "1e-5"]),
+        ("sweep/high", ["--learning-rate", "3e-3", "--seed", "1"]),
+    ):
+        assert main([*inputs, *often, *flags, "--output-dir", str(runs / name)]) == 0
+    return runs
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def table(directory, capsys, *flags):
+    capsys.readouterr()
+    assert main(["runs", str(directory), "--json", *flags]) == 0
+    return {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+
+
+def last(run, key):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line][-1]
+
+
+def write_run(run, accuracies, *, finished=True, **settings):
+    """A run directory with these validation accuracies, after every 10th step."""
+    run.mkdir(parents=True)
+    Config(output_dir=str(run), **settings).save(run / "config.json")
+    lines = [
+        {"step": 10 * i, "epoch": i, "eval_loss": 1 / i, "eval_accuracy": x, "seconds_by_part": {"forward": 2.0}}
+        for i, x in enumerate(accuracies, start=1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / ".lock").touch()
+    if finished:
+        (run / "final").mkdir()
+        (run / "final" / "model.safetensors").touch()
+
+
+def test_the_figures_are_those_of_the_runs(runs, capsys):
+    rows = table(runs, capsys)
+    assert set(rows) == {"low", "sweep/high"}
+    for name, row in rows.items():
+        run = runs / name
+        assert (row["state"], row["problem"], row["step"], row["best_metric"]) == ("finished", None, 6, "macro_f1")
+        for figure in ("loss", "accuracy", "macro_f1", "majority_baseline"):
+            assert row[figure] == last(run, f"eval_{figure}")
+        assert (row["test_accuracy"], row["test_macro_f1"]) == (last(run, "test_accuracy"), last(run, "test_macro_f1"))
+        state = json.loads((run / "checkpoint-6" / "state.json").read_text())
+        assert [row[f"best_{figure}"] for figure in ("step", "accuracy", "macro_f1", "loss")] == [
+            state[f"best_{figure}"] for figure in ("step", "accuracy", "macro_f1", "loss")
+        ]
+        assert row["seconds"] > 0
+    assert rows["low"]["settings"] == {"seed": 42, "learning_rate": 1e-5}
+    assert rows["sweep/high"]["settings"] == {"seed": 1, "learning_rate": 3e-3}
+    assert list(table(runs / "low", capsys)) == ["low"], "a run directory itself"
+
+
+def test_the_order_is_that_of_the_best_evaluation_or_of_a_figure(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.5, 0.8, 0.6])
+    write_run(tmp_path / "b", [0.5, 0.9], epochs=2.0)
+    write_run(tmp_path / "c", [0.5, 0.5, 0.5, 0.7], finished=False)
+    write_run(tmp_path / "d", [])
+    assert list(table(tmp_path, capsys)) == ["b", "a", "c", "d"]
+    assert list(table(tmp_path, capsys, "--sort", "name")) == ["a", "b", "c", "d"]
+    assert list(table(tmp_path, capsys, "--sort", "loss")) == ["c", "a", "b", "d"]
+    assert list(table(tmp_path, capsys, "--sort", "accuracy")) == ["b", "c", "a", "d"]
+    assert list(table(tmp_path, capsys, "--sort", "seconds")) == ["b", "a", "c", "d"]
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "b", "a", "c", "d"]
+    assert "interrupted at step 40" in lines[3]
+    assert lines[1].endswith("0:00:04  epochs 2.0")
+    assert "F1" not in lines[0], "no run has recorded it"
+
+
+def test_csv_is_read_back(runs, capsys):
+    assert main(["runs", str(runs), "--csv"]) == 0
+    read = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    rows = table(runs, capsys)
+    assert [row["name"] for row in read] == list(rows)
+    for row in read:
+        assert float(row["best_macro_f1"]) == rows[row["name"]]["best_macro_f1"]
+        assert float(row["setting_learning_rate"]) == rows[row["name"]]["settings"]["learning_rate"]
+
+
+def test_damaged_runs_are_listed_with_the_reason(runs, capsys):
+    (runs / "low" / "config.json").write_text('{"model": ')
+    (runs / "low" / "metrics.jsonl").open("a").write('{"step": 7, "half a li')
+    write_run(runs / "no metrics", [0.5])
+    (runs / "no metrics" / "metrics.jsonl").unlink()
+    write_run(runs / "list", [0.5])
+    (runs / "list" / "config.json").write_text("[]")
+    write_run(runs / "pipe", [0.5])
+    (runs / "pipe" / "config.json").unlink()
+    os.mkfifo(runs / "pipe" / "config.json")
+    write_run(runs / "strange", [0.5])
+    (runs / "strange" / "metrics.jsonl").write_text('[]\n\0\n{"step": "x", "eval_loss": [], "eval_accuracy": 1e999}\n')
+    (runs / "strange" / "summary.json").write_text('["seconds"]')
+    (runs / "strange" / "config.json").write_text('{"best_metric": ["x"], "seed": {}}')
+    (runs / "my-gpt2").mkdir()
+    (runs / "my-gpt2" / "config.json").write_text("{}")
+    (runs / "link").symlink_to(runs / "low")
+    rows = table(runs, capsys)
+    assert set(rows) == {"low", "sweep/high", "no metrics", "list", "pipe", "strange"}
+    problems = {name: row["problem"] for name, row in rows.items() if row["state"] == "damaged"}
+    assert problems.pop("pipe").startswith("config.json cannot be read: ")
+    assert problems == {
+        "low": "config.json is not JSON",
+        "no metrics": "metrics.jsonl cannot be read: No such file or directory",
+        "list": "config.json is not an object",
+    }
+    assert rows["low"]["accuracy"] == last(runs / "sweep" / "high", "eval_accuracy") or rows["low"]["accuracy"] > 0
+    assert main(["runs", str(runs)]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_run_that_holds_its_lock_is_running(tmp_path, capsys):
+    write_run(tmp_path / "run", [0.5, 0.6], finished=False)
+    assert not is_locked(tmp_path / "run")
+    code = "import sys; from pathlib import Path; from ft.io.lock import locked\n"
+    code += "with locked(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    assert is_locked(tmp_path / "run")
+    assert table(tmp_path, capsys)["run"]["state"] == "running"
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "running, step 20" in capsys.readouterr().out
+    holder.kill()  # whose process id remains in the file
+    holder.wait()
+    assert (tmp_path / "run" / ".lock").read_text()
+    assert table(tmp_path, capsys)["run"]["state"] == "interrupted"
+    with locked(tmp_path / "run"):  # looking has left no lock behind
+        pass
+
+
+def test_a_hundred_runs_do_not_wait_for_pytorch(tmp_path):
+    for number in range(100):
+        write_run(tmp_path / "runs" / f"run-{number}", [0.5] * 100, seed=number)
+    code = "import sys; from ft.cli.main import main; assert main(['runs']) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 101
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["nowhere"], 2, "DIR is 'nowhere', there is no such directory"),
+        ([".", "--json", "--csv"], 2, "--json and --csv are two formats: give one of them"),
+        ([".", "--sort", "speed"], 2, "invalid choice: 'speed'"),
+        (["."], 1, "there is no run in or below"),
+    ],
+)
+def test_wrong_usage(tmp_path, monkeypatch, capsys, arguments, status, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs", *arguments]) == status
+    assert words in capsys.readouterr().err
