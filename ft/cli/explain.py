@@ -28,6 +28,7 @@ def explain(arguments: Sequence[str]) -> None:
         "--model and --learning-rate: python run.py --help lists them.",
         EXAMPLES,
     )
+    parser.usage = f"{parser.prog} [FLAG ...]"
     parser.add_argument(
         "--row",
         metavar="N",
