@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ft.cli.arguments import COMMANDS, HELP_PAGES, RUN_FLAG_COMMANDS, TRAINING_PAGE, read_arguments
 from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
-from ft.io.standard_streams import standard_streams
+from ft.io.standard_streams import LOADING, standard_streams, waiting_line
 from ft.train.signals import interrupts_on_signals, report_interrupt
 
 LATER = 1.0  # seconds
@@ -72,7 +72,9 @@ def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]
             advice = "; --resume continues from the newest checkpoint"
             make_output_optional()
         # Imported only now: importing torch takes seconds, for which --help and usage errors do not wait.
-        getattr(import_module(module), function)(config)
+        with waiting_line(LOADING, quiet=config.quiet):
+            command = getattr(import_module(module), function)
+        command(config)
     except UsageError as error:
         if not has_begun and os.environ.get("LOCAL_RANK", "0") != "0":
             # All processes that torchrun has started on a machine read the same command line, and one prints what is
