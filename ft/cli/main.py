@@ -28,6 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0 for success, 1 for a failure, 2 for wrong usage, 128 + n for signal n.
     """
+    if "--quiet" in arguments:  # before huggingface_hub is imported, which reads it then
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with standard_streams() as make_output_optional, interrupts_on_signals():
         try:
             status = _dispatch(arguments, make_output_optional)
