@@ -38,8 +38,8 @@ MOST_USED = (
     *("epochs", "batch_size", "learning_rate", "max_length", "device"),
 )
 
-# The settings of FILES that do not change which rows `data` reads.
-_OF_RUNS_ONLY = ("init", "output_dir", "overwrite", "resume", "save_dataset")
+# The settings of FILES that change nothing in `data`.
+_OF_RUNS_ONLY = ("init", "output_dir", "overwrite", "resume")
 
 # Settings that are a path or a Hub id.
 _ID_OR_PATH = ("model", "dataset", "forgetting")

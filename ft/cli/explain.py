@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ft.cli.arguments import read_arguments
 from ft.cli.parsers import CommandParser
 from ft.errors import UsageError, shown
+from ft.io.standard_streams import LOADING, waiting_line
 
 EXAMPLES = """\
 examples:
@@ -28,6 +29,7 @@ def explain(arguments: Sequence[str]) -> None:
         "--model and --learning-rate: python run.py --help lists them.",
         EXAMPLES,
     )
+    parser.usage = f"{parser.prog} [FLAG ...]"
     parser.add_argument(
         "--row",
         metavar="N",
@@ -48,6 +50,6 @@ def explain(arguments: Sequence[str]) -> None:
         problems += error.problems
     if problems:
         raise UsageError(*problems)
-    from ft.report.explanation import explain  # after parsing, since it imports torch
-
+    with waiting_line(LOADING):
+        from ft.report.explanation import explain  # after parsing, since it imports torch
     explain(config, None if row is None else int(row))

@@ -8,6 +8,7 @@ from ft.cli.parsers import CommandParser
 from ft.errors import FtError, UsageError, counted, printable
 from ft.inference.sampling import Sampling
 from ft.io.paths import expand_home
+from ft.io.standard_streams import LOADING, waiting_line
 
 EXAMPLES = """\
 examples:
@@ -66,10 +67,9 @@ def generate(arguments: Sequence[str]) -> None:
         raise UsageError(*problems)
     prompt = _read_prompt() if options.prompt is None else options.prompt
 
-    from ft.checkpoint.error_hints import (
-        explain_out_of_memory,  # here, so that --help and usage errors do not wait for torch
-    )
-    from ft.inference.language_model import load_language_model
+    with waiting_line(LOADING, quiet=options.quiet):  # only here: --help and usage errors do not wait for torch
+        from ft.checkpoint.error_hints import explain_out_of_memory
+        from ft.inference.language_model import load_language_model
 
     on_terminal = sys.stdout.isatty()  # control characters are escaped on a terminal only
     remedy = "a shorter prompt, a smaller --max-new-tokens, a smaller model or another --device"

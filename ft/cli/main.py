@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ft.cli.arguments import COMMANDS, HELP_PAGES, RUN_FLAG_COMMANDS, TRAINING_PAGE, read_arguments
 from ft.errors import FtError, Stopped, UsageError, is_out_of_memory, remedy_of, sentence, shown
-from ft.io.standard_streams import standard_streams
+from ft.io.standard_streams import LOADING, standard_streams, waiting_line
 from ft.train.signals import interrupts_on_signals, report_interrupt
 
 LATER = 1.0  # seconds
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0 for success, 1 for a failure, 2 for wrong usage, 128 + n for signal n.
     """
+    if "--quiet" in arguments:  # before huggingface_hub is imported, which reads it then
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with standard_streams() as make_output_optional, interrupts_on_signals():
         try:
             status = _dispatch(arguments, make_output_optional)
@@ -72,7 +74,9 @@ def _dispatch(arguments: Sequence[str], make_output_optional: Callable[[], None]
             advice = "; --resume continues from the newest checkpoint"
             make_output_optional()
         # Imported only now: importing torch takes seconds, for which --help and usage errors do not wait.
-        getattr(import_module(module), function)(config)
+        with waiting_line(LOADING, quiet=config.quiet):
+            command = getattr(import_module(module), function)
+        command(config)
     except UsageError as error:
         if not has_begun and os.environ.get("LOCAL_RANK", "0") != "0":
             # All processes that torchrun has started on a machine read the same command line, and one prints what is

@@ -20,6 +20,7 @@ from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, counted, is_utf8, printable, program, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
+from ft.io.standard_streams import LOADING, waiting_line
 from ft.settings import DATA_SETTINGS, read_config_file
 from ft.train.progress import progress_bar
 
@@ -251,7 +252,8 @@ def load_classifier(options: argparse.Namespace) -> "Classifier":
 
 def inference_memory_advice(options: argparse.Namespace) -> AbstractContextManager[None]:
     """`explain_out_of_memory` for inference with the flags of `ModelParser`."""
-    from ft.checkpoint.error_hints import explain_out_of_memory  # here for the same reason
+    with waiting_line(LOADING, quiet=options.quiet):
+        from ft.checkpoint.error_hints import explain_out_of_memory  # here for the same reason
 
     remedy = "a smaller --batch-size or --max-length, a smaller model or another --device"
     return explain_out_of_memory(f"--batch-size {options.batch_size}", remedy)

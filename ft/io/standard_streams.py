@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from io import BufferedWriter, FileIO, TextIOBase, TextIOWrapper
 from typing import Any
 
+LOADING = "Loading PyTorch ..."
+
 
 class _Stream(FileIO):
     """A standard stream whose first error is raised with its name, or, if `is_optional`, printed to standard error.
@@ -99,3 +101,16 @@ def quiet_output(is_quiet: bool) -> Iterator[None]:
 def results() -> AbstractContextManager[Any]:
     """A context whose output `quiet_output` does not drop."""
     return redirect_stdout(getattr(sys.stdout, "unfiltered", sys.stdout))
+
+
+@contextmanager
+def waiting_line(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """A context that shows a line on a terminal, and removes it at the end; a file or a pipe gets nothing."""
+    is_shown = not quiet and sys.stderr.isatty()
+    if is_shown:
+        print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

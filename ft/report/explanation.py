@@ -3,40 +3,45 @@
 All figures come from the functions that training calls, and the step itself from `train`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from textwrap import fill, shorten
+from textwrap import shorten
 
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ft.checkpoint.error_hints import explain_out_of_memory_in_training
 from ft.checkpoint.model_description import find_model, read_description
 from ft.checks import flag
 from ft.config import Config
-from ft.data.batches import IGNORED, Batch, collate
+from ft.data.batches import Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_precision, use_device
-from ft.errors import FtError, UsageError, counted, printable, shown
+from ft.errors import FtError, UsageError, counted, shown
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
 from ft.model.pretrained import load_weights, model_config_of
+from ft.report.explanation_text import (
+    WIDTH,
+    explain_lower_probability,
+    format_tokens,
+    print_stage,
+    show,
+    show_example,
+    show_gradient,
+    show_logits,
+    show_losses,
+    show_position,
+)
 from ft.train.class_weights import TargetWeights, class_weights, describe_weights
 from ft.train.loop import Components, StepRecorder, train
 from ft.train.nonfinite import NonFiniteError
 from ft.train.optim import build_optimizer
 from ft.train.schedule import total_steps, windows
 from ft.train.state import State
-
-WIDTH = 100  # columns
-SHOWN_TOKENS = 32  # of a longer example the middle is left out
-SHOWN_LABELS = 8  # of more labels the most probable and the target are printed
 
 HYPERPARAMETERS = (
     "learning_rate",
@@ -90,51 +95,51 @@ def _walk(config: Config, row: int | None) -> None:
     split, target_ids = data.splits["train"], examples[row].target_ids
     print(f"Row {row:,} of the {len(examples):,} training examples, in one training step.")
 
-    _stage(1, "Data", "ft/data/dataset_files.py dataset_files, ft/data/tables.py read_split")
-    _show("text", repr(split.texts[row]))
+    print_stage(1, "Data", "ft/data/dataset_files.py dataset_files, ft/data/tables.py read_split")
+    show("text", repr(split.texts[row]))
     if split.completions is None:
-        _show("label", f"{split.labels[row]}, with the name {shown(data.label_names[split.labels[row]])}")
+        show("label", f"{split.labels[row]}, with the name {shown(data.label_names[split.labels[row]])}")
     else:
-        _show("completion", repr(split.completions[row]))
+        show("completion", repr(split.completions[row]))
 
-    _stage(2, "Model", "ft/model/gpt2.py GPT2")
+    print_stage(2, "Model", "ft/model/gpt2.py GPT2")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    _show("weights", f"{config.model}" + (", randomly initialized" if config.init == "random" else ""))
-    _show(
+    show("weights", f"{config.model}" + (", randomly initialized" if config.init == "random" else ""))
+    show(
         "size",
         f"{parameters:,} parameters in {model_config.n_layer} blocks and the embeddings; a hidden state has "
         f"{model_config.n_embd} values",
     )
 
-    _stage(3, "Tokenizer", "ft/checkpoint/tokenizer_files.py open_tokenizer")
+    print_stage(3, "Tokenizer", "ft/checkpoint/tokenizer_files.py open_tokenizer")
     ids = tokenizer.encode(split.texts[row], add_special_tokens=False).ids
-    _show("tokens", f"{len(ids)}: {_tokens(ids, tokenizer)}")
-    _show("ids", " ".join(map(str, ids)))
+    show("tokens", f"{len(ids)}: {format_tokens(ids, tokenizer)}")
+    show("ids", " ".join(map(str, ids)))
 
-    _stage(4, "Example", "ft/data/examples.py encode")
+    print_stage(4, "Example", "ft/data/examples.py encode")
     completion = "" if split.completions is None else split.completions[row]
     following = tokenizer.encode(completion, add_special_tokens=False).ids or target_ids
-    _show_example(examples[row], [*ids, *following], config, tokenizer)
+    show_example(examples[row], [*ids, *following], config, tokenizer)
 
-    _stage(5, "Collate", "ft/data/batches.py collate, ft/model/packing.py Packing")
+    print_stage(5, "Collate", "ft/data/batches.py collate, ft/model/packing.py Packing")
     rows = next(rows for rows in window if row in rows)
     batch = collate([examples[number] for number in rows])
-    _show(
+    show(
         "order",
         f"torch.randperm with seed {config.seed} (epoch_order); step {step + 1:,} of "
         f"{total_steps(len(examples), config):,} reads this row",
     )
-    _show("batch", shorten(f"rows {' '.join(map(str, rows))}", 3 * WIDTH, placeholder=" ..."))
-    _show_position(batch, [len(examples[number].input_ids) for number in rows], rows.index(row))
+    show("batch", shorten(f"rows {' '.join(map(str, rows))}", 3 * WIDTH, placeholder=" ..."))
+    show_position(batch, [len(examples[number].input_ids) for number in rows], rows.index(row))
 
-    _stage(6, "Hyperparameters", "ft/config.py Config")
-    _show("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPERPARAMETERS))
+    print_stage(6, "Hyperparameters", "ft/config.py Config")
+    show("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPERPARAMETERS))
 
-    _stage(7, "Loop", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py AdamW")
+    print_stage(7, "Loop", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py AdamW")
     _show_step(model, data, config, precision, step=step, window=window, row=row)
 
-    _stage(8, "Training", "ft/finetune.py fine_tune")
-    _show(
+    print_stage(8, "Training", "ft/finetune.py fine_tune")
+    show(
         "steps",
         f"{total_steps(len(examples), config):,} such steps, each from the weights of the one before; this was one "
         "step from the initial weights, and nothing is saved",
@@ -164,21 +169,22 @@ def _show_step(
     figures = _one_step(model, data, config, step, precision)
     after = _logits(model, batches, precision)
     targets = torch.cat([batch.target_ids for batch in batches])
-    _show_logits(before[own], after[own], target_ids, data)
-    _show_losses(before[own], after[own], targets[own], "of this example")
-    _show_losses(before, after, targets, f"of the {counted(len(read), 'example')} of the step")
+    show_logits(before[own], after[own], target_ids, data)
+    show_losses(before[own], after[own], targets[own], "of this example")
+    show_losses(before, after, targets, f"of the {counted(len(read), 'example')} of the step")
     if (weights := class_weights(config, data)) is not None:
-        _show("weights", f"{describe_weights(weights, data.label_names)} Nor are those above.")
-    if note := _explain_lower_probability(before, after, targets, own, data.label_ids):
-        _show("note", note)
+        show("weights", f"{describe_weights(weights, data.label_names)} Nor are those above.")
+    if note := explain_lower_probability(before, after, targets, own, data.label_ids):
+        show("note", note)
     if any((model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop)):
-        _show("dropout", f"the loss of the step itself is {figures['loss']:.4f}; those above are without dropout")
-    _show_gradient(figures["grad_norm"], config.max_grad_norm)
-    _show("rate", f"the learning rate of this step is {figures['learning_rate']:.3g}")
+        show("dropout", f"the loss of the step itself is {figures['loss']:.4f}; those above are without dropout")
+    show_gradient(figures["grad_norm"], config.max_grad_norm)
+    show("rate", f"the learning rate of this step is {figures['learning_rate']:.3g}")
     change = (model.wte.weight[target].detach() - embedding).abs().mean().item()
-    _show(
+    show(
         "update",
-        f"AdamW changes each value of the embedding of {_tokens([target], data.tokenizer)} by {change:.2e} on average",
+        f"AdamW changes each value of the embedding of {format_tokens([target], data.tokenizer)} by {change:.2e} on "
+        "average",
     )
 
 
@@ -236,144 +242,3 @@ def _logits(model: GPT2, batches: Sequence[Batch], precision: Precision) -> Tens
     moved = (batch.to(precision.device) for batch in batches)
     with precision.autocast():
         return torch.cat([model(batch.input_ids, batch.packing, batch.selection).float().cpu() for batch in moved])
-
-
-# --- output -----------------------------------------------------------------------------------------------------------
-
-
-def _stage(number: int, name: str, where: str) -> None:
-    print(f"\n{number}. {name} ({where})")
-
-
-def _show(name: str, what: str) -> None:
-    """Print a text after a name, wrapped at `WIDTH` columns."""
-    indent = f"   {name:<11}"
-    print(
-        fill(printable(what), WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False)
-    )
-
-
-def _tokens(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The tokens between bars, with their leading spaces; unprintable characters are escaped."""
-    return "|" + "|".join(repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1] for token in ids) + "|"
-
-
-def _show_example(example: Example, ids: Sequence[int], config: Config, tokenizer: Tokenizer) -> None:
-    """Print the input tokens with their targets, and which of `ids`, text and completion, were truncated."""
-    cut_off = ids[: max(0, len(ids) + 1 - config.max_length)]  # 1 is the end-of-text
-    _show("truncated", f"the first {len(cut_off)} tokens: {_tokens(cut_off, tokenizer)}" if cut_off else "nothing")
-    _show("limit", f"--max-length {config.max_length} tokens, end-of-text and targets included")
-    ignored = [IGNORED] * (len(example.input_ids) - len(example.target_ids))
-    print("   position      id  token                 target")
-    for position, (token, target) in enumerate(zip(example.input_ids, [*ignored, *example.target_ids], strict=True)):
-        if len(example.input_ids) > SHOWN_TOKENS and position == SHOWN_TOKENS // 2:
-            print("        ...")
-        if SHOWN_TOKENS // 2 <= position < len(example.input_ids) - SHOWN_TOKENS // 2:
-            continue
-        wanted = "ignored" if target == IGNORED else _tokens([target], tokenizer)
-        print(f"   {position:8}  {token:6}  {_tokens([token], tokenizer)[:40]:20}  {target:6} {wanted}")
-
-
-def _show_position(batch: Batch, lengths: Sequence[int], number: int) -> None:
-    """Print where example `number` (from 0) of a batch is in the packed rows and in attention's grid."""
-    count, longest = batch.packing.shape
-    start = sum(lengths[:number])
-    own = slice(start, start + lengths[number])
-    positions, slots = batch.packing.positions[own].tolist(), batch.packing.slots[own].tolist()
-    _show(
-        "packed",
-        f"{count} examples, concatenated, are {len(batch.input_ids):,} rows; padded to {longest} tokens each, as in "
-        f"attention only, they would be {count * longest:,}",
-    )
-    _show("rows", f"{own.start} to {own.stop - 1} are this example's, number {number + 1} of the batch")
-    _show("positions", f"{positions[0]} to {positions[-1]}, from 0 in each example")
-    _show("slots", f"{slots[0]} to {slots[-1]} of attention's grid of {count} x {longest}")
-    selected = [(n, row) for n, row in enumerate(batch.selection.rows.tolist()) if own.start <= row < own.stop]
-    for index, selected_row in selected:
-        _show(
-            "selected",
-            f"row {selected_row} is number {index + 1} of the {len(batch.selection.rows)} whose logits are computed; "
-            f"its target is {int(batch.target_ids[index])}",
-        )
-
-
-def _show_logits(before: Tensor, after: Tensor, target_ids: Sequence[int], data: Data) -> None:
-    """Print logits and probabilities before and after the step, of the label tokens or of a completion's tokens.
-
-    Args:
-        before: (targets, V).
-        after: (targets, V).
-        target_ids: the example's targets.
-        data: with the label tokens.
-    """
-    has_labels = bool(data.label_ids)
-    columns = f"{'logit':>10}{'of all':>11}" + (f"{'of labels':>11}" if has_labels else "")
-    print(f"{'before the step':>{18 + len(columns)}}{'after it':>{3 + len(columns)}}")
-    print(f"   {'token':15}{columns}   {columns}")
-    if has_labels:
-        probable = before[0, data.label_ids].argsort(descending=True)[:SHOWN_LABELS].tolist()
-        pairs = [(0, token) for label, token in enumerate(data.label_ids) if label in probable or token in target_ids]
-    else:
-        pairs = list(enumerate(target_ids))[:SHOWN_TOKENS]
-    for number, token in pairs:
-        cells = []
-        for logits in (before[number], after[number]):
-            cells.append(f"{logits[token]:10.4f}{logits.softmax(-1)[token]:11.3%}")
-            if has_labels:
-                cells[-1] += f"{(logits[token] - logits[data.label_ids].logsumexp(-1)).exp():11.3%}"
-        mark = "  <- target" if has_labels and token in target_ids else ""
-        print(f"   {_tokens([token], data.tokenizer)[:15]:15}{'   '.join(cells)}{mark}")
-
-
-def _show_losses(before: Tensor, after: Tensor, targets: Tensor, of_what: str) -> None:
-    """Print the mean loss of (S, V) logits against their targets, before and after the step."""
-    losses = [F.cross_entropy(logits, targets).item() for logits in (before, after)]
-    _show("loss", f"{losses[0]:.4f} before the step, {losses[1]:.4f} after it, {of_what}")
-
-
-def _explain_lower_probability(
-    before: Tensor, after: Tensor, targets: Tensor, own: slice, label_ids: Sequence[int]
-) -> str:
-    """Why the step has made the target of an example less likely, of all tokens or of the labels; empty if it has not.
-
-    Args:
-        before: (S, V) logits of all targets of the step.
-        after: (S, V).
-        targets: (S,) token ids.
-        own: the targets of the example among them.
-        label_ids: the tokens of the labels; empty for completions.
-    """
-    rise = F.cross_entropy(after, targets, reduction="none") - F.cross_entropy(
-        before, targets, reduction="none"
-    )  # (S,)
-    if rise[own].mean() > 0:
-        if rise.mean() > 0:
-            return (
-                "the step is too large for its examples: their loss rises. A lower --learning-rate makes smaller steps"
-            )
-        same = f", {int((targets == targets[own][0]).sum())} of them with this label" if label_ids else ""
-        return (
-            f"the loss of this example rises: the step follows the mean gradient of {len(targets)} targets{same}, not "
-            "that of this example alone"
-        )
-    if not label_ids:
-        return ""
-    first, labels = own.start, list(label_ids)
-    shares = [logits[first].softmax(-1)[[*labels, int(targets[first])]] for logits in (before, after)]
-    together = [float(share[:-1].sum()) for share in shares]
-    if shares[1][-1] / together[1] >= shares[0][-1] / together[0]:
-        return ""
-    return (
-        f"the target has become more likely of all tokens, and less likely of the labels, which rise together from "
-        f"{together[0]:.2%} to {together[1]:.2%}: the first steps learn that a label comes next, later ones which"
-    )
-
-
-def _show_gradient(norm: float, limit: float) -> None:
-    """Print the gradient norm and the effect of clipping."""
-    if not math.isfinite(norm):
-        _show("gradient", "it overflowed in fp16: this step is skipped, and the loss scale is halved for the next")
-    elif norm > limit > 0:
-        _show("gradient", f"its norm is {norm:.4f}, above {limit:g}: it is multiplied by {limit / norm:.3f}")
-    else:
-        _show("gradient", f"its norm is {norm:.4f}: it is not clipped")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ft.cli.main import main
-from ft.report.explanation import _explain_lower_probability
+from ft.report.explanation_text import explain_lower_probability
 
 NUMBER = r"(-?\d+\.?\d*(?:e-?\d+)?)"
 
@@ -210,7 +210,7 @@ def test_a_nan_loss_is_an_error(explained, inputs, tmp_path):
 
 
 def note_of(before, after, targets, own, label_ids):
-    return _explain_lower_probability(torch.tensor(before), torch.tensor(after), torch.tensor(targets), own, label_ids)
+    return explain_lower_probability(torch.tensor(before), torch.tensor(after), torch.tensor(targets), own, label_ids)
 
 
 def test_a_target_that_becomes_less_likely_is_explained():

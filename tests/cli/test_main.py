@@ -130,7 +130,8 @@ def test_the_help_explains_every_flag_with_its_value_and_default(help_text):
         value = " " + ("|".join(choices) or {int: "N", float: "X", str: "TEXT", tuple: "PATTERN ..."}.get(kind, ""))
         value = "" if kind is bool else value
         if name in SETTINGS:
-            value = {"resume": " [PATH]"}.get(name, " ID|PATH" if name in _ID_OR_PATH else " PATH")
+            value = " ID|PATH" if name in _ID_OR_PATH else " PATH"
+            value = {"resume": " [PATH]", "profile": " FILE"}.get(name, value)
         assert f" {flag(name)}{value} {field_help()[name]}{shown_default(name)} " in help_text
     assert " --config FILE read settings from" in help_text
     assert "no value" not in help_text

@@ -22,7 +22,7 @@ NAMES = {path: str(path.relative_to(ROOT)) for path in READMES}
 WALK_THROUGH = TEXTS[ROOT / "ft" / "README.md"]
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", WALK_THROUGH, re.MULTILINE | re.DOTALL)
 MOST_LINES = 220
-OF_OTHER_PROGRAMS = ("--help", "--index-url", "--nproc-per-node", "--max-restarts")
+OF_OTHER_PROGRAMS = ("--help", "--index-url", "--nproc-per-node", "--max-restarts", "--master-port", "--standalone")
 
 
 def without_code(text):
@@ -67,12 +67,14 @@ def workplace(inputs, tmp_path_factory):
     """A directory with a finished run and the files that the READMEs name."""
     folder = tmp_path_factory.mktemp("readme")
     _, model, _, dataset, *_ = inputs
-    run = folder / "runs" / "rotten_tomatoes"
+    run = folder / "runs" / "demo"
     assert main([*inputs, "--max-steps", "4", "--batch-size", "4", "--output-dir", str(run)]) == 0
-    for other in ("low", "high"):
+    for other in ("rotten_tomatoes", "low", "high"):
         shutil.copytree(run, folder / "runs" / other)
     shutil.copytree(model, folder / "my-gpt2")
     shutil.copytree(dataset, folder / "my-reviews")
+    shutil.copytree(model, run / "inputs" / "model")
+    shutil.copytree(dataset, run / "inputs" / "dataset")
     words = ("a gorgeous film", "the plot is flat", "a witty script", "dull and awkward") * 5
     reviews = "".join(f"{text} number {n},{('pos', 'neg')[n % 2]}\n" for n, text in enumerate(words))
     (folder / "reviews.csv").write_text("body,stars\n" + reviews)
@@ -176,7 +178,7 @@ def test_the_lines_that_a_newcomer_copies_are_found_in_the_readme():
     patterns = re.findall(r"grep -m1 -o '([^']+)' README\.md", script)
     assert len(patterns) == 2
     run, test = (re.search(pattern, TEXTS[MAIN])[0] for pattern in patterns)
-    assert run.endswith("run.py")
+    assert run.endswith("run.py --demo")
     assert test.endswith("-m pytest")
 
 
@@ -210,7 +212,7 @@ def test_command_lines_are_found():
 
 @pytest.mark.parametrize(("arguments", "_through_torchrun"), ALL_COMMANDS)
 def test_every_command_line_parses(arguments, _through_torchrun, here, monkeypatch):
-    if "--help" in arguments:
+    if "--help" in arguments or arguments[:1] == ["help"]:
         with pytest.raises(SystemExit, match="0"):
             main(arguments)
         return
@@ -228,7 +230,7 @@ def test_every_command_line_parses(arguments, _through_torchrun, here, monkeypat
         raise ParsedError
 
     monkeypatch.setattr(CommandParser, "parse_args", parse_only)
-    monkeypatch.setattr("ft.cli.explain.explain", stop)
+    monkeypatch.setattr("ft.report.explanation.explain", stop)
     with pytest.raises(ParsedError):
         main(arguments)
 
@@ -237,19 +239,25 @@ CHEAP = [
     each
     for each in ALL_COMMANDS
     for arguments, through_torchrun in (each.values,)
-    if not through_torchrun and arguments and not has_flag(arguments, "--help", "--compile", "--cuda-graphs")
+    if not through_torchrun and not has_flag(arguments, "--help", "--compile", "--cuda-graphs")
 ]
 
 
 @pytest.mark.parametrize(("arguments", "_through_torchrun"), CHEAP)
 def test_cheap_command_lines_run(arguments, _through_torchrun, here, capsys):
     """On the demo's inputs, and runs for two steps."""
-    if arguments[0] == "report":
+    command = next(iter(arguments), "")
+    if command == "report":
         pytest.importorskip("matplotlib")
-    if arguments[0] == "explain" and "--demo" not in arguments:
+    if command == "explain":
         arguments = [*arguments, "--config", "runs/rotten_tomatoes/config.json", "--model", "./my-gpt2"]
-    elif arguments[0] not in COMMANDS and not has_flag(arguments, "--resume"):
-        local = [] if has_flag(arguments, "--dataset") else ["--dataset", "./my-reviews"]
-        length = ["--max-steps", "2", "--max-length", "32"]
-        arguments = [*arguments, "--model", "./my-gpt2", *local, *length, "--device", "cpu"]
+    elif command == "help":
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+        return
+    elif command not in COMMANDS and not has_flag(arguments, "--resume"):
+        own = [] if has_flag(arguments, "--demo", "--model") else ["--model", "./my-gpt2"]
+        own += [] if has_flag(arguments, "--demo", "--dataset") else ["--dataset", "./my-reviews"]
+        own += [] if command == "data" or has_flag(arguments, "--output-dir") else ["--output-dir", "runs/new"]
+        arguments = [*arguments, *own, "--max-steps", "2", "--max-length", "32", "--device", "cpu"]
     assert main(arguments) == 0, capsys.readouterr().err

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ft.cli.main import main
+from ft.io.standard_streams import quiet_output, results, waiting_line
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
@@ -66,3 +69,48 @@ def test_a_run_goes_on_without_a_console(inputs, tmp_path, streams):
     assert done.returncode == 0
     assert (run / "final" / "model.safetensors").is_file()
     assert len(re.findall("WARNING", done.stderr)) == streams.count("full")
+
+
+# --- quiet ------------------------------------------------------------------------------------------------------------
+
+
+def test_quiet_output_shows_results_and_warnings_alone(capsys):
+    with quiet_output(True):
+        print("a line")
+        print("WARNING: a", "warning")
+        with results():
+            print("the result")
+        print("WARNING: without its end", end="")
+        print("\nanother line")
+    print("afterwards")
+    assert capsys.readouterr() == ("the result\nafterwards\n", "WARNING: a warning\nWARNING: without its end\n")
+    with quiet_output(False), results():
+        print("a line")
+    assert capsys.readouterr() == ("a line\n", "")
+
+
+def test_a_quiet_run_prints_its_results_alone(inputs, tmp_path, capsys):
+    arguments = [*inputs, "--max-steps", "2", "--output-dir", str(tmp_path / "run"), "--quiet"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("\nFinished 2 steps in ")
+    assert "Three validation examples:" in out
+    assert not re.search("^(step|Fine-tuning|Data:|Plan:|Disk:)", out, re.MULTILINE)
+    assert all(line.startswith("WARNING") for line in err.splitlines())
+    assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("This run is finished: ")
+    assert main(["predict", str(tmp_path / "run"), "a film", "--quiet", "--json", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert (out[:10], out.count("\n"), err) == ('{"row": 0,', 1, "")
+    assert main(["generate", str(tmp_path / "run"), "a", "--quiet", "--device", "cpu", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_line_to_wait_is_shown_on_a_terminal_only_and_removed(is_terminal, quiet, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    with waiting_line("Loading ...", quiet=quiet):
+        shown = capsys.readouterr().err
+    assert shown == ("Loading ..." if is_terminal and not quiet else "")
+    assert capsys.readouterr() == ("", "\r\x1b[K" if shown else "")

@@ -1,0 +1,34 @@
+"""The last lines of a run: what a rise of the perplexity means, and what to try after the demo."""
+
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ft.cli.arguments import COMMANDS, read_arguments
+from ft.report.console import MUCH_WORSE, _forgotten, after_demo
+from ft.train.state import State
+
+
+@pytest.mark.parametrize("is_demo", [True, False])
+@pytest.mark.parametrize("factor", [0.9, 1.0, MUCH_WORSE + 0.01, 1e6])
+def test_a_large_rise_of_the_perplexity_is_explained(factor, is_demo):
+    state = State(general_loss_before=math.log(500.0), general_loss=math.log(500.0 * factor))
+    line = _forgotten(state, is_demo=is_demo)
+    assert line.startswith(f"Perplexity on general text 500.00 before, {500 * factor:,.2f} after")
+    assert line.endswith("after.\n") == (factor <= MUCH_WORSE)
+    assert ("the demo's model" in line) == (is_demo and factor > MUCH_WORSE)
+    assert _forgotten(State(), is_demo=is_demo) == ""
+
+
+def test_what_to_try_after_the_demo_are_command_lines():
+    lines = after_demo(Path("runs/demo")).splitlines()[2:]
+    assert len(lines) == 3
+    for line in lines:
+        python, script, *words = shlex.split(line.strip().partition("   ")[0])
+        assert (python, script) == ("python", "run.py")
+        if words and words[0] in COMMANDS:
+            assert words[1] in ("runs/demo", "--demo")
+        else:
+            read_arguments(words)
