@@ -9,9 +9,9 @@ from ft.checkpoint.store import ModelSource
 from ft.checkpoint.tokenizer_files import TokenizerSource, open_tokenizer
 from ft.data.examples import END_OF_TEXT, require_utf8
 from ft.errors import FtError
+from ft.io.model_layout import ModelFiles
 from ft.io.plain_files import read_json
 from ft.model.gpt2 import GPT2Config
-from ft.model.pretrained import ModelFiles
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ft.config import Config
 from ft.data.load import read_data, with_demo_inputs
 from ft.data.splits import Split
 from ft.errors import one_line, printable, shown
-from ft.model import pretrained
+from ft.io.model_layout import model_files
 from ft.model.pretrained import model_config_of
 
 BARS = 12  # maximum number of lines of the histogram
@@ -39,7 +39,7 @@ def describe(config: Config) -> None:
         source = "the demo" if config.demo else config.dataset
         if config.demo:
             config = with_demo_inputs(config, Path(directory))
-        files = pretrained.model_files(config.model, config.model_revision, with_weights=False)
+        files = model_files(config.model, config.model_revision, with_weights=False)
         described = read_description(files)
         model_config_of(described.config, config)  # raises if --max-length exceeds the model's n_positions
         tokenizer = described.tokenizer.tokenizer

@@ -24,7 +24,7 @@ from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_precision, use_device
 from ft.errors import FtError, UsageError, printable, shown
-from ft.model import pretrained
+from ft.io.model_layout import model_files
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
 from ft.model.pretrained import load_weights, model_config_of
@@ -72,7 +72,7 @@ def explain(config: Config, row: int | None) -> None:
 def _walk(config: Config, row: int | None) -> None:
     device = use_device(config.device)
     precision = choose_precision(config.precision, device)
-    files = pretrained.model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
+    files = model_files(config.model, config.model_revision, with_weights=config.init == "pretrained")
     described = read_description(files)
     tokenizer, model_config = described.tokenizer.tokenizer, model_config_of(described.config, config)
     data = read_data(config, tokenizer)

@@ -1,5 +1,9 @@
-"""Tables in parquet files and in the Arrow files of `datasets.save_to_disk`, read by PyArrow."""
+"""Tables in parquet files and in the Arrow files of `datasets.save_to_disk`, read by PyArrow.
 
+PyArrow is imported when such a file is read: the import takes a tenth of a second, for which a .csv does not wait.
+"""
+
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +53,12 @@ def read_arrow_table(path: Path) -> Table:
         return _arrow_values(values, path, names[place])
 
     return Table(path, names, column, metadata=table.schema.metadata)
+
+
+def read_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """The exceptions of reading a file: `OSError`, `others`, and those of PyArrow if it is imported."""
+    pyarrow = sys.modules.get("pyarrow")
+    return (OSError, *others) if pyarrow is None else (OSError, *others, pyarrow.ArrowException)
 
 
 def _arrow_values(column: "pa.ChunkedArray", path: Path, name: str) -> list[Any]:

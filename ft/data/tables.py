@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ft.data.arrow_files import read_arrow_table, read_parquet_table
+from ft.data.arrow_files import read_arrow_table, read_errors, read_parquet_table
 from ft.data.examples import require_utf8
 from ft.data.json_files import read_json_table
 from ft.data.splits import Split
@@ -273,8 +273,6 @@ def _values(table: Table, place: int) -> Sequence[Any]:
     Raises:
         FtError: they are damaged, or do not fit into memory.
     """
-    import pyarrow as pa
-
     try:
         return table.column(place)
     except MemoryError as error:
@@ -282,7 +280,7 @@ def _values(table: Table, place: int) -> Sequence[Any]:
             f"cannot read the column {table.names[place]!r} of {table.path}: it does not fit into memory; split the "
             "file into several"
         ) from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except read_errors(ValueError) as error:
         raise FtError(f"cannot read {table.path}: {_first_line(error)}") from error
 
 
@@ -326,8 +324,6 @@ def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
     Raises:
         FtError: the file cannot be read.
     """
-    import pyarrow as pa  # here, as the import takes a tenth of a second
-
     kind = (suffix_of(path.name) or ".parquet").removesuffix(".gz").removeprefix(".")
     try:
         match kind:
@@ -340,7 +336,7 @@ def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
         return read_parquet_table(path)
     except MemoryError as error:
         raise FtError(f"cannot read {path}: it does not fit into memory; split it into several") from error
-    except (OSError, pa.ArrowException) as error:
+    except read_errors() as error:
         raise FtError(f"cannot read {path} as {kind}: {_first_line(error)}") from error
 
 
