@@ -401,6 +401,18 @@ def test_the_allocator_returns_large_blocks_to_the_kernel_again(tune, rows, monk
     assert (set(during), mapped_blocks()) == ({0}, 1)
 
 
+def test_defaults_of_the_caller_do_not_change_the_run(tune, rows, reference):
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        run = tune(rows["train"][0], words(rows["train"][1]))
+        assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.float64, "meta")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert figures(run) == reference
+
+
 def test_it_runs_in_a_thread_that_is_not_the_main_one(tune, rows, reference):
     runs = []
     thread = threading.Thread(target=lambda: runs.append(tune(rows["train"][0], words(rows["train"][1]))))
