@@ -62,7 +62,7 @@ class Report:
         # A bar only on a terminal or in a notebook; a file or a pipe gets the log lines.
         shows_bar = metrics_path is not None and (sys.stderr.isatty() or in_notebook())
         self._bar = _bar_class()(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shows_bar
+            total=total_steps, initial=first_step, miniters=1, unit="step", dynamic_ncols=True, disable=not shows_bar
         )
         self.times = StepTimes()
         self._started = time.perf_counter()
@@ -221,7 +221,10 @@ def in_notebook() -> bool:
 
 
 def _bar_class() -> Any:  # noqa: ANN401
-    """The bar of this process; it starts no monitoring thread, which would outlive the run."""
+    """The bar of this process; it starts no monitoring thread, which would outlive the run.
+
+    The thread is for bars that skip updates, and with `miniters=1` none is skipped.
+    """
     base = import_module("tqdm.auto").tqdm if in_notebook() else tqdm
     return type("Bar", (base,), {"monitor_interval": 0})
 

@@ -102,6 +102,14 @@ def test_a_run_resumes_from_the_command_line_also_after_its_directory_was_moved(
     )
 
 
+def test_the_rows_of_a_run_train_another(tune, rows, tmp_path):
+    first = tune(*rows["train"])
+    (staged,) = (first.path / "inputs").iterdir()
+    second = ft.fine_tune(model=first.config.model, dataset=staged, output_dir=tmp_path / "b", max_steps=3, **SETTINGS)
+    assert figures(second) == figures(first)
+    assert ft.fine_tune(output_dir=tmp_path / "b", resume=True, max_steps=4).history[-1]["step"] == 4
+
+
 def test_a_run_resumes_with_its_rows_and_no_others(tune, rows):
     texts, labels = rows["train"]
     tune(texts, labels)
@@ -259,6 +267,7 @@ def test_wrong_rows_are_named(tune, rows, case, tmp_path):
         ({"lr": 1e-4}, "there is no setting lr, is it learning_rate?"),
         ({"epoch": 1}, "there is no setting epoch, is it epochs?"),
         ({"processes": 2}, "there is no setting processes"),
+        ({"xyzzy": 2}, "there is no setting xyzzy; help(ft.fine_tune) lists all"),
         ({"batch_size": 0}, "batch_size is 0, it must be at least 1"),
         ({"batch_size": "8"}, "batch_size is '8', it must be a whole number"),
         ({"dataset": "x"}, "dataset is 'x', and rows are given too: leave one out"),
