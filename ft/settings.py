@@ -168,7 +168,8 @@ def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         run = Path(settings.get("output_dir", base["output_dir"]))
     if resume is not None and (run / "config.json").is_file():
         recorded = read_config_file(run / "config.json")
-        if rows := rows_of_run(recorded.get("dataset")):  # they are in the run directory, which may have been moved
+        rows = rows_of_run(recorded.get("dataset"))
+        if rows is not None and (run / rows).is_dir():  # the run directory may have been moved
             recorded["dataset"] = str(run / rows)
         return {**base, **recorded, "output_dir": str(run)}
     return base
@@ -190,7 +191,7 @@ def find_changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
     may_change = {*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME}
     if old.get("demo") is True and new.demo:  # its inputs are in the run directory, which may have been moved
         may_change |= {"model", "dataset"}
-    if rows_of_run(old.get("dataset")) == rows_of_run(new.dataset) is not None:  # as well
+    if rows_of_run(old.get("dataset")) == rows_of_run(new.dataset) is not None:  # so are these
         may_change.add("dataset")
     changed = [
         (flag(name), shown(old[name]), shown(value))

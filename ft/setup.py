@@ -15,10 +15,11 @@ from ft.device import Precision, choose_precision, disable_malloc_trim, use_devi
 from ft.distributed.launch import local_rank, rank, world_size
 from ft.distributed.ranks import Ranks
 from ft.evaluation.perplexity import GeneralText, read_general_text
+from ft.io.model_layout import ModelFiles
 from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.model.pretrained import ModelFiles, load_weights, model_config_of
+from ft.model.pretrained import load_weights, model_config_of
 from ft.train.class_weights import TargetWeights, class_weights
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components

@@ -100,10 +100,10 @@ def _to_settings(given: Mapping[str, Any], *, has_rows: bool, has_completions: b
         UsageError: a setting is unknown, or contradicts the rows.
     """
     known = [field.name for field in fields(Config) if field.name not in NO_FLAGS]
+    unknown = [describe_unknown_flag(flag(name), list(map(flag, known))) for name in given if name not in known]
     problems = [
-        describe_unknown_flag(flag(name), list(map(flag, known))).replace("flag", "setting")
-        for name in given
-        if name not in known
+        text.replace("there is no flag", "there is no setting").replace("--help lists", "help(ft.fine_tune) lists")
+        for text in unknown
     ]
     chosen = {name: _to_value(name, value) for name, value in given.items() if name in known}
     chosen = {name: value for name, value in chosen.items() if value is not None}

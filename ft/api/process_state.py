@@ -12,6 +12,8 @@ from ft.device import restore_malloc_trim
 def process_state_restored(*, release_memory: bool) -> Iterator[None]:
     """A context after which the settings and random generators of PyTorch are what they were, also after an error.
 
+    Within it, the default device and dtype are those of a new process.
+
     Signal handlers, the number of threads, files and locks are restored by the contexts of the run itself.
 
     Args:
@@ -25,9 +27,16 @@ def process_state_restored(*, release_memory: bool) -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if was_initialized else []
     device = torch.cuda.current_device() if was_initialized else 0
     has_cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
+    default_dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if default_device.type != "cpu":
+        torch.set_default_device(None)
     try:
         yield
     finally:
+        torch.set_default_dtype(default_dtype)
+        if default_device.type != "cpu":
+            torch.set_default_device(default_device)
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(has_cudnn_attention)
         if has_cuda:

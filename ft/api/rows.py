@@ -101,7 +101,7 @@ def _rows_of(split: object, name: str, columns: tuple[str, str], *, is_completio
     of_split = "" if name == "train" else f" of {name}"
     nouns = ("prompts", "completions") if is_completion else ("texts", "labels")
     label_names = None
-    if isinstance(split, tuple) and len(split) == 2 and not isinstance(split[0], str):
+    if isinstance(split, tuple) and len(split) == 2:
         columns_given: Sequence[object] = split
     else:
         names = _column_names(split)

@@ -13,10 +13,9 @@ from ft.data.examples import END_OF_TEXT, require_utf8
 from ft.data.table import listed
 from ft.errors import FtError, UsageError
 from ft.io.manifest import MANIFEST
+from ft.io.model_layout import ModelFiles, model_files
 from ft.io.plain_files import read_json
-from ft.model import pretrained
 from ft.model.gpt2 import GPT2Config
-from ft.model.pretrained import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def find_model(model: str, revision: str | None = None, *, with_weights: bool = 
     Raises:
         FtError: as for `model_directory` and `model_files`.
     """
-    return pretrained.model_files(model_directory(Path(model)) or model, revision, with_weights=with_weights)
+    return model_files(model_directory(Path(model)) or model, revision, with_weights=with_weights)
 
 
 def model_directory(source: Path) -> Path | None:

@@ -16,8 +16,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -160,6 +158,9 @@ def write_dataset(directory: Path, splits: dict[str, list[tuple[str, int]]]) -> 
     """Write each split as parquet, with the label names in the schema metadata, as the `datasets` library does."""
     features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": LABELS, "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     schema = pa.schema([("text", pa.string()), ("label", pa.int64())], metadata=metadata)
     for split, rows in splits.items():
         texts, labels = zip(*rows, strict=True)

@@ -1,6 +1,7 @@
 """A table as read from a file of any format, and its columns."""
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,6 @@ def read_values(table: Table, place: int) -> Sequence[Any]:
     Raises:
         FtError: they are damaged, or do not fit into memory.
     """
-    import pyarrow as pa
-
     try:
         return table.column(place)
     except MemoryError as error:
@@ -120,7 +119,7 @@ def read_values(table: Table, place: int) -> Sequence[Any]:
             f"cannot read the column {table.names[place]!r} of {table.path}: it does not fit into memory; split the "
             "file into several"
         ) from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except read_errors(ValueError) as error:
         raise FtError(f"cannot read {table.path}: {first_line(error)}") from error
 
 
@@ -135,6 +134,12 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     """Join names for a message; of more than `most`, the first."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name[:60]) for name in names[:most]) + more
+
+
+def read_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """The exceptions of reading a file: `OSError`, `others`, and those of PyArrow if it is imported."""
+    pyarrow = sys.modules.get("pyarrow")
+    return (OSError, *others) if pyarrow is None else (OSError, *others, pyarrow.ArrowException)
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,16 @@ from ft.data.arrow_files import read_arrow_table, read_parquet_table
 from ft.data.examples import require_utf8
 from ft.data.json_files import read_json_table
 from ft.data.splits import FileRows, Split, where_in_files
-from ft.data.table import NoLabelsError, Table, find_columns, first_line, listed, read_values, shown_value
+from ft.data.table import (
+    NoLabelsError,
+    Table,
+    find_columns,
+    first_line,
+    listed,
+    read_errors,
+    read_values,
+    shown_value,
+)
 from ft.data.text_files import TextFormat, read_csv_table
 from ft.errors import FtError
 from ft.io.formats import suffix_of
@@ -295,8 +304,6 @@ def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
     Raises:
         FtError: the file cannot be read.
     """
-    import pyarrow as pa  # here, as the import takes a tenth of a second
-
     kind = (suffix_of(path.name) or ".parquet").removesuffix(".gz").removeprefix(".")
     try:
         match kind:
@@ -309,5 +316,5 @@ def _read(path: Path, wanted: Sequence[str], form: TextFormat) -> Table:
         return read_parquet_table(path)
     except MemoryError as error:
         raise FtError(f"cannot read {path}: it does not fit into memory; split it into several") from error
-    except (OSError, pa.ArrowException) as error:
+    except read_errors() as error:
         raise FtError(f"cannot read {path} as {kind}: {first_line(error)}") from error

@@ -13,8 +13,8 @@ from ft.device import use_device
 from ft.errors import FtError
 from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
+from ft.io.model_layout import model_files
 from ft.io.paths import expand_home
-from ft.model import pretrained
 from ft.model.gpt2 import GPT2
 from ft.model.pretrained import load_weights
 
@@ -92,7 +92,7 @@ def _device_and_inode(directory: Path | None) -> tuple[int, int] | None:
 
 
 def _load(directory: Path | None, source: str | Path, device: torch.device, revision: str | None) -> LanguageModel:
-    files = pretrained.model_files(directory or str(source), revision, named_by="the name of the model")
+    files = model_files(directory or str(source), revision, named_by="the name of the model")
     described = read_description(files)
     try:
         model = GPT2(described.config)

@@ -1,11 +1,13 @@
-"""Which files a model consists of, given the names in its directory or repository."""
+"""The files of a model: which they are, given the names in its directory or repository, and where they are."""
 
 import json
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from ft.errors import FtError, shown
+from ft.io.hub import Source, find_files
 
 CONFIG, TOKENIZER, VOCABULARY, MERGES = "config.json", "tokenizer.json", "vocab.json", "merges.txt"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -19,6 +21,54 @@ EXPORTED_FILES = {
     "classifier": {CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD},
     "gguf": {f"model-f32{GGUF}", f"model-f16{GGUF}", CARD},
 }
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model.
+
+    Attributes:
+        source: the name that the user gave, for messages.
+        config: config.json.
+        tokenizer: by name: tokenizer.json, else vocab.json and merges.txt, and other files of the tokenizer.
+        weights: the safetensors file, or its shards in the order of their names; empty if not requested.
+    """
+
+    source: str
+    config: Path
+    tokenizer: dict[str, Path]
+    weights: tuple[Path, ...]
+
+
+def model_files(
+    model: str | Path, revision: str | None = None, *, with_weights: bool = True, named_by: str = ""
+) -> ModelFiles:
+    """Find the files of a model in a directory, in the Hub's cache or on the Hub.
+
+    Weights are `model.safetensors`, else the shards that `model.safetensors.index.json` names.
+
+    Args:
+        model: a directory or a Hub id; a `Path` is always a directory.
+        revision: branch, tag or commit on the Hub.
+        with_weights: whether to find (and on the Hub, download) the weights too.
+        named_by: the argument that names the model, for messages; empty for --model.
+
+    Raises:
+        FtError: no such directory, repository, revision or file; no connection; a malformed file.
+    """
+    is_directory, model = isinstance(model, Path), str(model)
+    source = Source("model", model, revision, is_directory, named_by)
+
+    def needed(names: Collection[str]) -> list[str]:
+        return choose_model_files(names, model, with_weights=with_weights)
+
+    files = find_files(source, needed)
+    weights = [files[WEIGHTS]] if WEIGHTS in files else []
+    if INDEX in files:
+        shards = shard_names(files[INDEX])
+        weights = list(find_files(source, lambda names: require_files(shards, names, model)).values())
+    tokenizer = {name: path for name, path in files.items() if name not in (CONFIG, WEIGHTS, INDEX)}
+    return ModelFiles(model, files[CONFIG], tokenizer, tuple(weights))
 
 
 def choose_model_files(names: Collection[str], model: str, *, with_weights: bool) -> list[str]:

@@ -1,8 +1,8 @@
-"""Pretrained weights: the files of a model, its configuration, and loading its tensors."""
+"""Pretrained weights: loading their tensors, and the configuration of a model in a run."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ft.config import Config
 from ft.errors import FtError, UsageError
-from ft.io.hub import Source, find_files
-from ft.io.model_layout import CONFIG, INDEX, WEIGHTS, choose_model_files, require_files, shard_names
 from ft.model.gpt2 import GPT2, GPT2Config
 
 # Prefixes that DistributedDataParallel, `torch.compile` and `transformers` add to tensor names.
@@ -106,54 +104,6 @@ def _copy_tensor(parameter: Tensor, tensor: Tensor, published_name: str) -> list
     if not torch.isfinite(parameter.copy_(tensor).sum()):  # a sum is finite only if all its terms are
         return [f"{published_name} holds NaN or inf"]
     return []
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """The files of a model.
-
-    Attributes:
-        source: the name that the user gave, for messages.
-        config: config.json.
-        tokenizer: by name: tokenizer.json, else vocab.json and merges.txt, and other files of the tokenizer.
-        weights: the safetensors file, or its shards in the order of their names; empty if not requested.
-    """
-
-    source: str
-    config: Path
-    tokenizer: dict[str, Path]
-    weights: tuple[Path, ...]
-
-
-def model_files(
-    model: str | Path, revision: str | None = None, *, with_weights: bool = True, named_by: str = ""
-) -> ModelFiles:
-    """Find the files of a model in a directory, in the Hub's cache or on the Hub.
-
-    Weights are `model.safetensors`, else the shards that `model.safetensors.index.json` names.
-
-    Args:
-        model: a directory or a Hub id; a `Path` is always a directory.
-        revision: branch, tag or commit on the Hub.
-        with_weights: whether to find (and on the Hub, download) the weights too.
-        named_by: the argument that names the model, for messages; empty for --model.
-
-    Raises:
-        FtError: no such directory, repository, revision or file; no connection; a malformed file.
-    """
-    is_directory, model = isinstance(model, Path), str(model)
-    source = Source("model", model, revision, is_directory, named_by)
-
-    def needed(names: Collection[str]) -> list[str]:
-        return choose_model_files(names, model, with_weights=with_weights)
-
-    files = find_files(source, needed)
-    weights = [files[WEIGHTS]] if WEIGHTS in files else []
-    if INDEX in files:
-        shards = shard_names(files[INDEX])
-        weights = list(find_files(source, lambda names: require_files(shards, names, model)).values())
-    tokenizer = {name: path for name, path in files.items() if name not in (CONFIG, WEIGHTS, INDEX)}
-    return ModelFiles(model, files[CONFIG], tokenizer, tuple(weights))
 
 
 def model_config_of(model_config: GPT2Config, config: Config) -> GPT2Config:

@@ -15,9 +15,9 @@ import ft
 from ft.checkpoint.model_description import read_description
 from ft.cli.main import main
 from ft.errors import FtError
+from ft.io.model_layout import model_files
 from ft.io.plain_files import read_json
 from ft.model.packing import Packing
-from ft.model.pretrained import model_files
 
 
 @pytest.fixture

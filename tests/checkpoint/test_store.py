@@ -18,10 +18,11 @@ from ft.checkpoint.store import checkpoints, step_of, verify_checkpoint, write_c
 from ft.checkpoint.store import save_model as write_model
 from ft.errors import FtError
 from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
+from ft.io.model_layout import model_files
 from ft.io.plain_files import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.packing import Packing
-from ft.model.pretrained import load_weights, model_files
+from ft.model.pretrained import load_weights
 from ft.train.optim import build_optimizer
 from ft.train.state import State
 from tests.faults import Fault, Faults

@@ -18,7 +18,7 @@ from ft.checkpoint.store import save_model
 from ft.cli.main import main
 from ft.errors import FtError
 from ft.io.atomic import StagedDirectory
-from ft.model.pretrained import model_files
+from ft.io.model_layout import model_files
 
 END = "<|endoftext|>"
 TEXTS = [

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import csv
 
 import ft.finetune
 from ft.checks import field_types, flag
@@ -515,7 +517,7 @@ def test_help_and_mistakes_do_not_wait_for_torch():
         [sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: python run.py [COMMAND] [FLAG ...]")
+    assert done.stdout.startswith("usage: python -m ft [COMMAND] [FLAG ...]")
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------------
@@ -531,3 +533,32 @@ def test_of_the_processes_of_torchrun_one_prints_what_is_wrong_and_the_others_en
     assert main(["--sed", "1"]) == 2
     assert capsys.readouterr().err == ("error: there is no flag --sed, is it --seed?\n" if prints else "")
     assert bool(slept) != prints
+
+
+UP_TO_THE_FIRST_STEP = """
+import os, sys
+from ft.cli.main import main
+import ft.train.loop
+
+def stop(*_, **__):
+    slow = {"pyarrow", "pandas", "huggingface_hub", "sympy", "torch._dynamo", "torch._inductor",
+            "torch.distributed.fsdp", "torch.utils.tensorboard"}
+    print("imported:", *sorted(slow & set(sys.modules)), flush=True)
+    os._exit(0)
+
+ft.train.loop.train_step = stop
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("suffix", "imported"), [(".csv", []), (".parquet", ["pyarrow"])])
+def test_the_first_step_does_not_wait_for_packages_that_it_does_not_need(inputs, tmp_path, suffix, imported):
+    _, model, _, dataset, *_ = inputs
+    table = pq.read_table(Path(dataset) / "train.parquet")
+    data = tmp_path / f"reviews{suffix}"
+    pq.write_table(table, data) if suffix == ".parquet" else csv.write_csv(table, data)
+    flags = ["--model", model, "--dataset", str(data), "--device", "cpu", "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", UP_TO_THE_FIRST_STEP, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1].split() == ["imported:", *imported], done.stderr

@@ -70,3 +70,39 @@ def test_the_command_line_of_the_wheel_starts_without_torch(wheel):
         text=True,
     )
     assert done.stdout.split() == [str(wheel / "ft" / "__init__.py"), "False"], done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(wheel):
+    """A directory into which pip has installed the wheel; its dependencies are those of this environment."""
+    if find_spec("pip") is None:
+        pytest.skip("pip is not installed")
+    prefix = wheel.parents[1] / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--prefix", str(prefix), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return prefix
+
+
+@pytest.mark.parametrize("start", ["ft", "python -m ft"])
+def test_the_installed_program_runs_under_its_name(installed, start, tmp_path):
+    (package,) = installed.rglob("ft/__main__.py")
+    environment = {**os.environ, "PYTHONPATH": str(package.parents[1])}
+    command = [str(next(installed.rglob("bin/ft")))] if start == "ft" else [sys.executable, "-m", "ft"]
+
+    def run(*arguments):
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    for arguments in ([], ["predict"]):
+        output = run(*arguments, "--help").stdout
+        assert output.startswith(f"usage: {' '.join([start, *arguments])} [")
+        assert f"  {start} predict runs/rotten_tomatoes" in output
+        assert "run.py" not in output
+    done = run("--demo", "--max-steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"To use it: {start} predict runs/demo" in done.stdout
+    done = run("predict", "runs/demo", "a superb film")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] in ("neg", "pos")

@@ -20,7 +20,7 @@ READMES = [MAIN, *sorted(ROOT.glob("ft/**/README.md")), ROOT / "benchmarks" / "R
 TEXTS = {path: path.read_text(encoding="utf-8") for path in READMES}
 NAMES = {path: str(path.relative_to(ROOT)) for path in READMES}
 WALK_THROUGH = TEXTS[ROOT / "ft" / "README.md"]
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", WALK_THROUGH, re.MULTILINE | re.DOTALL)
+*SNIPPETS, FROM_PYTHON = re.findall(r"^```python\n(.*?)^```$", WALK_THROUGH, re.MULTILINE | re.DOTALL)
 MOST_LINES = 220
 OF_OTHER_PROGRAMS = ("--help", "--index-url", "--nproc-per-node", "--max-restarts", "--master-port", "--standalone")
 
@@ -111,6 +111,16 @@ def test_the_snippets_run_in_their_order_and_a_step_lowers_the_loss(inputs, caps
     assert second < first
 
 
+def test_the_snippet_from_python_runs(inputs, capsys, tmp_path, monkeypatch):
+    assert FROM_PYTHON.count("openai-community/gpt2") == 1
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(FROM_PYTHON.replace("openai-community/gpt2", inputs[1]), "ft/README.md", "exec"), names)
+    assert "Run('runs/mine'), 9 steps" in capsys.readouterr().out
+    assert main(["--resume", "runs/mine", "--epochs", "3"]) == 0
+    assert names["run"].history[-1]["step"] == 14
+
+
 def test_there_are_eight_steps_and_each_names_a_file():
     steps = re.split(r"^## (?=\d\. )", WALK_THROUGH, flags=re.MULTILINE)[1:]
     assert [int(step[0]) for step in steps] == list(range(1, 9))
@@ -183,10 +193,10 @@ def test_the_lines_that_a_newcomer_copies_are_found_in_the_readme():
 
 
 @pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", TEXTS[MAIN], re.MULTILINE | re.DOTALL))
-def test_the_python_snippets_of_the_readme_run(code, here):
+def test_the_python_snippets_of_the_readme_run(code, here, inputs):
     if "transformers" in code:
         pytest.importorskip("transformers")
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code.replace("openai-community/gpt2", inputs[1]), "README.md", "exec"), {})
 
 
 def test_the_demo_prints_what_the_readme_shows(tmp_path, monkeypatch, capsys):

@@ -20,8 +20,8 @@ import pytest
 
 from ft.data.dataset_files import dataset_files, save_dataset
 from ft.errors import FtError
+from ft.io.model_layout import ModelFiles, model_files
 from ft.io.stall import StalledError, run_with_stall_timeout
-from ft.model.pretrained import ModelFiles, model_files
 from tests.hub_server import Fault, HubServer, Repository, cdn_path
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ time.sleep = lambda seconds: None
 from ft.data.dataset_files import dataset_files, save_dataset
 from ft.errors import FtError
 from ft.io import hub, stall
-from ft.model.pretrained import model_files
+from ft.io.model_layout import model_files
 hub.STALL = float(os.environ.get("STALL", hub.STALL))
 stall.SILENCE = stall.INTERVAL = 0.2
 if "LARGEST_FILE" in os.environ:  # writing more fails as it does on a full disk
@@ -346,6 +346,7 @@ def test_first_run_second_run_and_offline(hub, run, tmp_path):
     assert contents(big) == IN_FULL | {"weights": list(SHARDS.values())}
     names = [name for name, _ in hub.fetched()]
     assert sorted(set(names)) == sorted({*MODEL, *DATASET, *SHARDS, "model.safetensors.index.json"} - {"README.md"})
+    assert "torch" not in run.modules
 
     hub.requests.clear()
     assert run(*calls) == first
@@ -366,7 +367,7 @@ def test_first_run_second_run_and_offline(hub, run, tmp_path):
 
 def test_a_folder_needs_no_hub_client(run, tmp_path):
     run(("model_files", str(put(tmp_path / "m", MODEL))), ("dataset_files", str(put(tmp_path / "d", DATASET))))
-    assert "huggingface_hub" not in run.modules
+    assert not {"huggingface_hub", "torch", "pyarrow"} & run.modules
 
 
 def test_offline_what_the_cache_lacks_is_missed(hub, run, tmp_path):
