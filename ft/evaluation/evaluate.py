@@ -65,7 +65,7 @@ def evaluate(
     """
     device = precision.device
     candidates = torch.tensor(label_ids, device=device)
-    loss_sums, hits, label_logits, target_ids, own_rows = [], [], [], [], []  # of each batch
+    loss_sums, hits, label_logits, own_rows = [], [], [], []  # of each batch
     was_training = model.training
     model.eval()
     for rows in batches_by_length(examples, batch_size, ranks.size):
@@ -79,7 +79,6 @@ def evaluate(
         loss_sums.append(F.cross_entropy(logits.float(), batch.target_ids, reduction="sum"))
         if label_ids:
             label_logits.append(logits[:, candidates].float())  # (S, labels)
-            target_ids.append(batch.target_ids)
             predicted = candidates[label_logits[-1].argmax(dim=-1)]
         else:
             predicted = logits.argmax(dim=-1)
@@ -92,11 +91,10 @@ def evaluate(
     loss, accuracy = (ranks.sum(sums) / num_targets).tolist()
     if not label_ids:
         return Evaluation(loss, accuracy)
-    own_logits = torch.cat(label_logits)
-    is_label = torch.cat(target_ids)[:, None] == candidates  # (S, labels); of an ignored target no label
-    supervised = is_label.any(dim=-1)
-    labels, predicted = (scores[supervised].argmax(dim=-1).cpu() for scores in (is_label.int(), own_logits))
-    confusion = ranks.sum(count_confusions(labels, predicted, len(label_ids)))
+    own_logits = torch.cat(label_logits).cpu()  # the last row may be of an example that only fills a batch
+    labels = [label_ids.index(token) for row in own_rows for token in examples[row].target_ids]
+    predicted = own_logits.argmax(dim=-1)[: len(labels)]
+    confusion = ranks.sum(count_confusions(torch.tensor(labels, dtype=torch.int64), predicted, len(label_ids)))
     probabilities = torch.zeros(len(examples), len(label_ids))
-    probabilities[own_rows] = own_logits.softmax(dim=-1).cpu()[: len(own_rows)]
+    probabilities[own_rows] = own_logits.softmax(dim=-1)[: len(own_rows)]
     return Evaluation(loss, accuracy, macro_f1(confusion), ranks.sum(probabilities))

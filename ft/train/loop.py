@@ -210,7 +210,7 @@ def train_step(
         with ranks.gradient_sync(components.model, last=number == len(batches)):
             with components.precision.autocast():
                 logits = components.model(batch.input_ids, batch.packing, batch.selection)  # (S, V)
-            loss = F.cross_entropy(logits.float(), batch.target_ids, weights, reduction="sum") / total_weight
+            loss = F.cross_entropy(logits.float(), batch.target_ids, weight=weights, reduction="sum") / total_weight
             scaler.scale(loss).backward()
         window_loss += loss.detach()
     window_loss = ranks.sum(window_loss)
