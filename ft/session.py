@@ -19,6 +19,7 @@ from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
 from ft.io.atomic import Executor, atomic_directory
+from ft.io.model_layout import EXPORTED_FILES
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2
 from ft.report.console import closing, count_parameters, three_completions, three_predictions
@@ -234,6 +235,10 @@ class Session:
             )
         print(closing(run.path, state, total_steps(len(data.examples["train"]), config), seconds, config, test))
         print(examples)
+        for name in EXPORTED_FILES:
+            if (run.path / name).exists():
+                command = f"python run.py export {run.path} --to {name} --overwrite"
+                print(printable(f"Note: {run.path / name} is of the model before: {command}"))
         if config.demo:
             print("\nNow the real thing: python run.py --device cuda (or mps, or cpu)")
 

@@ -189,7 +189,7 @@ def _size(number: float) -> str:
 
 
 def clear(run: Path) -> None:
-    """Delete what an earlier run wrote, except the inputs of --demo; other files in the directory are kept."""
+    """Delete what an earlier run wrote, and its exports, except the inputs of --demo; other files are kept."""
     written = ("metrics.jsonl", "scores.json", "tensorboard", "final", *EXPORTED_FILES)
     for path in (
         *(run / name for name in written),
