@@ -8,6 +8,7 @@ from pathlib import Path
 from ft.cli.parsers import CommandParser, to_path
 from ft.cli.predict import find_flag_problems, load_classifier, read_run_settings
 from ft.errors import FtError, UsageError, printable, shown
+from ft.export.card import export_card
 from ft.io.atomic import atomic_directory
 from ft.io.model_layout import CARD, CLASSIFIER, CONFIG, EXPORTED_FILES, GGUF, WEIGHTS
 from ft.io.paths import expand_home
@@ -63,7 +64,7 @@ def export(arguments: Sequence[str]) -> None:
     if output is None or problems:
         raise UsageError(*problems)
 
-    from ft.export.card import export_card  # here, so that --help and usage errors do not wait for torch
+    # Here, so that --help and usage errors do not wait for torch.
     from ft.export.classifier import CLASSIFIER_METADATA, CLASSIFIER_USAGE, write_classifier
     from ft.export.gguf import GGUF_METADATA, gguf_usage, write_gguf
 

@@ -39,8 +39,6 @@ from llama_cpp import Llama  # pip install llama-cpp-python
 model = Llama("{file}", n_ctx=0, verbose=False)
 print(model("an input like the training data", max_tokens=20, temperature=0)["choices"][0]["text"])
 ```
-
-The same by `llama-completion -m {file} -no-cnv -n 20 --temp 0 -p "an input like the training data"` of llama.cpp.
 """
 # llama.cpp has no classification by tokens: the label is the next token after end-of-text.
 _CLASSIFY = """\

@@ -121,7 +121,7 @@ def test_a_card_of_completions_runs_too(inputs, tmp_path, monkeypatch, capsys):
     assert by_transformers("the plot") == by_pipeline("the plot") == by_ft("the plot")
     capsys.readouterr()
     assert run_commands(final) == 2
-    assert capsys.readouterr().out.startswith(by_ft("the plot"))
+    assert capsys.readouterr().out.startswith(by_ft("an input like the training data"))
 
 
 def make_card(labels=("neg", "pos"), **settings):
