@@ -18,11 +18,12 @@ from ft.config import Config
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
 from ft.device import peak_memory, read_synchronizes, threads_for
-from ft.errors import FtError, program, quoted
+from ft.errors import FtError, printable, program, quoted
 from ft.evaluation.classification import majority_baseline, write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
 from ft.io.atomic import Executor, atomic_directory, atomic_write_text
+from ft.io.model_layout import EXPORTED_FILES
 from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
 from ft.model.flops import training_flops
@@ -284,6 +285,10 @@ class Session:
         with results():
             print(closing(run.path, outcome, total_steps(len(data.examples["train"]), config), config, data))
             print(examples)
+        for name in EXPORTED_FILES:
+            if (run.path / name).exists():
+                command = f"{program()} export {quoted(run.path)} --to {name} --overwrite"
+                print(printable(f"Note: {run.path / name} is of the model before: {command}"))
         if config.demo:
             print(after_demo(run.path))
 

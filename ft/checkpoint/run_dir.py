@@ -208,7 +208,7 @@ def _size(number: float) -> str:
 
 
 def clear(run: Path, dataset: Path) -> None:
-    """Delete what an earlier run wrote, except the inputs of --demo and `dataset`; other files are kept."""
+    """Delete what an earlier run wrote, and its exports, except the inputs of --demo and `dataset`; others are kept."""
     written = ("metrics.jsonl", "scores.json", "summary.json", "tensorboard", "final", *EXPORTED_FILES)
     for path in (
         *(rows for rows in _rows_in(run) if rows.name != dataset.name),

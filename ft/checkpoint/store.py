@@ -78,15 +78,10 @@ class ModelSource:
 
 def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
     """Write a model that `transformers` loads by AutoModelForCausalLM and AutoTokenizer."""
-    labels = {
-        "id2label": {str(label): name for label, name in enumerate(source.label_names)},
-        "label2id": {name: label for label, name in enumerate(source.label_names)},
-    }
     published = copied_fields(source.config, config.vocab_size) | asdict(config)
     # The weights are fp32, whatever dtype the source had; `transformers` loads them in the dtype of the file.
     published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    if source.label_names:  # none for completions
-        published |= labels
+    # Not as `id2label`: pipelines of `transformers` would then answer with these labels, by an untrained head.
     published |= task_fields(source.label_names, source.max_length, source.label_numbers)
     staged.write_json("config.json", published)
     staged.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})

@@ -8,6 +8,7 @@ from pathlib import Path
 from ft.cli.parsers import CommandParser, to_path
 from ft.cli.predict import find_flag_problems, load_classifier, read_run_settings
 from ft.errors import FtError, UsageError, printable, shown
+from ft.export.card import export_card
 from ft.io.atomic import atomic_directory
 from ft.io.model_layout import CARD, CLASSIFIER, CONFIG, EXPORTED_FILES, GGUF, WEIGHTS
 from ft.io.paths import expand_home
@@ -18,10 +19,6 @@ examples:
   python run.py export runs/rotten_tomatoes --to classifier     writes runs/rotten_tomatoes/classifier
   python run.py export runs/rotten_tomatoes --to gguf --dtype f16
   python run.py export ./my-gpt2 --to classifier --label-names neg,pos --max-length 64 --output ./my-classifier
-
-formats:
-  classifier  GPT2ForSequenceClassification of transformers, for pipeline("text-classification"): the same probabilities
-  gguf        one file for llama.cpp and the programs built on it
 """
 
 
@@ -36,12 +33,16 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a directory or Hub id of a GPT-2"
     )
-    parser.add_argument("--to", choices=tuple(EXPORTED_FILES), required=True, help="the format")
+    parser.add_argument(
+        "--to",
+        choices=tuple(EXPORTED_FILES),
+        help="classifier: GPT2ForSequenceClassification, for pipelines of transformers; gguf: one file for llama.cpp",
+    )
     parser.add_argument(
         "--output", metavar="DIR", type=to_path, help="default: a directory in the run, with the name of the format"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--dtype", choices=("f32", "f16"), help="of the matrices in gguf (default f32)")
+    parser.add_argument("--dtype", choices=("f32", "f16"), help="of the matrices in gguf (default: f32)")
     parser.add_argument(
         "--label-names",
         metavar="TEXT",
@@ -52,6 +53,8 @@ def export(arguments: Sequence[str]) -> None:
     )
     parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
+    if options.to is None:
+        parser.error(f"--to is missing, it must be {' or '.join(EXPORTED_FILES)}")
     output = options.output or _default_output(Path(options.model), options.to)
     problems = find_flag_problems(options) + _find_format_problems(options)
     if output is None:
@@ -61,7 +64,7 @@ def export(arguments: Sequence[str]) -> None:
     if output is None or problems:
         raise UsageError(*problems)
 
-    from ft.export.card import export_card  # here, so that --help and usage errors do not wait for torch
+    # Here, so that --help and usage errors do not wait for torch.
     from ft.export.classifier import CLASSIFIER_METADATA, CLASSIFIER_USAGE, write_classifier
     from ft.export.gguf import GGUF_METADATA, gguf_usage, write_gguf
 

@@ -18,6 +18,7 @@ from ft.checkpoint.store import copied_fields
 from ft.checkpoint.tokenizer_files import GENERAL_CLASS
 from ft.data.examples import END_OF_TEXT
 from ft.errors import FtError
+from ft.export.weights import exported_weights
 from ft.inference.classifier import Classifier
 from ft.io.atomic import StagedDirectory
 from ft.io.model_layout import CLASSIFIER, CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
@@ -54,16 +55,16 @@ def write_classifier(staged: StagedDirectory, classifier: Classifier) -> None:
     """
     names = classifier.label_names
     tokenizer, padding = _tokenizer(classifier.tokenizer)
-    padding_id, end_id = map(tokenizer.token_to_id, (padding, END_OF_TEXT))
-    weights = _weights(classifier, padding_id)
+    ids = tokenizer.get_vocab()
+    weights = _weights(classifier, ids[padding])
     config: dict[str, Any] = copied_fields(classifier.published, classifier.model.config.vocab_size)
     config |= asdict(replace(classifier.model.config, vocab_size=len(weights["transformer.wte.weight"])))
     config |= {
         "model_type": "gpt2",
         "architectures": [CLASSIFIER],
         "dtype": "float32",
-        "eos_token_id": end_id,
-        "pad_token_id": padding_id,
+        "eos_token_id": ids[END_OF_TEXT],
+        "pad_token_id": ids[padding],
         "problem_type": "single_label_classification",
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
@@ -89,7 +90,7 @@ def write_classifier(staged: StagedDirectory, classifier: Classifier) -> None:
 
 def _weights(classifier: Classifier, padding_id: int) -> dict[str, Tensor]:
     """The tensors by the names of `transformers`, with a row of the embedding for the padding token."""
-    weights = {f"transformer.{name}": tensor.detach() for name, tensor in classifier.model.named_parameters()}
+    weights = {f"transformer.{name}": tensor for name, tensor in exported_weights(classifier.model).items()}
     embedding = weights["transformer.wte.weight"]
     new_rows = embedding.new_zeros(max(0, padding_id + 1 - len(embedding)), embedding.shape[1])
     weights["transformer.wte.weight"] = torch.cat([embedding, new_rows])

@@ -23,6 +23,7 @@ from torch import Tensor
 from ft.checkpoint.tokenizer_files import is_gpt2_pipeline
 from ft.data.examples import END_OF_TEXT
 from ft.errors import FtError, shown
+from ft.export.weights import exported_weights
 from ft.inference.classifier import Classifier
 from ft.inference.language_model import LanguageModel
 from ft.io.atomic import StagedDirectory
@@ -38,8 +39,6 @@ from llama_cpp import Llama  # pip install llama-cpp-python
 model = Llama("{file}", n_ctx=0, verbose=False)
 print(model("an input like the training data", max_tokens=20, temperature=0)["choices"][0]["text"])
 ```
-
-The same by `llama-completion -m {file} -no-cnv -n 20 --temp 0 -p "an input like the training data"` of llama.cpp.
 """
 # llama.cpp has no classification by tokens: the label is the next token after end-of-text.
 _CLASSIFY = """\
@@ -109,14 +108,14 @@ def gguf_usage(model: Classifier, dtype: str) -> str:
 
 def _tensors(model: GPT2) -> Iterator[tuple[str, Tensor]]:
     """The weights by llama.cpp's names; matrices of linear layers are (out, in), the transpose of ours."""
-    for name, parameter in model.named_parameters():
+    for name, tensor in exported_weights(model).items():
         layer, _, kind = name.rpartition(".")
         block = ""
         if layer.startswith("h."):
             _, number, layer = layer.split(".", 2)
             block = f"blk.{number}."
         is_linear = layer.partition(".")[2].startswith("c_") and kind == "weight"
-        yield f"{block}{_NAMES[layer]}.{kind}", parameter.detach().T if is_linear else parameter.detach()
+        yield f"{block}{_NAMES[layer]}.{kind}", tensor.T if is_linear else tensor
 
 
 def _converted(name: str, tensor: Tensor, dtype: str) -> Tensor:

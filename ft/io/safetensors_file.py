@@ -48,7 +48,7 @@ def safetensors_chunks(
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor in row-major order: a view of its memory if that is contiguous and on the CPU."""
+    """The values of a tensor in row-major order: its memory if it is contiguous and on the CPU, else a copy."""
     values = tensor.detach().cpu().contiguous()
     size = values.numel() * values.element_size()
     array: Any = (ctypes.c_char * size).from_address(values.data_ptr())

@@ -13,56 +13,13 @@ from ft.config import LENGTH, NO_FLAGS, OPTIMIZER, Config
 from ft.data.load import Data
 from ft.errors import counted
 from ft.evaluation.perplexity import perplexity
+from ft.report.model_usage import usage
 from ft.report.outcome import Outcome
 from ft.settings import field_groups
 from ft.train.class_weights import class_weights, describe_weights
 from ft.train.state import State
 
 SETTINGS = (LENGTH, OPTIMIZER)  # the groups of settings that the card lists
-
-CLASSIFY = """\
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-source = "."  # this directory, or the model's id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(source)
-model = AutoModelForCausalLM.from_pretrained(source).eval()
-labels = {labels}
-label_ids = {label_ids}  # the token that stands for each
-
-text = "an input like the training data"
-ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][-{length}:]
-with torch.inference_mode():
-    logits = model(torch.tensor([ids])).logits[0, -1, label_ids]
-print(dict(zip(labels, logits.softmax(dim=-1).tolist())))
-```
-
-The same with ft:
-
-```python
-import ft
-
-classifier = ft.load(".")
-print(classifier.predict(["an input like the training data"]))
-```
-"""
-
-COMPLETE = """\
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-source = "."  # this directory, or the model's id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(source)
-model = AutoModelForCausalLM.from_pretrained(source).eval()
-
-prompt = tokenizer("an input like the training data", return_tensors="pt")
-with torch.inference_mode():
-    ids = model.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-print(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-"""
 
 
 def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: int, device: str) -> str:
@@ -83,9 +40,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
         f"Labels: {', '.join(map(_escaped, data.label_names))}." if data.label_names else "Completions of prompts."
     )
     task = "classifies text" if data.label_names else "completes a prompt"
-    length, weights = config.max_length, class_weights(config, data)
-    usage = CLASSIFY if data.label_names else COMPLETE
-    snippet = usage.format(labels=repr(list(data.label_names)), label_ids=data.label_ids, length=length - 1)
+    weights = class_weights(config, data)
     return "\n".join(
         [
             "---",
@@ -123,7 +78,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
             "",
             "## How to use it",
             "",
-            snippet,
+            usage(data.label_names, data.label_ids, config.max_length),
             "## Limits",
             "",
             *_limits(config, data),
@@ -165,7 +120,7 @@ def _header(config: Config, data: Data, outcome: Outcome, *, name: str) -> str:
     card = ModelCardData(
         library_name="transformers",
         # For labels too: they are the next token of a language model. A pipeline for classification would add an
-        # untrained head.
+        # untrained head; the command `export` writes a copy with the trained one.
         pipeline_tag="text-generation",
         base_model=hub_id(config.model),
         datasets=[dataset] if dataset else None,

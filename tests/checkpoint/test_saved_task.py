@@ -53,6 +53,7 @@ def test_models_of_earlier_versions_take_the_length_of_the_run_that_they_are_in(
     config = tmp_path / "run" / "final" / "config.json"
     published = read_json(config)
     del published["task_specific_params"]
+    published["id2label"] = {"0": "neg", "1": "pos"}
     config.write_text(json.dumps(published))
     loaded = ft.load(tmp_path / "run", device="cpu")
     assert (loaded.max_length, loaded.label_names) == (9, ("neg", "pos"))

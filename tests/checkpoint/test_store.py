@@ -72,7 +72,9 @@ def test_transformers_loads_what_we_save_with_equal_logits_and_tokens(model, sou
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    assert reference.config.id2label == {0: "neg", 1: "pos"}
+    assert reference.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}, (
+        "a pipeline would give an untrained head these names"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "the plot is dull , but the acting is superb ."
     ids = tokenizer(text)["input_ids"]

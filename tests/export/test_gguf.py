@@ -45,7 +45,7 @@ def completions(inputs, tmp_path_factory):
 
 
 def export(run, *flags):
-    output = run.with_name(f"{run.name}{'-'.join(flags)}")
+    output = run.with_name("-".join((run.name, "gguf", *flags)))
     assert main(["export", str(run), "--to", "gguf", "--overwrite", "--output", str(output), *flags]) == 0
     (path,) = output.glob("*.gguf")
     return path
@@ -143,9 +143,9 @@ def add_a_large_weight(model):
         (add_a_large_weight, "blk.1.ffn_up.weight has values above 65,504"),
     ],
 )
-def test_what_the_format_cannot_represent_is_refused(run, tmp_path, capsys, change, message):
+def test_what_the_format_cannot_represent_is_refused(completions, tmp_path, capsys, change, message):
     model = tmp_path / "model"
-    shutil.copytree(run / "final", model)
+    shutil.copytree(completions / "final", model)
     (model / "tokenizer_config.json").unlink()
     change(model)
     flags = ["--to", "gguf", "--dtype", "f16", "--output", str(tmp_path / "gguf")]

@@ -171,7 +171,7 @@ def test_every_snippet_of_a_card_compiles(labels):
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header)["library_name"] == "transformers"
     found = re.findall(r"^```python\n(.*?)^```$", body, re.DOTALL | re.MULTILINE)
-    assert len(found) == 2
+    assert len(found) == 3
     for code in found:
         compile(code, "card", "exec")
     (assigned,) = (s for s in ast.parse(found[0]).body if isinstance(s, ast.Assign) and s.targets[0].id == "labels")

@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import re
+import shlex
 import shutil
 from contextlib import redirect_stdout
 from types import SimpleNamespace
@@ -75,10 +76,22 @@ def snippets(folder):
     return [lambda text, code=code: answer(code, text) for code in found]
 
 
-def test_both_ways_to_use_it_run_and_agree(run, tmp_path, monkeypatch):
+def run_commands(folder):
+    """Run the command lines of a card that start with the program, and return how many there are."""
+    blocks = re.findall(r"```sh\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.removeprefix("python run.py ") for block in blocks for line in block.splitlines()]
+    for line in lines:
+        assert main([*shlex.split(line), *["--device", "cpu"] * (not line.startswith("export"))]) == 0
+    return len(lines)
+
+
+def test_all_ways_to_use_it_run_and_agree(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run / "final", tmp_path / "moved")  # where no settings of a run lie beside it
     monkeypatch.chdir(tmp_path / "moved")
-    by_transformers, by_ft = snippets(tmp_path / "moved")
+    by_transformers, by_ft, by_pipeline = snippets(tmp_path / "moved")
+    assert run_commands(tmp_path / "moved") == 3
+    assert (tmp_path / "gguf" / "model-f32.gguf").exists()
+    (by_exported_card,) = snippets(tmp_path / "classifier")
     texts = ["the plot is dull .", "the plot is superb , " * 20, "Zoë's 'quoted' \"text\""]
     expected = ft.load(run, device="cpu").predict(texts)
     for text, prediction in zip(texts, expected, strict=True):
@@ -86,6 +99,10 @@ def test_both_ways_to_use_it_run_and_agree(run, tmp_path, monkeypatch):
         assert list(recorded) == ["neg", "pos"]
         assert recorded == pytest.approx(prediction.probabilities, rel=1e-4)
         assert f"label={prediction.label!r}" in by_ft(text)
+        (answer,) = ast.literal_eval(by_pipeline(text))
+        assert {each["label"]: each["score"] for each in answer} == pytest.approx(prediction.probabilities, abs=1e-5)
+    monkeypatch.chdir(tmp_path / "classifier")
+    assert by_exported_card(texts[-1]) == f"[{answer}]\n"
 
 
 def test_a_card_of_completions_runs_too(inputs, tmp_path, monkeypatch, capsys):
@@ -104,8 +121,12 @@ def test_a_card_of_completions_runs_too(inputs, tmp_path, monkeypatch, capsys):
     assert metadata_load(final / "README.md")["model-index"][0]["results"][0]["task"]["type"] == "text-generation"
     assert "Completions of prompts." in (final / "README.md").read_text()
     monkeypatch.chdir(final)
-    (complete,) = snippets(final)
-    assert complete("the plot").strip()
+    by_transformers, by_pipeline, by_ft = snippets(final)
+    assert by_transformers("the plot").strip()
+    assert by_transformers("the plot") == by_pipeline("the plot") == by_ft("the plot")
+    capsys.readouterr()
+    assert run_commands(final) == 2
+    assert capsys.readouterr().out.startswith(by_ft("an input like the training data"))
 
 
 def make_card(labels=("neg", "pos"), **settings):
