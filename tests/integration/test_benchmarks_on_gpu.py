@@ -165,7 +165,7 @@ def test_roofline(gpu, monkeypatch):
     flags = ["--steps", "1", "--repetitions", "1", "--precision", "bf16"]
     table, figures = gpu(roofline, "roofline", *flags)
     assert figures["bytes_per_second"]["copy"] == pytest.approx(8 * 2**10 / 1e-3)
-    assert figures["performed_to_needed_flops"] > 0.9
+    assert figures["precisions"]["bf16"]["performed_to_needed_flops"] > 0.9
     assert "in GFLOP/s (bf16)" in table
 
 
