@@ -57,6 +57,8 @@ def gpu(monkeypatch, tmp_path):
         return CPU
 
     monkeypatch.setattr(common, "GPU_TYPES", ("cpu",))
+    for module in ("ft.device", "ft.model.matmul"):  # the real processor does not matter
+        monkeypatch.setattr(f"{module}.has_amx", lambda: False)
     monkeypatch.setattr(common, "machine", machine)
     monkeypatch.setattr("ft.device.choose_device", choose_device)
     for name, answer in {
