@@ -188,6 +188,8 @@ def step(
             patches.enter_context(patch.object(dropout, "dropout_by_16_bits", F.dropout))
         if variant.mkl_only:
             patches.enter_context(patch.object(matmul, "onednn_is_faster", lambda: False))
+        if variant.casts_at_use:
+            patches.enter_context(patch.object(matmul, "rounds_inputs", lambda *_: False))
         with precision.autocast():
             logits = logits_of(model, batch, variant)
         loss = F.cross_entropy(logits.float(), batch.target_ids)

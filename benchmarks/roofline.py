@@ -4,13 +4,15 @@
 
 Least time = matrix products that the loss needs / their measured rate, shape by shape, + bytes that AdamW must move /
 measured memory bandwidth (after Williams et al., "Roofline: An Insightful Visual Performance Model", 2009). The step
-is that of `ft.train.train`, timed part by part. Without the two folders the reviews are random tokens, as long as the
-real ones.
+is that of `ft.train.train`, timed part by part. On a CPU without --precision, steps in fp32 and bf16 take turns.
+Without the two folders the reviews are random tokens, as long as the real ones.
 """
 
+import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,18 @@ from torch import Tensor
 from benchmarks.common import (
     add_device_flags,
     benchmark_parser,
+    is_gpu,
     markdown_table,
     median_seconds_of,
+    moment,
     picture_path,
     precision_of,
+    seconds_between,
     write_result,
 )
 from benchmarks.step import (
-    FP32,
     PARTS,
     build,
-    median_seconds,
     parameter_count,
     performed_flops,
     random_examples,
@@ -44,13 +47,15 @@ from ft.data.batches import epoch_order
 from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.device import Precision, disable_malloc_trim
 from ft.model import matmul
-from ft.model.gpt2 import FP32_HEAD_ROWS, GPT2Config
-from tests.reference.synthetic import SIZES
+from ft.model.gpt2 import FP32_HEAD_ROWS, GPT2, GPT2Config
+from ft.train.optim import AdamW, clip_in_optimizer
+from tests.reference.synthetic import SIZES, model_config
 
 PASSES = ("forward", "input gradient", "weight gradient")
 ADAMW_BYTES = 28  # per parameter: read weight, gradient and two moments, write all but the gradient
 BEYOND_CACHES = 2**28  # bytes of weights that a rate is measured over: more than a cache holds
 BANDWIDTH_NUMBERS = 2**27  # per array, 512 MiB
+TURN = 8  # timed steps of one precision until the other's turn
 
 Product = Callable[[Tensor, Tensor, Tensor], Any]  # of a and b into the array given
 
@@ -92,51 +97,75 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15, help="of each matrix product and each copy")
     add_device_flags(parser)
     options = parser.parse_args()
-    precision = precision_of(options)
-    device = precision.device
+    chosen = precision_of(options)
     if (options.dataset is None) != (options.tokenizer is None):
         parser.error("--dataset and --tokenizer belong together")
-
     disable_malloc_trim()
-    model, optimizer, config = build(options.size, precision=precision)
-    count = options.batch_size * (options.steps + warm_up(device))
-    if options.dataset is None:
-        examples = random_examples(review_like_lengths(count), config.vocab_size)
-    else:
-        examples = real_examples(options.dataset, options.tokenizer, count)
-    steps = timed_steps(model, optimizer, examples, options.batch_size, precision=precision)
-    parts = {part: statistics.median(step[part] for step in steps[warm_up(device) :]) for part in PARTS}
-    counted = examples[: 2 * options.batch_size]
-    performed = performed_flops(model, optimizer, counted, options.batch_size, precision=precision)
-    surplus = performed / sum(needed_flops(config, counted).values())
-    parameters = parameter_count(model)
-    del model, optimizer
+    both = options.precision is None and not is_gpu(chosen.device)
+    precisions = [chosen, replace(chosen, name="bf16")] if both else [chosen]
+    figures, layers = measure(options, precisions)
+    write_result(options.output, "roofline", figures, table(figures, layers), precision=chosen)
+    draw(figures, picture_path(options.output, "roofline", chosen.device))
 
-    mean_rows = sum(len(example.input_ids) for example in examples) / len(steps)
-    layers = linear_layers(config, mean_rows, options.batch_size)
-    rates = {layer.name: product_rates(layer, options.repetitions, precision) for layer in layers}
+
+def measure(options: argparse.Namespace, precisions: Sequence[Precision]) -> tuple[dict[str, Any], list[Layer]]:
+    """The figures of `main`, and the layers that they are of."""
+    device, names = precisions[0].device, [precision.name for precision in precisions]
+    config = GPT2Config.from_dict(model_config(options.size))
+    turns = math.ceil(options.steps / TURN)
+    per_turn = options.batch_size * (TURN + warm_up(device))
+    if options.dataset is None:
+        examples = random_examples(review_like_lengths(per_turn * turns), config.vocab_size)
+    else:
+        examples = real_examples(options.dataset, options.tokenizer, per_turn * turns)
+    builds = {precision.name: build(options.size, precision=precision)[:2] for precision in precisions}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(turns):
+        read = examples[turn * per_turn : (turn + 1) * per_turn]
+        for precision in precisions if turn % 2 == 0 else precisions[::-1]:
+            timed = timed_steps(*builds[precision.name], read, options.batch_size, precision=precision)
+            steps[precision.name] += timed[warm_up(device) :]
+    counted = examples[: 2 * options.batch_size]
+    needed, model, optimizer = sum(needed_flops(config, counted).values()), *builds[names[0]]
+    surplus = {
+        precision.name: performed_flops(*builds[precision.name], counted, options.batch_size, precision=precision)
+        / needed
+        for precision in precisions
+    }
+    bytes_of_adamw = ADAMW_BYTES * parameter_count(model)
     bandwidth = bandwidths(options.repetitions, device)
-    attention = needed_flops(config, examples)["attention"] / len(steps)
-    bounds = lower_bounds(layers, rates, attention, ADAMW_BYTES * parameters / max(bandwidth.values()))
+    bandwidth["AdamW"] = bytes_of_adamw / adamw_seconds(model, optimizer, options.repetitions, device)
+    del model, optimizer, builds
+
+    batches = len(examples) / options.batch_size
+    mean_rows = sum(len(example.input_ids) for example in examples) / batches
+    layers = linear_layers(config, mean_rows, options.batch_size)
+    attention = needed_flops(config, examples)["attention"] / batches
     figures: dict[str, Any] = {
         "size": options.size,
-        "dtype": precision.name,
         "batch_size": options.batch_size,
         "reviews": "random tokens" if options.dataset is None else "rotten_tomatoes",
-        "timed_steps": options.steps,
+        "timed_steps": turns * TURN,
         "rows_per_step": mean_rows,
-        "step_seconds": median_seconds(steps, device),
-        "step_seconds_by_part": parts,
-        "bound_seconds": sum(bounds.values()),
-        "bound_seconds_by_part": bounds,
-        "step_to_bound": median_seconds(steps, device) / sum(bounds.values()),
-        "needed_flops_per_step": sum(needed_flops(config, examples).values()) / len(steps),
-        "performed_to_needed_flops": surplus,
-        "products": {layer.name: {"flops": layer.flops, "flops_per_second": rates[layer.name]} for layer in layers},
+        "needed_flops_per_step": sum(needed_flops(config, examples).values()) / batches,
         "bytes_per_second": bandwidth,
+        "precisions": {},
     }
-    draw(figures, picture_path(options.output, "roofline", device))
-    write_result(options.output, "roofline", figures, table(figures, layers), precision=precision)
+    for precision in precisions:
+        taken = steps[precision.name]
+        rates = {layer.name: product_rates(layer, options.repetitions, precision) for layer in layers}
+        bounds = lower_bounds(layers, rates, attention, bytes_of_adamw / max(bandwidth.values()))
+        seconds = statistics.median(sum(step.values()) for step in taken)
+        figures["precisions"][precision.name] = {
+            "step_seconds": seconds,
+            "step_seconds_by_part": {part: statistics.median(step[part] for step in taken) for part in PARTS},
+            "bound_seconds": sum(bounds.values()),
+            "bound_seconds_by_part": bounds,
+            "step_to_bound": seconds / sum(bounds.values()),
+            "performed_to_needed_flops": surplus[precision.name],
+            "products": {layer.name: {"flops": layer.flops, "flops_per_second": rates[layer.name]} for layer in layers},
+        }
+    return figures, layers
 
 
 def real_examples(dataset: Path, tokenizer_folder: Path, count: int) -> list[Example]:
@@ -204,113 +233,157 @@ def lower_bounds(
 
 
 def product_rates(layer: Layer, repetitions: int, precision: Precision) -> dict[str, float]:
-    """Operations per second of a layer's three products by the faster library, at its shapes and memory layouts.
+    """Operations per second of a layer's three products by the fastest of `ways`, at its shapes and memory layouts.
 
     As in a step, each product meets another layer's weights, which no cache holds any more.
     """
     rows, shape = max(1, round(layer.rows)), (layer.n_in, layer.n_out)
     in_fp32 = layer.is_head and rows <= FP32_HEAD_ROWS
-    like = {"device": precision.device, "dtype": torch.float32 if in_fp32 else precision.dtype}
-
-    def weight_like() -> Tensor:
-        return torch.full(shape[::-1], 0.01, **like).t() if layer.is_head else torch.full(shape, 0.01, **like)
-
-    copies = min(128, max(2, BEYOND_CACHES // (like["dtype"].itemsize * layer.n_in * layer.n_out)))
-    weights, weight_gradients = ([weight_like() for _ in range(copies)] for _ in range(2))
-    inputs, output_gradients = torch.randn(rows, layer.n_in, **like), torch.randn(rows, layer.n_out, **like)
-    outputs, input_gradients = torch.empty_like(output_gradients), torch.empty_like(inputs)
-
-    def forward(product: Product) -> None:
-        for weight in weights:
-            product(inputs, weight, outputs)
-
-    def input_gradient(product: Product) -> None:
-        for weight in weights:
-            product(output_gradients, weight.t(), input_gradients)
-
-    def weight_gradient(product: Product) -> None:
-        for gradient in weight_gradients:
-            product(inputs.t(), output_gradients, gradient)
-
-    flops = 2 * rows * layer.n_in * layer.n_out * copies
-    functions = zip(PASSES, (forward, input_gradient, weight_gradient), strict=True)
-    return {
-        name: max(
-            flops / median_seconds_of(partial(function, product), repetitions, precision.device)
-            for product in products(precision)
+    best = dict.fromkeys(PASSES, 0.0)
+    for dtype, product in ways(precision, in_fp32=in_fp32):
+        like: dict[str, Any] = {"device": precision.device, "dtype": dtype}
+        copies = min(128, max(2, BEYOND_CACHES // (dtype.itemsize * layer.n_in * layer.n_out)))
+        weights, weight_gradients = (
+            [
+                torch.full(shape[::-1], 0.01, **like).t() if layer.is_head else torch.full(shape, 0.01, **like)
+                for _ in range(copies)
+            ]
+            for _ in range(2)
         )
-        for name, function in functions
-    }
+        inputs, output_gradients = torch.randn(rows, layer.n_in, **like), torch.randn(rows, layer.n_out, **like)
+        outputs, input_gradients = torch.empty_like(output_gradients), torch.empty_like(inputs)
+        operands = {
+            "forward": [(inputs, weight, outputs) for weight in weights],
+            "input gradient": [(output_gradients, weight.t(), input_gradients) for weight in weights],
+            "weight gradient": [(inputs.t(), output_gradients, gradient) for gradient in weight_gradients],
+        }
+        flops = 2 * rows * layer.n_in * layer.n_out * copies
+        for name, each in operands.items():
+            seconds = median_seconds_of(partial(run_products, product, each), repetitions, precision.device)
+            best[name] = max(best[name], flops / seconds)
+    return best
 
 
-def products(precision: Precision) -> list[Product]:
-    """The ways to a matrix product a b that PyTorch has here: its default, MKL on x86, and oneDNN."""
+def run_products(product: Product, operands: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Compute several products."""
+    for a, b, out in operands:
+        product(a, b, out)
+
+
+def ways(precision: Precision, *, in_fp32: bool) -> list[tuple[torch.dtype, Product]]:
+    """The ways to a matrix product a b that PyTorch has here, each with the dtype of a, b and the result."""
+    dtype = torch.float32 if in_fp32 else precision.dtype
+
+    def plain(a: Tensor, b: Tensor, out: Tensor) -> None:
+        torch.mm(a, b, out=out)
 
     def onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")  # makes its result's array itself
 
-    default: Product = lambda a, b, out: torch.mm(a, b, out=out)  # noqa: E731
-    has_onednn = precision.device == FP32.device and precision.name == FP32.name and matmul.onednn_is_faster()
-    return [default, onednn] if has_onednn else [default]
+    def rounding(a: Tensor, b: Tensor, out: Tensor) -> None:
+        with matmul.rounded_inputs():
+            torch.mm(a, b, out=out)
+
+    found: list[tuple[torch.dtype, Product]] = [(dtype, plain)]
+    if precision.device.type == "cpu" and dtype == torch.float32 and matmul.onednn_is_faster():
+        found.append((torch.float32, onednn))
+    if matmul.rounds_inputs(precision.device.type, precision.dtype):
+        found.append((torch.float32, rounding))
+    return found
 
 
 def bandwidths(repetitions: int, device: torch.device) -> dict[str, float]:
-    """Bytes per second of three ways through large arrays. AdamW's is what the fused kernel reaches."""
+    """Bytes per second of two ways through large arrays."""
     a, b, c = (torch.full((BANDWIDTH_NUMBERS,), 0.5, device=device) for _ in range(3))
     seconds = {
         "copy": (8, median_seconds_of(lambda: a.copy_(b), repetitions, device)),
         "triad": (12, median_seconds_of(lambda: torch.add(b, c, alpha=0.5, out=a), repetitions, device)),
     }
-    parameter = torch.nn.Parameter(a)
-    parameter.grad = b
-    step = torch.optim.AdamW([parameter], lr=1e-6, fused=True).step
-    seconds["AdamW"] = (ADAMW_BYTES, median_seconds_of(step, repetitions, device))
     return {name: bytes_each * BANDWIDTH_NUMBERS / taken for name, (bytes_each, taken) in seconds.items()}
 
 
+def adamw_seconds(model: GPT2, optimizer: AdamW, repetitions: int, device: torch.device) -> float:
+    """The median seconds of AdamW's kernel alone, on the model's own arrays: 4 are read and 3 of them written.
+
+    As in a step, the norm of the gradients was computed just before. A copy takes longer per byte counted: what it
+    overwrites is read into the cache first, and AdamW reads that in any case.
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3, requires_grad=False)
+    half_weights, optimizer.half_weights = optimizer.half_weights, None
+    seconds = []
+    for _ in range(repetitions + 1):
+        clip_in_optimizer(optimizer, 1.0)
+        start = moment(device)
+        optimizer.step()
+        seconds.append(seconds_between(start, moment(device)))
+    optimizer.half_weights = half_weights
+    optimizer.zero_grad()
+    return statistics.median(seconds[1:])
+
+
 def table(figures: dict[str, Any], layers: Sequence[Layer]) -> str:
-    """Both tables and what they amount to."""
-    taken, bounds = figures["step_seconds_by_part"], figures["bound_seconds_by_part"]
-    rows = [[part, f"{1e3 * taken[part]:.1f}", f"{1e3 * bounds.get(part, 0.0):.1f}"] for part in PARTS]
-    rows.append(["full step", f"{1e3 * figures['step_seconds']:.1f}", f"{1e3 * figures['bound_seconds']:.1f}"])
-    products = [
-        [
-            layer.name,
-            f"{layer.rows:.0f} × {layer.n_in} × {layer.n_out}",
-            str(layer.count),
-            f"{3 * layer.flops / 1e9:.2f}",
-            *(f"{figures['products'][layer.name]['flops_per_second'][name] / 1e9:.0f}" for name in PASSES),
+    """The tables and what they amount to."""
+    of_precision = figures["precisions"]
+    header = ["part"] + [f"{name}, {what} (ms)" for name in of_precision for what in ("step", "least")]
+    rows = [
+        [part]
+        + [
+            f"{1e3 * seconds.get(part, 0.0):.1f}"
+            for each in of_precision.values()
+            for seconds in (each["step_seconds_by_part"], each["bound_seconds_by_part"])
         ]
-        for layer in layers
+        for part in PARTS
     ]
+    totals = [(each["step_seconds"], each["bound_seconds"]) for each in of_precision.values()]
+    rows.append(["full step"] + [f"{1e3 * seconds:.1f}" for both in totals for seconds in both])
+    rows.append(["step / least time"] + [cell for step, bound in totals for cell in (f"{step / bound:.2f} x", "1")])
+    if len(totals) == 2:
+        rows.append(["fp32 step / bf16 step", "", "", f"{totals[0][0] / totals[1][0]:.2f} x", ""])
     bandwidth = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in figures["bytes_per_second"].items())
-    return (
-        markdown_table(["part", "step (ms)", "least (ms)"], rows)
-        + f"\n\n**Step / least time: {figures['step_to_bound']:.2f}.** {figures['size']}, batches of "
-        f"{figures['batch_size']} reviews ({figures['reviews']}), {figures['rows_per_step']:.1f} input tokens; medians "
-        f"of {figures['timed_steps']} steps. The loss needs {figures['needed_flops_per_step'] / 1e9:.1f} GFLOP a step, "
-        f"the step performs {figures['performed_to_needed_flops']:.3f} times as many.\n\n"
-        f"Matrix products at the step's shapes, in GFLOP/s ({figures['dtype']}):\n\n"
-        + markdown_table(["layer", "rows × in × out", "per step", "GFLOP", *PASSES], products)
-        + f"\n\nMemory bandwidth in GB/s: {bandwidth}; the bound takes the highest."
+    surplus = ", ".join(f"{each['performed_to_needed_flops']:.3f} ({name})" for name, each in of_precision.items())
+    text = markdown_table(header, rows) + (
+        f"\n\n{figures['size']}, batches of {figures['batch_size']} reviews ({figures['reviews']}), "
+        f"{figures['rows_per_step']:.1f} input tokens; medians of {figures['timed_steps']} steps. The loss needs "
+        f"{figures['needed_flops_per_step'] / 1e9:.1f} GFLOP a step; the step performs so many times that: {surplus}."
+        f"\n\nMemory bandwidth in GB/s: {bandwidth}; the bound of AdamW takes the highest."
     )
+    for name, each in of_precision.items():
+        products = [
+            [
+                layer.name,
+                f"{layer.rows:.0f} × {layer.n_in} × {layer.n_out}",
+                str(layer.count),
+                f"{3 * layer.flops / 1e9:.2f}",
+                *(f"{each['products'][layer.name]['flops_per_second'][of] / 1e9:.0f}" for of in PASSES),
+            ]
+            for layer in layers
+        ]
+        text += f"\n\nMatrix products at the step's shapes, in GFLOP/s ({name}):\n\n"
+        text += markdown_table(["layer", "rows × in × out", "per step", "GFLOP", *PASSES], products)
+    return text
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Step and bound as two bars made of their parts, as `results/NAME.png`."""
+    """Step and bound of each precision as bars made of their parts."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
-    bars = {"least": figures["bound_seconds_by_part"], "step": figures["step_seconds_by_part"]}
-    lefts = [0.0, 0.0]
+    figure, axes = plt.subplots(figsize=(9, 1.6 + len(figures["precisions"])), layout="constrained")
+    bars = {
+        f"{precision}, {what}": each[f"{key}_seconds_by_part"]
+        for precision, each in figures["precisions"].items()
+        for what, key in (("least", "bound"), ("step", "step"))
+    }
+    lefts = [0.0] * len(bars)
     for part in PARTS:
         widths = [1e3 * seconds.get(part, 0.0) for seconds in bars.values()]
         axes.barh(list(bars), widths, left=lefts, label=part)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
-    axes.set(xlabel="ms per step", title=f"{figures['size']}: step / least time = {figures['step_to_bound']:.2f}")
+    factors = ", ".join(f"{each['step_to_bound']:.2f} ({p})" for p, each in figures["precisions"].items())
+    axes.set(xlabel="ms per step", title=f"{figures['size']}: step / least time = {factors}")
     axes.legend(ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.5, -0.28), frameon=False)
     figure.savefig(path, dpi=120)
 

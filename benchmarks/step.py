@@ -68,7 +68,7 @@ _NEVER = 10**9
 # What PyTorch's counter does not know of: oneDNN's linear layer, (N, in) and (out, in) -> (N, out).
 ONEDNN_FLOPS = (
     {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * prod(x) * weight[0]}
-    if matmul.onednn_is_faster()
+    if matmul.has_onednn()
     else {}
 )
 

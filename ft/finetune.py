@@ -21,7 +21,7 @@ from ft.io.standard_streams import quiet_output, results
 from ft.model.freeze import num_trainable_parameters
 from ft.report.console import count_parameters, opening
 from ft.session import open_session
-from ft.setup import Inputs, build_components, build_model, prepare_device, read_inputs, restore_state
+from ft.setup import Inputs, build_components, build_model, precision_of_run, prepare_device, read_inputs, restore_state
 from ft.train.loop import train
 from ft.train.schedule import total_steps
 from ft.train.state import State
@@ -51,7 +51,7 @@ def fine_tune(
         # 2. Lock the run directory, and find the checkpoint to resume from, if any.
         open_run_directory(config, ranks, write_rows) as run,
     ):
-        config = run.config
+        config, precision = run.config, precision_of_run(run, precision, ranks)
         # 3. Read the data set and the tokenizer, and encode the rows as examples.
         inputs = read_inputs(run, ranks)
         examples = inputs.data.examples["train"]

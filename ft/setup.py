@@ -1,6 +1,6 @@
 """Set up a run, one function each: device, inputs, model, components, state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from ft.checkpoint import resume
 from ft.checkpoint.model_description import ModelDescription, find_model, read_description
 from ft.checkpoint.run_dir import RunDirectory
-from ft.checkpoint.snapshot import WEIGHTS, load_training_state
+from ft.checkpoint.snapshot import WEIGHTS, load_training_state, read_state
 from ft.config import Config
 from ft.data.load import Data, read_data
 from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
@@ -76,6 +76,21 @@ def prepare_device(config: Config) -> Precision:
     if not config.release_memory:
         disable_malloc_trim()
     return choose_precision(config.precision, device)
+
+
+def precision_of_run(run: RunDirectory, precision: Precision, ranks: Ranks) -> Precision:
+    """The precision chosen for this machine; for `auto` in a resumed run the one in which the run began.
+
+    Raises:
+        FtError: the checkpoint is damaged.
+        UsageError: the machines of several ranks choose different ones.
+    """
+    if run.config.precision == "auto" and run.resume_from is not None:
+        began, _ = read_state(run.resume_from)
+        if began.precision not in ("", precision.name):
+            precision = replace(precision, name=began.precision, reason="as the run began")
+    ranks.require_same({"the format that --precision auto selects": precision.name})
+    return precision
 
 
 def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
@@ -150,5 +165,5 @@ def restore_state(run: RunDirectory, inputs: Inputs, model: GPT2, components: Co
     if run.resume_from is not None:
         state = load_training_state(run.resume_from, model, components.optimizer, components.scaler, components.ranks)
         resume.check_data_unchanged(run.resume_from, state, inputs.sha256)
-    state.data = inputs.sha256
+    state.data, state.precision = inputs.sha256, components.precision.name
     return state

