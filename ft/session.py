@@ -18,7 +18,7 @@ from ft.errors import FtError, printable
 from ft.evaluation.classification import write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
-from ft.io.atomic import Executor, atomic_directory
+from ft.io.atomic import atomic_directory
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2
 from ft.report.console import closing, count_parameters, three_completions, three_predictions
@@ -85,12 +85,7 @@ class Session:
         self._last_split = "test" if "test" in inputs.data.examples else "validation"
         self._seconds_in_all = 0.0
         device, ranks = components.precision.device, components.ranks
-        self._writer = Saver(
-            self._write_checkpoint,
-            report.print_line,
-            blocking=run.config.save_blocking,
-            all_reduce_max=ranks.all_reduce_max,
-        )
+        self._writer = Saver(self._write_checkpoint, report.print_line, blocking=run.config.save_blocking)
         uses_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not run.config.save_blocking
         self._host = HostBuffer(device) if uses_pinned_memory else None
 
@@ -113,11 +108,16 @@ class Session:
             state.record_evaluation(result.loss, result.accuracy)
 
     def defers_save(self, state: State) -> bool:
-        """Whether to defer a save because the writer is busy. Only on a GPU, where many steps run during a write.
+        """Whether to defer a save because rank 0 is still writing. Only on a GPU, where many steps run meanwhile.
 
         On a CPU a save waits for the previous one, so that checkpoints stay at multiples of `--save-steps`.
         """
-        return read_synchronizes(self._components.precision.device) and self._writer.defers_save_after(state.step)
+        if not read_synchronizes(self._components.precision.device):
+            return False
+        is_writing = bool(self._components.ranks.all_reduce_max(int(self._writer.is_writing)))
+        if is_writing:
+            self._writer.report_deferral(state.step)
+        return is_writing
 
     def save(self, state: State) -> None:
         """Copy the content of a checkpoint, and write it in a background thread."""
@@ -277,9 +277,7 @@ class Session:
                 ranks=self._components.ranks,
             )
 
-    def _write_checkpoint(self, snapshot: Snapshot, executor: Executor) -> None:
+    def _write_checkpoint(self, snapshot: Snapshot) -> None:
         keep, keep_best = self._config.keep_checkpoints, self._config.keep_best
-        store.write_checkpoint(
-            self._run.path, snapshot, self._source, keep=keep, keep_best=keep_best, executor=executor
-        )
+        store.write_checkpoint(self._run.path, snapshot, self._source, keep=keep, keep_best=keep_best)
         self._run.restore_config()
