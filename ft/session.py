@@ -86,6 +86,7 @@ class Session:
         self._seconds_in_all = 0.0
         device, ranks = components.precision.device, components.ranks
         self._writer = Saver(self._write_checkpoint, report.print_line, blocking=run.config.save_blocking)
+        self._newest_save, self._has_reported_deferral = 0, False
         uses_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not run.config.save_blocking
         self._host = HostBuffer(device) if uses_pinned_memory else None
 
@@ -114,10 +115,12 @@ class Session:
         """
         if not read_synchronizes(self._components.precision.device):
             return False
-        is_writing = bool(self._components.ranks.all_reduce_max(int(self._writer.is_writing)))
-        if is_writing:
-            self._writer.report_deferral(state.step)
-        return is_writing
+        is_deferred = bool(self._components.ranks.all_reduce_max(int(self._writer.is_writing)))
+        if is_deferred and not self._has_reported_deferral:
+            message = f"its checkpoint is deferred: that of step {self._newest_save} is being written"
+            self._report.print_line(f"step {state.step:>6}  {message}")
+            self._has_reported_deferral = True
+        return is_deferred
 
     def save(self, state: State) -> None:
         """Copy the content of a checkpoint, and write it in a background thread."""
@@ -139,6 +142,7 @@ class Session:
             except OSError as error:
                 self._writer.report_failure(state.step, error)
                 return
+            self._newest_save, self._has_reported_deferral = state.step, False
             self._writer.save(snapshot)
 
     def should_stop(self, state: State) -> bool:

@@ -1,13 +1,16 @@
 """Write checkpoints in a background thread: training waits only while the tensors are copied."""
 
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from ft.checkpoint.snapshot import Snapshot
 
 
 class Saver:
-    """Writes snapshots in a background thread, one at a time.
+    """Writes snapshots in a background thread of low priority, one at a time.
 
     A full disk, a quota or a missing directory does not stop the run: a warning is printed, and the next save tries
     again. `failure` is the error of the newest save, None if it succeeded.
@@ -18,13 +21,11 @@ class Saver:
         self._write, self._print_line, self._blocking = write, print_line, blocking
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
-        self._newest, self._has_reported_deferral = 0, False
         self.failure: OSError | None = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Start to write a snapshot, after waiting for the previous one."""
         self.wait()
-        self._newest, self._has_reported_deferral = snapshot.state.step, False
         self._written = self._thread.submit(self._write_in_thread, snapshot)
         if self._blocking:
             self.wait()
@@ -40,12 +41,6 @@ class Saver:
         """Whether a snapshot is still being written."""
         return self._written is not None and not self._written.done()
 
-    def report_deferral(self, step: int) -> None:
-        """Print once per checkpoint that is being written that the one of `step` comes later."""
-        if not self._has_reported_deferral:
-            self._print_line(f"step {step:6}  its checkpoint is deferred: that of step {self._newest} is being written")
-            self._has_reported_deferral = True
-
     def report_failure(self, step: int, error: OSError) -> None:
         """Record that the checkpoint of this step could not be written, and print a warning."""
         self.failure = error
@@ -55,6 +50,9 @@ class Saver:
         )
 
     def _write_in_thread(self, snapshot: Snapshot) -> None:
+        if sys.platform == "linux":  # where each thread has its own priority
+            with suppress(OSError):  # some containers forbid it
+                os.setpriority(os.PRIO_PROCESS, 0, 10)
         try:
             self._write(snapshot)
             self.failure = None

@@ -16,7 +16,7 @@ def has_digest(path: Path, entry: Mapping[str, object]) -> bool:
     """Whether a file has the digest of its entry in a manifest.
 
     A CRC-32 finds every change within 32 adjacent bits, and misses another one with a probability of 2^-32
-    (https://en.wikipedia.org/wiki/Cyclic_redundancy_check). It finds damage; it does not protect from forgery.
+    (https://en.wikipedia.org/wiki/Cyclic_redundancy_check). It finds damage, not forgery.
     """
     with path.open("rb") as file:
         if "crc32" not in entry:  # in checkpoints of earlier versions

@@ -54,33 +54,13 @@ def test_training_continues_during_a_write_and_waits_before_the_next():
     assert (written, lines, saver.failure) == ([1, 2], [], None)
 
 
-def test_a_deferral_is_reported_once_per_write():
-    lines, may_end = [], threading.Event()
-    saver = Saver(lambda snapshot: may_end.wait(30), lines.append, blocking=False)
-    assert not saver.is_writing
-    saver.save(Step(100))
-    assert saver.is_writing
-    for step in (200, 201, 202):
-        saver.report_deferral(step)
-    may_end.set()
-    saver.wait()
-    assert not saver.is_writing
-    saver.save(Step(203))
-    saver.report_deferral(300)
-    saver.wait()
-    assert lines == [
-        "step    200  its checkpoint is deferred: that of step 100 is being written",
-        "step    300  its checkpoint is deferred: that of step 203 is being written",
-    ]
-
-
-def test_all_ranks_defer_a_save_alike(monkeypatch):
+def test_all_ranks_defer_a_save_alike_and_report_it_once_per_write(monkeypatch):
     """Rank 0 writes; the others do what it says."""
     from types import SimpleNamespace
 
     from ft import session
 
-    agreed = []
+    agreed, lines, may_end = [], [], threading.Event()
 
     def agree(number):
         agreed.append(number)
@@ -88,13 +68,21 @@ def test_all_ranks_defer_a_save_alike(monkeypatch):
 
     monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
     rank = object.__new__(session.Session)
-    rank._writer = Saver(print, lambda line: None, blocking=False)
+    rank._writer = Saver(lambda snapshot: may_end.wait(30), print, blocking=False)
+    rank._report = SimpleNamespace(print_line=lines.append)
+    rank._newest_save, rank._has_reported_deferral = 100, False
     rank._components = SimpleNamespace(
         precision=SimpleNamespace(device=None), ranks=SimpleNamespace(all_reduce_max=agree)
     )
-    for answer in (1, 0):
-        assert rank.defers_save(State(step=5)) == bool(answer)
-    assert agreed == [0, 0]
+    for answer, step in ((0, 199), (1, 200), (1, 201)):
+        assert rank.defers_save(State(step=step)) == bool(answer)
+    rank._writer.save(Step(100))
+    assert rank.defers_save(State(step=202))
+    may_end.set()
+    rank._writer.wait()
+    rank.defers_save(State(step=203))
+    assert agreed == [0, 0, 0, 1, 0]
+    assert lines == ["step    200  its checkpoint is deferred: that of step 100 is being written"]
 
 
 @pytest.fixture
@@ -177,7 +165,7 @@ def test_the_best_checkpoint_is_never_deferred(inputs, tmp_path, as_on_a_gpu, mo
         write(run, snapshot, *arguments, **keywords)
 
     def wait(self):
-        if self._newest == 5:
+        if self._written is not None:  # that of step 5
             is_waited_for.set()
         original(self)
 
@@ -297,8 +285,8 @@ def test_a_deleted_directory_does_not_stop_training(inputs, tmp_path, monkeypatc
 
     def vanish(*arguments, **keywords):
         seen.append(1)
-        if len(seen) == 2:
-            shutil.rmtree(run)
+        while len(seen) == 2 and run.exists():  # files may appear while it is deleted: a checkpoint is being written
+            shutil.rmtree(run, ignore_errors=True)
         return original(*arguments, **keywords)
 
     from ft import session
@@ -368,6 +356,23 @@ def test_the_best_checkpoint_is_kept(inputs, tmp_path, monkeypatch):
     assert [path.name for path in checkpoints(run)] == ["checkpoint-9", "checkpoint-20"]
     state = json.loads((run / "checkpoint-20" / "state.json").read_text())
     assert (state["best_step"], state["best_accuracy"], state["best_loss"]) == (9, 0.7, 0.7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_the_thread_that_writes_has_a_lower_priority_than_training(monkeypatch, forbidden):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    if forbidden:
+        monkeypatch.setattr(os, "setpriority", refuse)
+    before, seen = os.getpriority(os.PRIO_PROCESS, 0), []
+    saver = Saver(lambda snapshot: seen.append(os.getpriority(os.PRIO_PROCESS, 0)), print, blocking=False)
+    saver.save(Step(1))
+    saver.wait()
+    assert seen == [before if forbidden else max(before, 10)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before, "that of training"
+    assert saver.failure is None
 
 
 def test_metrics_that_a_full_disk_does_not_take_are_written_later(inputs, tmp_path, monkeypatch, capsys):
