@@ -1,6 +1,6 @@
 """Counts the faults that the tests inject: kills, failing file operations, bad input.
 
-    python -m benchmarks.survival [--slow] [--tests io/test_direct_io ...]
+    python -m benchmarks.survival [--slow] [--tests io/test_atomic ...]
 
 Runs those tests and writes a table. If a test fails, so does this command.
 """
@@ -18,9 +18,8 @@ ROOT = Path(__file__).parent.parent
 TESTS = {
     "integration/test_kill": "runs that are killed repeatedly, compared with undisturbed runs",
     "io/test_atomic": "directories written while an operation fails, and damaged ones",
-    "io/test_direct_io": "files on disks that fail, transfer few bytes at a time, or return other bytes",
     "checkpoint/test_store": "checkpoints written and deleted while an operation fails, and damaged ones",
-    "checkpoint/test_async_writer": "disks that fail, and saving in the background",
+    "checkpoint/test_async_writer": "disks that fail or change bytes, and saving in the background",
     "integration/test_real_disks": "real full disks and missing permissions",
     "train/test_signals": "signals, in steps, evaluations and saves",
     "train/test_nonfinite": "non-finite losses and gradients",

@@ -303,6 +303,9 @@ def measure(row: Row, inputs: Inputs, steps: int, rounds: int) -> dict[str, Any]
             worker.train(block)
         order.reverse()
     peaks = {name: worker.blocks[-1].peak_bytes for name, worker in workers.items()}
+    for worker in order:  # a first save, for which the system still has to find memory, does not count
+        worker.time("save")
+        worker.seconds["save"].clear()
     for _ in range(rounds):
         for action in ("evaluate", "save"):
             for worker in order:
@@ -347,7 +350,7 @@ SHOWN = (
     ("evaluation_samples_per_second", "evaluation (examples/s)", 1, ".1f", False),
     ("start_up", "process start to the first step (s)", 1, ".1f", True),
     ("first_step_done", "process start to the end of the first step (s)", 1, ".1f", True),
-    ("save", "saving a checkpoint (s)", 1, ".2f", True),
+    ("save", "the call that saves a checkpoint (s)", 1, ".2f", True),
     ("whole_job", "full run (min)", 1 / 60, ".1f", True),
     ("peak_bytes", "peak memory (GiB)", 2**-30, ".2f", True),
 )
@@ -407,9 +410,10 @@ def notes(results: dict[str, dict[str, Any]], steps: int, rounds: int, device: t
         f"both evaluate in batches of 64.\n\n"
         f"Batch 8 of at most 32 tokens, fp32 unless said otherwise. Medians of at least {steps} steps, "
         f"{steps_of_warm_up(device)} before them not counted, in turns of {BLOCK}; of {rounds} evaluations of the "
-        f"{VALIDATION_REVIEWS} validation reviews and as many saves. Tokens are those of the reviews, without padding. "
-        f"Peak memory is that of the {'device' if is_gpu(device) else 'process'} up to the last training step. A save "
-        f"of `ft` includes fsync, one of the Trainer does not. Start-up is with all files in the page "
+        f"{VALIDATION_REVIEWS} validation reviews and as many saves, after one that does not count. Tokens are those "
+        f"of the reviews, without padding. Peak memory is that of the "
+        f"{'device' if is_gpu(device) else 'process'} up to the last training step. A save of `ft` includes fsync, one "
+        f"of the Trainer does not; slower steps after it count for neither. Start-up is with all files in the page "
         f"cache; the first step is the slowest, as it takes its memory from the system.\n\n"
         f"The time of the full run is calculated from these figures: the first step's end, {STEPS - 1} more steps, "
         f"{EVALUATIONS['trainer']} evaluations and {SAVES['trainer']} checkpoints; for `ft` one more of each, the test "

@@ -22,7 +22,7 @@ from ft.errors import FtError, printable, program, quoted
 from ft.evaluation.classification import majority_baseline, write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
-from ft.io.atomic import Executor, atomic_directory, atomic_write_text
+from ft.io.atomic import atomic_directory, atomic_write_text
 from ft.io.model_layout import EXPORTED_FILES
 from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
@@ -130,12 +130,8 @@ class Session:
         }
         self._seconds_in_all = 0.0
         device, ranks = components.precision.device, components.ranks
-        self._writer = Saver(
-            self._write_checkpoint,
-            report.print_line,
-            blocking=run.config.save_blocking,
-            all_reduce_max=ranks.all_reduce_max,
-        )
+        self._writer = Saver(self._write_checkpoint, report.print_line, blocking=run.config.save_blocking)
+        self._newest_save, self._has_reported_deferral = 0, False
         uses_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not run.config.save_blocking
         self._host = HostBuffer(device) if uses_pinned_memory else None
 
@@ -158,11 +154,18 @@ class Session:
             state.record_evaluation(result.loss, result.accuracy, result.macro_f1, self._config.best_metric)
 
     def defers_save(self, state: State) -> bool:
-        """Whether to defer a save because the writer is busy. Only on a GPU, where many steps run during a write.
+        """Whether to defer a save because rank 0 is still writing. Only on a GPU, where many steps run meanwhile.
 
         On a CPU a save waits for the previous one, so that checkpoints stay at multiples of `--save-steps`.
         """
-        return read_synchronizes(self._components.precision.device) and self._writer.defers_save_after(state.step)
+        if not read_synchronizes(self._components.precision.device):
+            return False
+        is_deferred = bool(self._components.ranks.all_reduce_max(int(self._writer.is_writing)))
+        if is_deferred and not self._has_reported_deferral:
+            message = f"its checkpoint is deferred: that of step {self._newest_save} is being written"
+            self._report.print_line(f"step {state.step:>6}  {message}")
+            self._has_reported_deferral = True
+        return is_deferred
 
     def save(self, state: State) -> None:
         """Copy the content of a checkpoint, and write it in a background thread."""
@@ -184,6 +187,7 @@ class Session:
             except OSError as error:
                 self._writer.report_failure(state.step, error)
                 return
+            self._newest_save, self._has_reported_deferral = state.step, False
             self._writer.save(snapshot)
 
     def should_stop(self, state: State) -> bool:
@@ -358,9 +362,7 @@ class Session:
                 progress=progress,
             )
 
-    def _write_checkpoint(self, snapshot: Snapshot, executor: Executor) -> None:
+    def _write_checkpoint(self, snapshot: Snapshot) -> None:
         keep, keep_best = self._config.keep_checkpoints, self._config.keep_best
-        store.write_checkpoint(
-            self._run.path, snapshot, self._source, keep=keep, keep_best=keep_best, executor=executor
-        )
+        store.write_checkpoint(self._run.path, snapshot, self._source, keep=keep, keep_best=keep_best)
         self._run.restore_config()

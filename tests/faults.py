@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ft.io import direct_io
+from ft.io import atomic
 
 
 class Fault(OSError):
@@ -15,11 +15,9 @@ class Faults:
 
     def __init__(self, monkeypatch, fails_at):
         self.count, self.fails_at = 0, fails_at
-        for name in ("fsync", "rename", "unlink", "rmdir", "mkdir", "open", "posix_fadvise"):
-            if hasattr(os, name):
-                monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
-        monkeypatch.setattr(direct_io.fcntl, "fcntl", self.wrap(direct_io.fcntl.fcntl))
-        monkeypatch.setattr(direct_io, "open", self.open, raising=False)
+        for name in ("fsync", "rename", "unlink", "rmdir", "mkdir", "open"):
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
+        monkeypatch.setattr(atomic, "open", self.open, raising=False)
 
     def tick(self):
         self.count += 1
@@ -33,9 +31,9 @@ class Faults:
 
         return call
 
-    def open(self, path, mode, buffering):
+    def open(self, path, mode):
         self.tick()
-        return FaultyFile(self, path, open(path, mode, buffering))
+        return FaultyFile(self, path, open(path, mode))
 
 
 class FaultyFile:
@@ -58,4 +56,4 @@ class FaultyFile:
 
     def __getattr__(self, name):
         operation = getattr(self.file, name)
-        return self.faults.wrap(operation) if name in ("seek", "truncate", "readinto") else operation
+        return self.faults.wrap(operation) if name == "flush" else operation

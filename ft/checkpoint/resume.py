@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes from, and which settings may differ from the run that wrote it."""
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from ft.checkpoint import store
 from ft.checks import flag
 from ft.config import NEWEST, Config
 from ft.errors import FtError, UsageError, counted, printable, quoted, sentence, shown
-from ft.io.manifest import MANIFEST
+from ft.io.manifest import MANIFEST, has_digest
 from ft.io.plain_files import read_json
 from ft.settings import find_changed_settings, read_config_file
 from ft.train.schedule import total_steps
@@ -142,6 +141,4 @@ def is_finished(run: Path, resume_from: Path) -> bool:
     weights = run / "final" / snapshots.WEIGHTS
     if not weights.is_file():  # absent, or a FIFO, which would block
         return False
-    listed = read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS]["sha256"]
-    with weights.open("rb") as file:
-        return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed)
+    return has_digest(weights, read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS])

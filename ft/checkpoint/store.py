@@ -6,7 +6,7 @@ Every directory written here loads as a model; a checkpoint also has what traini
     optimizer.safetensors    AdamW's moments and step counts, by the names of the trained parameters
     rng.safetensors          random states of the generators; those of rank n have names that end in .n
     state.json               step, sums of losses, best evaluation, loss scale: see `State`
-    manifest.json            size and SHA-256 of each of these files
+    manifest.json            size and CRC-32 of each of these files
 
 Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from ft.checkpoint.saved_task import task_fields
 from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot, read_state
 from ft.errors import FtError
-from ft.io.atomic import UNFINISHED, Executor, StagedDirectory, atomic_directory, run_now
+from ft.io.atomic import UNFINISHED, StagedDirectory, atomic_directory
 from ft.io.manifest import verify_manifest
 from ft.io.plain_files import remove
 from ft.io.safetensors_file import safetensors_chunks
@@ -91,9 +91,7 @@ def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, T
     staged.write(WEIGHTS, safetensors_chunks(weights, metadata={"format": "pt"}))
 
 
-def write_checkpoint(
-    run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool, executor: Executor = run_now
-) -> None:
+def write_checkpoint(run: Path, snapshot: Snapshot, source: ModelSource, *, keep: int, keep_best: bool) -> None:
     """Write `checkpoint-<step>` in the run directory, and then delete the checkpoints that are no longer kept.
 
     Args:
@@ -102,7 +100,6 @@ def write_checkpoint(
         source: what is copied from the model's source.
         keep: the number of newest checkpoints to keep.
         keep_best: also keep the checkpoint of the best evaluation.
-        executor: runs the work.
 
     Raises:
         OSError: the disk is full, or writing fails; the earlier checkpoints are not affected.
@@ -110,7 +107,7 @@ def write_checkpoint(
     state = snapshot.state
     if snapshot.copied is not None:
         snapshot.copied.synchronize()
-    with atomic_directory(checkpoint_path(run, state.step), executor) as new:
+    with atomic_directory(checkpoint_path(run, state.step)) as new:
         save_model(new, snapshot.config, snapshot.weights, source)
         new.write(OPTIMIZER, safetensors_chunks(snapshot.optimizer))
         new.write(RANDOM, safetensors_chunks(snapshot.random_states))

@@ -1,1 +1,1 @@
-"""Files: atomic writes, direct I/O, locks, manifests, JSON, the Hub."""
+"""Files: atomic writes, locks, manifests, JSON, the Hub."""

@@ -1,81 +1,57 @@
-"""Atomic writes: a directory or a text file has its complete new content or its old content, even after a crash.
-
-Nothing here depends on what is in the files.
-"""
+"""Atomic writes: a directory or a text file has its complete new content or its old content, even after a crash."""
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ft.io.direct_io import BufferPair, write_verified
-from ft.io.manifest import MANIFEST
+from ft.io.manifest import CHUNK, MANIFEST
 from ft.io.plain_files import remove
 
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"  # prefixes of staging directories, and of what they replace
 
-Executor = Callable[[Callable[[], None]], None]  # runs a function, and returns or raises when it has ended
-
-
-def run_now(work: Callable[[], None]) -> None:
-    """The executor that runs everything at once, in the calling thread."""
-    work()
-
 
 class StagedDirectory:
-    """A staging directory: every file is flushed, read back and compared, and its size and SHA-256 are recorded."""
+    """A staging directory: every file is flushed to the disk, and its size and CRC-32 are recorded."""
 
-    def __init__(self, path: Path, executor: Executor = run_now) -> None:
-        """`executor` runs each piece of the work, and may choose when and in which thread."""
-        self.path, self._executor, self._buffers = path, executor, BufferPair()
-        self._files: dict[str, dict[str, Any]] = {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, dict[str, object]] = {}
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a file.
+        """Write a new file; raises OSError if the disk is full or the system refuses."""
+        self._files[name] = _write_flushed(self.path / name, chunks)
 
-        Raises:
-            OSError: the disk is full, the system refuses, or other bytes are read back.
-        """
-        size, sha256 = write_verified(self.path / name, chunks, self._buffers, self._executor)
-        self._files[name] = {"size": size, "sha256": sha256}
-
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, value: Mapping[str, object]) -> None:
         """Write a JSON object."""
         self.write(name, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
     def write_manifest(self) -> None:
-        """Write the size and SHA-256 of each file, for `verify_manifest`."""
+        """Write the size and CRC-32 of each file, for `verify_manifest`."""
         self.write_json(MANIFEST, {"files": dict(self._files)})
 
 
 @contextmanager
-def atomic_directory(directory: Path, executor: Executor = run_now) -> Iterator[StagedDirectory]:
+def atomic_directory(directory: Path) -> Iterator[StagedDirectory]:
     """Write a directory in a staging directory beside it, which is renamed when all files are on the disk.
 
-    An existing directory of that name stays until then. If the process dies, `remove_stale_staging` cleans up.
-
-    Args:
-        directory: the final name.
-        executor: that of `StagedDirectory`.
-
-    Raises:
-        OSError: the disk is full or the system refuses; `directory` is unchanged.
+    An existing one stays until then, and after an error. If the process dies, `remove_stale_staging` cleans up.
     """
     unfinished, replaced = (directory.with_name(prefix + directory.name) for prefix in (UNFINISHED, REPLACED))
     remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
-        yield StagedDirectory(unfinished, executor)
-        fsync(unfinished)
+        yield StagedDirectory(unfinished)
+        _fsync_directory(unfinished)
         # A rename cannot replace a directory that has files: the old one is renamed first, and deleted at the end.
         if os.path.lexists(directory):
             remove(replaced)
             directory.rename(replaced)
         unfinished.rename(directory)
-        fsync(directory.parent)
+        _fsync_directory(directory.parent)
     except BaseException:
         if os.path.lexists(replaced) and not os.path.lexists(directory):
             replaced.rename(directory)
@@ -88,23 +64,10 @@ def remove_stale_staging(parent: Path) -> None:
     """Clean up in `parent` after a process that died in `atomic_directory` or in `atomic_write_text`."""
     for replaced in parent.glob(f"{REPLACED}*"):
         directory = parent / replaced.name.removeprefix(REPLACED)
-        if os.path.lexists(directory):
-            remove(replaced)
-        else:
+        if not os.path.lexists(directory):
             replaced.rename(directory)
-    for unfinished in parent.glob(f"{UNFINISHED}*"):
-        remove(unfinished)
-
-
-def fsync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk."""
-    if sys.platform == "win32" and path.is_dir():
-        return  # Windows has no fsync of directories
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for stale in (*parent.glob(f"{REPLACED}*"), *parent.glob(f"{UNFINISHED}*")):
+        remove(stale)
 
 
 @contextmanager
@@ -114,7 +77,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk is full or the system refuses; `path` is unchanged.
     """
-    unfinished = path.with_name(f".unfinished-{os.getpid()}")
+    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}")
     try:
         unfinished.unlink(missing_ok=True)  # a link planted here would be written through
         with unfinished.open("xb") as file:
@@ -130,3 +93,27 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file by `atomic_file`."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def _write_flushed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, object]:
+    """Write a new file and flush it to the disk; returns its entry in a manifest."""
+    size = crc = 0
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            for start in range(0, len(chunk), CHUNK):
+                part = memoryview(chunk)[start : start + CHUNK]
+                crc = zlib.crc32(part, crc)
+                size += file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "crc32": f"{crc:08x}"}
+
+
+def _fsync_directory(path: Path) -> None:
+    """Flush the names in a directory to the disk. Windows cannot."""
+    if os.name != "nt":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

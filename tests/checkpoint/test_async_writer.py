@@ -28,7 +28,6 @@ from ft.train.state import State
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["--precision", "fp32", "--epochs", "2", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
 FULL = OSError(28, "No space left on device")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="the system has no such rank")
 
 
 class Step:
@@ -41,7 +40,7 @@ class Step:
 def test_training_continues_during_a_write_and_waits_before_the_next():
     written, lines, may_end = [], [], threading.Event()
 
-    def write(snapshot, do):
+    def write(snapshot):
         assert may_end.wait(30)
         written.append(snapshot.state.step)
 
@@ -55,38 +54,35 @@ def test_training_continues_during_a_write_and_waits_before_the_next():
     assert (written, lines, saver.failure) == ([1, 2], [], None)
 
 
-def test_a_save_is_deferred_during_a_write_and_reported_once():
-    lines, may_end = [], threading.Event()
-    saver = Saver(lambda snapshot, do: may_end.wait(30), lines.append, blocking=False)
-    assert not saver.defers_save_after(90)
-    saver.save(Step(100))
-    assert [saver.defers_save_after(step) for step in (200, 201, 202)] == [True] * 3
-    assert saver._urgent.is_set()
-    may_end.set()
-    while saver.is_writing:
-        time.sleep(0.001)
-    assert not saver.defers_save_after(203)
-    may_end.clear()
-    saver.save(Step(203))
-    assert saver.defers_save_after(300)
-    may_end.set()
-    saver.wait()
-    assert lines == [
-        "step    200  its checkpoint is deferred: that of step 100 is being written",
-        "step    300  its checkpoint is deferred: that of step 203 is being written",
-    ]
-
-
-def test_all_ranks_defer_a_save_alike():
+def test_all_ranks_defer_a_save_alike_and_report_it_once_per_write(monkeypatch):
     """Rank 0 writes; the others do what it says."""
-    agreed = []
+    from types import SimpleNamespace
+
+    from ft import session
+
+    agreed, lines, may_end = [], [], threading.Event()
 
     def agree(number):
         agreed.append(number)
-        return 1
+        return answer
 
-    assert Saver(print, lambda line: None, blocking=False, all_reduce_max=agree).defers_save_after(5)
-    assert agreed == [0]
+    monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
+    rank = object.__new__(session.Session)
+    rank._writer = Saver(lambda snapshot: may_end.wait(30), print, blocking=False)
+    rank._report = SimpleNamespace(print_line=lines.append)
+    rank._newest_save, rank._has_reported_deferral = 100, False
+    rank._components = SimpleNamespace(
+        precision=SimpleNamespace(device=None), ranks=SimpleNamespace(all_reduce_max=agree)
+    )
+    for answer, step in ((0, 199), (1, 200), (1, 201)):
+        assert rank.defers_save(State(step=step)) == bool(answer)
+    rank._writer.save(Step(100))
+    assert rank.defers_save(State(step=202))
+    may_end.set()
+    rank._writer.wait()
+    rank.defers_save(State(step=203))
+    assert agreed == [0, 0, 0, 1, 0]
+    assert lines == ["step    200  its checkpoint is deferred: that of step 100 is being written"]
 
 
 @pytest.fixture
@@ -108,15 +104,19 @@ def as_on_a_gpu(monkeypatch):
             progress["step"] = step
             changed.notify_all()
         if step in ends_at.values():
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":
-                    thread.join(120)
+            while any(saver.is_writing for saver in savers):
+                time.sleep(0.001)
 
+    def save(self, snapshot):
+        savers.append(self)
+        start(self, snapshot)
+
+    savers, start = [], Saver.save
+    monkeypatch.setattr(Saver, "save", save)
     write, log = store.write_checkpoint, session.Report.log_training
     monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
     monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
     monkeypatch.setattr(session.Report, "log_training", training)
-    monkeypatch.setattr("ft.checkpoint.async_writer.IDLE_SECONDS", 0.0)  # a busy machine may have no idle processor
     return ends_at
 
 
@@ -165,7 +165,7 @@ def test_the_best_checkpoint_is_never_deferred(inputs, tmp_path, as_on_a_gpu, mo
         write(run, snapshot, *arguments, **keywords)
 
     def wait(self):
-        if self._newest_step == 5:
+        if self._written is not None:  # that of step 5
             is_waited_for.set()
         original(self)
 
@@ -179,14 +179,14 @@ def test_the_best_checkpoint_is_never_deferred(inputs, tmp_path, as_on_a_gpu, mo
 
 def test_a_blocking_save_has_ended_when_it_returns():
     written = []
-    Saver(lambda snapshot, do: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
+    Saver(lambda snapshot: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
     assert written
 
 
 def test_a_failed_write_is_reported_and_the_next_save_tries_again():
     errors, lines = [FULL, None], []
 
-    def write(snapshot, do):
+    def write(snapshot):
         if error := errors.pop(0):
             raise error
 
@@ -204,7 +204,7 @@ def test_a_failed_write_is_reported_and_the_next_save_tries_again():
 
 
 def test_a_defect_in_the_thread_is_raised_in_the_run():
-    def write(snapshot, do):
+    def write(snapshot):
         raise ZeroDivisionError("a defect")
 
     saver = Saver(write, print, blocking=False)
@@ -285,8 +285,8 @@ def test_a_deleted_directory_does_not_stop_training(inputs, tmp_path, monkeypatc
 
     def vanish(*arguments, **keywords):
         seen.append(1)
-        if len(seen) == 2:
-            shutil.rmtree(run)
+        while len(seen) == 2 and run.exists():  # files may appear while it is deleted: a checkpoint is being written
+            shutil.rmtree(run, ignore_errors=True)
         return original(*arguments, **keywords)
 
     from ft import session
@@ -358,89 +358,20 @@ def test_the_best_checkpoint_is_kept(inputs, tmp_path, monkeypatch):
     assert (state["best_step"], state["best_accuracy"], state["best_loss"]) == (9, 0.7, 0.7)
 
 
-# --- while the processor has nothing else to do -----------------------------------------------------------------------
-
-
-class Pieces:
-    """Writes pieces and notes how the thread of each is scheduled; the first one may be let wait."""
-
-    def __init__(self, count):
-        self.policies, self.count = [], count
-        self.begun, self.may_go_on = threading.Event(), threading.Event()
-
-    def __call__(self, snapshot, do):
-        for _ in range(self.count):
-            do(self.piece)
-
-    def piece(self):
-        self.policies.append(os.sched_getscheduler(0))
-        self.begun.set()
-        assert self.may_go_on.wait(30)
-
-
-@linux
-def test_pieces_are_done_by_an_idle_thread_until_somebody_waits():
-    pieces = Pieces(3)
-    saver = Saver(pieces, print, blocking=False)
-    saver.save(Step(1))
-    assert pieces.begun.wait(30)
-    threading.Timer(0.1, pieces.may_go_on.set).start()
-    saver.wait()
-    assert pieces.policies == [os.SCHED_IDLE, os.SCHED_OTHER, os.SCHED_OTHER]
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "the training's own thread"
-    saver.save(Step(2))
-    while saver.is_writing:
-        time.sleep(0.01)
-    assert pieces.policies[3:] == [os.SCHED_IDLE] * 3, "the hurry was the first save's"
-
-
-@linux
-def test_a_blocking_save_and_one_without_patience_left_do_not_wait_for_idle_processors(monkeypatch):
-    from ft.checkpoint import async_writer as module
-
-    for blocking, patience in ((True, 60.0), (False, 0.0)):
-        monkeypatch.setattr(module, "IDLE_SECONDS", patience)
-        pieces = Pieces(2)
-        pieces.may_go_on.set()
-        saver = Saver(pieces, print, blocking=blocking)
-        saver.save(Step(1))
-        while saver.is_writing:
-            time.sleep(0.01)
-        assert pieces.policies == [os.SCHED_OTHER] * 2
-
-
-def test_an_error_in_the_idle_thread_is_the_saves():
-    def write(snapshot, do):
-        do(fail)
-
-    def fail():
-        raise FULL
-
-    saver = Saver(write, lambda line: None, blocking=False)
-    saver.save(Step(1))
-    while saver.is_writing:
-        time.sleep(0.01)
-    saver.wait()
-    assert saver.failure is FULL
-
-
-@linux
-def test_a_thread_that_may_not_change_its_rank_writes_all_the_same(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_the_thread_that_writes_has_a_lower_priority_than_training(monkeypatch, forbidden):
     def refuse(*_):
-        refusals.append(1)
         raise PermissionError(1, "Operation not permitted")
 
-    refusals, pieces = [], Pieces(2)
-    pieces.may_go_on.set()
-    monkeypatch.setattr(os, "setpriority", refuse)
-    monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    saver = Saver(pieces, print, blocking=False)
+    if forbidden:
+        monkeypatch.setattr(os, "setpriority", refuse)
+    before, seen = os.getpriority(os.PRIO_PROCESS, 0), []
+    saver = Saver(lambda snapshot: seen.append(os.getpriority(os.PRIO_PROCESS, 0)), print, blocking=False)
     saver.save(Step(1))
-    while saver.is_writing:
-        time.sleep(0.01)
     saver.wait()
-    assert len(refusals) == 2
-    assert pieces.policies == [os.SCHED_OTHER] * 2
+    assert seen == [before if forbidden else max(before, 10)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before, "that of training"
     assert saver.failure is None
 
 
@@ -484,24 +415,50 @@ def assert_same_metrics(run, calm):
     assert metrics_without_clock(run) == metrics_without_clock(calm)
 
 
-def test_what_is_written_is_read_back_before_anything_is_deleted(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs to know which file is flushed")
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", "a flipped bit"),
+        ("optimizer.safetensors", "a lost block"),
+        ("rng.safetensors", "a torn file"),
+        ("state.json", "a flipped bit"),
+    ],
+)
+def test_what_a_bad_disk_changes_is_found_on_resume_and_the_checkpoint_before_is_taken(
+    inputs, tmp_path, monkeypatch, capsys, name, damage
+):
     run = tmp_path / "run"
 
     def fsync_on_a_bad_disk(descriptor):
         fsync(descriptor)
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if path.endswith("checkpoint-20/rng.safetensors"):
-            with open(path, "r+b") as file:
-                file.seek(100)
-                byte = file.read(1)[0]
-                file.seek(100)
-                file.write(bytes([byte ^ 1]))
+        if path.endswith(f"checkpoint-20/{name}"):
+            content = bytearray(Path(path).read_bytes())
+            middle = len(content) // 2
+            if damage == "a flipped bit":
+                content[middle] ^= 1
+            elif damage == "a lost block":
+                content[middle : middle + 512] = bytes(len(content[middle : middle + 512]))
+            else:
+                del content[middle:]
+            Path(path).write_bytes(content)
+            damaged.append(path)
 
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
-    assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 1
-    assert "checkpoint 20 could not be written: other bytes are read back than were written" in capsys.readouterr().out
-    assert [path.name for path in checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
+    fsync, damaged = os.fsync, []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync_on_a_bad_disk)
+        assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
+    assert len(damaged) == 1
+    expected = (run / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "final")
+    capsys.readouterr()
+    assert main(["--resume", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert f"WARNING: {run / 'checkpoint-20'} is damaged and ignored: {name} has " in output
+    assert "Continuing after step 15" in output
+    assert verify_checkpoint(run / "checkpoint-20") is None
+    assert (run / "final" / "model.safetensors").read_bytes() == expected
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(inputs, tmp_path, monkeypatch, capsys):

@@ -170,10 +170,9 @@ def test_no_checkpoint_has_its_name_before_it_is_complete(trained, source, tmp_p
 
 
 def test_whatever_operation_of_a_save_fails_the_newest_good_checkpoint_loads(
-    trained, source, tmp_path, monkeypatch, record_property
+    trained, source, tmp_path, record_property
 ):
     """Writing, forcing to the disk, renaming, and deleting the older ones."""
-    monkeypatch.setattr("ft.io.direct_io.PIECE", 2**18)  # some files have several
     model, optimizer, scaler = trained
     for step in (1, 2):
         save_checkpoint(tmp_path / "before", model, source, optimizer, scaler, State(step=step), keep=2)

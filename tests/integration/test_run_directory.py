@@ -1,11 +1,11 @@
 """A run directory that is moved, deleted or rearranged: what is lost is put back, and nothing leads out of it."""
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import threading
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -267,7 +267,7 @@ def rotate(run):
     (run / f"checkpoint-{step}" / "state.json").write_text(json.dumps({**state, "step": step}))
     content = (run / f"checkpoint-{step}" / "state.json").read_bytes()
     manifest = json.loads((run / f"checkpoint-{step}" / "manifest.json").read_text())
-    manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["state.json"] = {"size": len(content), "crc32": f"{zlib.crc32(content):08x}"}
     (run / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps(manifest))
     for folder in old:
         shutil.rmtree(folder)

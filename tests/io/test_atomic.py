@@ -1,5 +1,6 @@
 """Folders that are complete or absent, whatever fails; manifests, the safetensors written here, and the lock."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ft.errors import FtError
-from ft.io import direct_io, lock
+from ft.io import atomic, lock, manifest
 from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
 from ft.io.lock import locked
 from ft.io.manifest import MANIFEST, verify_manifest
@@ -49,7 +50,7 @@ def test_tensors_are_read_back_by_the_library(tmp_path):
 
 
 def test_tensors_of_many_chunks_are_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(direct_io, "CHUNK", 16)
+    monkeypatch.setattr(atomic, "CHUNK", 16)
     tensors = {"a": torch.arange(101.0), "b": torch.arange(5.0)}
     StagedDirectory(tmp_path).write("x.safetensors", safetensors_chunks(tensors))
     assert all(torch.equal(value, tensors[name]) for name, value in load_file(tmp_path / "x.safetensors").items())
@@ -72,56 +73,76 @@ def test_a_whole_folder_has_no_damage(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
-@pytest.mark.parametrize("place", [0, 15, 16, 39])
-def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(direct_io, "PIECE", 16)
-    fsync = os.fsync
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 5000])
+def test_a_file_has_every_byte_and_its_crc_is_that_of_zip(tmp_path, monkeypatch, size):
+    import zipfile
 
-    def fsync_on_a_bad_disk(descriptor):
+    for module in (atomic, manifest):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    content = bytes(i * i % 251 for i in range(size))
+    staged = StagedDirectory(tmp_path)
+    staged.write("a", [content[i : i + 333] for i in range(0, size, 333)])
+    staged.write_manifest()
+    assert (tmp_path / "a").read_bytes() == content
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a", content)
+        crc = archive.getinfo("a").CRC
+    assert read_json(tmp_path / MANIFEST)["files"]["a"] == {"size": size, "crc32": f"{crc:08x}"}
+    assert verify_manifest(tmp_path, ["a"]) is None
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
+    write_good(tmp_path / "f", bytes(range(40)))
+    content = (tmp_path / "f" / "a").read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "f" / "a").write_bytes(flipped)
+        assert verify_manifest(tmp_path / "f", ["a"]) == "a has another digest than when it was written"
+    for size in range(len(content)):
+        (tmp_path / "f" / "a").write_bytes(content[:size])
+        assert verify_manifest(tmp_path / "f", ["a"]) == f"a has {size} bytes, not {len(content)}"
+
+
+def test_every_file_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def record_fsync(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        assert os.fstat(descriptor).st_size, "nothing is left in Python's buffer"
         fsync(descriptor)
-        if os.fstat(descriptor).st_size > place:
-            with open(tmp_path / ".unfinished-f" / "a", "r+b") as file:
-                file.seek(place)
-                file.write(b"!")
 
-    monkeypatch.setattr(os, "fsync", fsync_on_a_bad_disk)
-    with (
-        pytest.raises(OSError, match=r"other bytes are read back than were written: .*a'"),
-        atomic_directory(tmp_path / "f") as new,
-    ):
-        new.write("a", [b"."] * 40)
-    assert os.listdir(tmp_path) == []
+    def record_rename(self, target):
+        events.append(f"{self.name} -> {target.name}")
+        return rename(self, target)
 
-
-def test_a_disk_that_gives_back_less_is_found(tmp_path, monkeypatch):
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), os.ftruncate(descriptor, 3)))
-    with pytest.raises(OSError, match="other bytes are read back"):
-        StagedDirectory(tmp_path).write("a", [b"\0" * 5])
-
-
-def test_a_system_that_refuses_advice_writes_all_the_same(tmp_path, monkeypatch):
-    def refuse(*_):
-        refusals.append(1)
-        raise OSError(22, "Invalid argument")
-
-    refusals = []
-    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
     write_good(tmp_path / "f")
-    monkeypatch.delattr(os, "posix_fadvise")
-    write_good(tmp_path / "g")
-    assert refusals
-    assert all(verify_manifest(tmp_path / name, ["a", "b.json"]) is None for name in "fg")
+    assert events == ["a", "b.json", MANIFEST, ".unfinished-f", ".unfinished-f -> f", tmp_path.name]
 
 
-def test_each_file_is_read_once(tmp_path, monkeypatch):
-    import hashlib
+def test_an_existing_file_is_not_overwritten(tmp_path):
+    (tmp_path / "a").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        StagedDirectory(tmp_path).write("a", [b"abc"])
+    assert (tmp_path / "a").read_bytes() == b"mine"
 
+
+def test_a_manifest_of_an_earlier_version_has_sha_256(tmp_path):
     write_good(tmp_path / "f")
-    digests, original = [], hashlib.sha256
-    monkeypatch.setattr(hashlib, "sha256", lambda *content: digests.append(1) or original(*content))
+    entries = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name in ("a", "b.json")
+        for content in [(tmp_path / "f" / name).read_bytes()]
+    }
+    (tmp_path / "f" / MANIFEST).write_text(json.dumps({"files": entries}))
     assert verify_manifest(tmp_path / "f", ["a", "b.json"]) is None
-    assert len(digests) == 2
+    (tmp_path / "f" / "a").write_bytes(b"goof!")
+    assert verify_manifest(tmp_path / "f", ["a"]) == "a has another digest than when it was written"
+
+
+NO_LIST = "manifest.json is not a list of files, their sizes and digests"
 
 
 def rewrite_manifest(change):
@@ -159,7 +180,7 @@ def make_pipe_of_the_manifest(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "a").write_bytes(b"goof!"), "a has another SHA-256 than when it was written"),
+        (lambda f: (f / "a").write_bytes(b"goof!"), "a has another digest than when it was written"),
         (lambda f: (f / "a").write_bytes(b"good"), "a has 4 bytes, not 5"),
         (lambda f: (f / "a").write_bytes(b""), "a has 0 bytes, not 5"),
         (lambda f: (f / "a").unlink(), "a is missing or not a regular file"),
@@ -169,18 +190,20 @@ def make_pipe_of_the_manifest(folder):
         (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing or not a regular file"),
         (make_link_of_the_manifest, "manifest.json is missing or not a regular file"),
         (make_pipe_of_the_manifest, "manifest.json is missing or not a regular file"),
-        (lambda f: (f / MANIFEST).write_bytes(b"\xff"), "manifest.json is unreadable"),
-        (lambda f: (f / MANIFEST).write_text("{"), "manifest.json is unreadable"),
-        (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is unreadable"),
-        (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is unreadable"),
-        (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json is not a list of files"),
-        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), "manifest.json is not a list of files"),
-        (lambda f: (f / MANIFEST).write_text('{"files": {"a": null}}'), "manifest.json is not a list of files"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff"), NO_LIST),
+        (lambda f: (f / MANIFEST).write_text("{"), NO_LIST),
+        (lambda f: (f / MANIFEST).write_text("[" * 100_000), NO_LIST),
+        (lambda f: (f / MANIFEST).write_text("[]"), NO_LIST),
+        (lambda f: (f / MANIFEST).write_text("{}"), NO_LIST),
+        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), NO_LIST),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a": null}}'), NO_LIST),
         (rewrite_manifest(lambda entries: entries.pop("a")), "manifest.json does not list a"),
         (
-            rewrite_manifest(lambda entries: entries["a"].update(sha256=None)),
-            "a has another SHA-256 than when it was written",
+            rewrite_manifest(lambda entries: entries["a"].update(crc32=None)),
+            "a has another digest than when it was written",
         ),
+        (rewrite_manifest(lambda entries: entries["a"].pop("crc32")), NO_LIST),
+        (rewrite_manifest(lambda entries: entries["a"].pop("size")), NO_LIST),
         (rewrite_manifest(lambda entries: entries["a"].update(size="5")), "a has 5 bytes, not 5"),
     ],
 )
@@ -213,13 +236,8 @@ def test_no_manifest_makes_a_traceback(tmp_path_factory, content):
     assert verify_manifest(folder, ["a"])
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["past the cache", "through the cache"])
 @pytest.mark.parametrize("replaces", [False, True])
-def test_whatever_operation_fails_the_folder_is_old_or_new_and_whole(
-    tmp_path, monkeypatch, replaces, direct, record_property
-):
-    if not direct:
-        monkeypatch.setattr(direct_io, "_set_direct_io", lambda file, wanted: False)
+def test_whatever_operation_fails_the_folder_is_old_or_new_and_whole(tmp_path, replaces, record_property):
     failures = 0
     for fails_at in range(1, 300):
         parent = tmp_path / str(fails_at)
@@ -245,7 +263,7 @@ def test_whatever_operation_fails_the_folder_is_old_or_new_and_whole(
             break
     else:
         pytest.fail("there is always one more operation")
-    assert failures > 20, "some are advice, and some have another way"
+    assert failures > 15
     record_property("file operations made to fail", fails_at - 1)
 
 
