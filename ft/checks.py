@@ -62,8 +62,10 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             problems.append(f"{flag(name)} is {shown(value)}, it must be below 2**63")
         elif (minimum := field.metadata["minimum"]) is not None and value < minimum:
             problems.append(f"{flag(name)} is {shown(value)}, it must be at least {minimum}")
-        elif name == "dropout" and value >= 1:
-            problems.append(f"--dropout is {shown(value)}, it must be below 1")
+        elif name in ("dropout", "lora_dropout") and value >= 1:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be below 1")
+        elif name == "lora_alpha" and value <= 0:
+            problems.append(f"--lora-alpha is {shown(value)}, it must be above 0")
         elif name in ("epochs", "process_timeout") and not 0 < value <= 1e6:
             problems.append(f"{flag(name)} is {shown(value)}, it must be above 0 and at most 1000000")
         elif name == "train_fraction" and not 0 < value <= 1:
@@ -104,4 +106,14 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
             "them out, or train on labels"
         )
-    return problems
+    return problems + _lora_problems(config)
+
+
+def _lora_problems(config: Any) -> list[str]:  # noqa: ANN401
+    """What is wrong with the settings of LoRA together."""
+    given = [name for name in ("lora_alpha", "lora_dropout", "lora_targets") if getattr(config, name) not in (None, ())]
+    if config.lora_rank is None and config.adapter is None:
+        return [f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in given]
+    if config.init == "random":
+        return ["--init random trains all weights from scratch, and LoRA changes pretrained ones: leave one out"]
+    return []

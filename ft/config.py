@@ -192,6 +192,30 @@ class Config:
     All, the default: the most time and memory, and a long run can overwrite the most of the pretrained model.
     """
     freeze: tuple[str, ...] = setting((), PARAMETERS, "freeze parameters whose names match; applied after --train-only")
+    lora_rank: int | None = setting(
+        None,
+        PARAMETERS,
+        "LoRA: train a change of this rank of the linear layers, and none of their weights; --train-only adds biases",
+        minimum=1,
+    )
+    """W x becomes W x + (lora_alpha / lora_rank) B A x, with A and B trained and W frozen (ft/model/lora.py). Too
+    small: the change cannot hold what the task needs. Large: more memory and larger checkpoints, up to the model's
+    width. Adapters learn with a larger learning_rate than all weights do, such as 2e-4.
+    """
+    lora_alpha: float | None = setting(
+        None, PARAMETERS, "LoRA: the change is scaled by alpha / rank; left out: twice the rank"
+    )
+    lora_dropout: float | None = setting(
+        None, PARAMETERS, "LoRA: dropout of the input of A; left out: 0, or that of --adapter", minimum=0.0
+    )
+    lora_targets: tuple[str, ...] = setting(
+        (), PARAMETERS, "LoRA: adapt only linear layers whose names match: c_attn, h.11.*, last:N; left out: all"
+    )
+    adapter: str | None = setting(
+        None,
+        PARAMETERS,
+        "continue a LoRA adapter: a directory that peft or this program wrote, for the base that --model names",
+    )
 
     device: str | None = setting(None, MACHINE, "cpu, cuda, cuda:1, mps; left out: the best present")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
@@ -291,6 +315,11 @@ class Config:
     def rows_per_step(self) -> int:
         """Examples of an optimizer step: the global batch size."""
         return self.rows_per_batch * self.gradient_accumulation_steps
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether the run trains an adapter and not the weights of the model."""
+        return self.lora_rank is not None or self.adapter is not None
 
     def save(self, path: Path) -> None:
         """Write all settings as JSON, by an atomic rename."""

@@ -48,7 +48,7 @@ def fine_tune(config: Config) -> None:
         examples = inputs.data.examples["train"]
         last_step = total_steps(len(examples), config)
         # 4. Build the model, with pretrained weights or those of the checkpoint. It is still on the CPU.
-        model = build_model(run, inputs)
+        model = build_model(config, inputs.files, inputs.model_config, run.resume_from)
         num_parameters, num_trained = count_parameters(model), num_trainable_parameters(model)
         # 5. Move the model to the device, build the optimizer, and restore the training state if the run is resumed.
         components = build_components(model, config, precision, ranks)

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from ft.checkpoint import store
+from ft.checkpoint.adapter import write_adapter
 from ft.checkpoint.async_writer import Saver
 from ft.checkpoint.error_hints import explain_nonfinite
 from ft.checkpoint.host_buffer import HostBuffer
@@ -21,6 +23,7 @@ from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
 from ft.io.atomic import Executor, atomic_directory
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2
+from ft.model.lora import adapter_parameters, lora_settings, merge_lora
 from ft.report.console import closing, count_parameters, three_completions, three_predictions
 from ft.report.model_card import Outcome, model_card
 from ft.setup import Inputs
@@ -79,7 +82,11 @@ class Session:
         self._seconds_before = state.seconds  # in earlier processes of a resumed run
         self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
         self._components, self._report, self._stopping = components, report, stopping
-        self._source = inputs.description.source(inputs.data.label_names)
+        self._source = replace(
+            inputs.description.source(inputs.data.label_names),
+            name=run.config.model,
+            revision=run.config.model_revision,
+        )
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
         self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
         self._last_split = "test" if "test" in inputs.data.examples else "validation"
@@ -201,7 +208,8 @@ class Session:
             FtError: the last checkpoint could not be written.
         """
         config, data, run, seconds = self._config, self._inputs.data, self._run, self._seconds_in_all
-        weights = gather_weights(self._model, self._components.ranks)
+        lora = lora_settings(self._model)
+        gathered = gather_weights(self._model, self._components.ranks)
         with eager_mode(config.compile):
             examples = (
                 three_predictions(self._model, data, config.max_length)
@@ -217,16 +225,21 @@ class Session:
                 run.path / "scores.json", state.step, probabilities, data.splits[self._last_split], data.label_names
             )
         precision = self._components.precision
+        weights = gathered if lora is None else merge_lora(gathered, lora)
         card = model_card(
             config,
             data,
             Outcome(state, test, seconds),
-            num_parameters=count_parameters(self._model),
+            num_parameters=sum(weight.numel() for weight in weights.values()),
             device=f"{precision.device} in {precision.name}",
         )
         with atomic_directory(run.path / "final") as staged:
             store.save_model(staged, self._inputs.model_config, weights, self._source)
             staged.write("README.md", [card.encode()])
+        if lora is not None:
+            adapter = {name: gathered[name] for name in adapter_parameters(self._model, lora)}
+            with atomic_directory(run.path / "adapter") as staged:
+                write_adapter(staged, lora, adapter, self._model.config.n_layer, self._source.base)
         if (failure := self._writer.failure) is not None:
             raise FtError(
                 f"the model is saved to {run.path / 'final'}, but the last checkpoint could not be written "

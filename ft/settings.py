@@ -155,6 +155,8 @@ def find_changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
     may_change = {*FREE_ON_RESUME, *LONGER_ON_RESUME, *SHARED_ON_RESUME}
     if old.get("demo") is True and new.demo:  # its inputs are in the run directory, which may have been moved
         may_change |= {"model", "dataset"}
+    if new.uses_lora:  # checkpoints have the hash of the base, wherever it is now
+        may_change |= {"model", "model_revision"}
     changed = [
         (flag(name), shown(old[name]), shown(value))
         for name, value in asdict(new).items()

@@ -1,10 +1,12 @@
 """Set up a run, one function each: device, inputs, model, components, state."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ft.checkpoint import resume
+from ft.checkpoint.adapter import load_adapter, settings_of_run
 from ft.checkpoint.model_description import ModelDescription, read_description
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import WEIGHTS, load_training_state
@@ -17,6 +19,7 @@ from ft.evaluation.perplexity import GeneralText, read_general_text
 from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
+from ft.model.lora import add_lora, is_lora
 from ft.model.pretrained import ModelFiles, load_weights, model_config_of, model_files
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
@@ -71,7 +74,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
         UsageError: the ranks read different data.
     """
     config = run.config
-    needs_weights = config.init == "pretrained" and run.resume_from is None
+    needs_weights = config.uses_lora or (config.init == "pretrained" and run.resume_from is None)
     with ranks.local_rank_zero_first():  # it downloads, the other ranks read its cache
         files = model_files(config.model, config.model_revision, with_weights=needs_weights)
         description = read_description(files)
@@ -85,24 +88,43 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
     return Inputs(files, description, model_config, data, general_text, digest)
 
 
-def build_model(run: RunDirectory, inputs: Inputs) -> GPT2:
+def build_model(config: Config, files: ModelFiles, model_config: GPT2Config, checkpoint: Path | None = None) -> GPT2:
     """Build the model on the CPU, with the weights of the checkpoint, pretrained weights, or random ones.
 
+    Args:
+        config: the settings.
+        files: of the pretrained model.
+        model_config: the configuration with the changes of the settings.
+        checkpoint: to resume from; one of LoRA has an adapter only, for the pretrained weights.
+
     Raises:
-        FtError: the weights do not fit the configuration.
-        UsageError: a pattern of --train-only or --freeze matches nothing.
+        FtError: the weights do not fit the configuration, or the adapter does not fit the weights.
+        UsageError: a pattern of --train-only, --freeze or --lora-targets matches nothing, or --lora-rank is too large.
     """
-    config = run.config
-    model = GPT2(inputs.model_config)
-    freeze(model, config.train_only, config.freeze)
-    if run.resume_from is not None:
-        load_weights(model, [run.resume_from / WEIGHTS])
-    elif config.init == "pretrained":
-        load_weights(model, inputs.files.weights)
+    model = GPT2(model_config)
+    if config.uses_lora:
+        load_weights(model, files.weights)
+        _add_adapter(model, config, checkpoint)
     else:
-        model.init_weights(config.seed)
+        freeze(model, config.train_only, config.freeze)
+        if checkpoint is not None:
+            load_weights(model, [checkpoint / WEIGHTS])
+        elif config.init == "pretrained":
+            load_weights(model, files.weights)
+        else:
+            model.init_weights(config.seed)
     model.activation_checkpointing = config.activation_checkpointing
     return model
+
+
+def _add_adapter(model: GPT2, config: Config, checkpoint: Path | None) -> None:
+    """Add the adapter of the run to a model with the weights of its base: a new one, or a saved one."""
+    settings = settings_of_run(config, model, checkpoint)
+    add_lora(model, settings, config.seed)
+    names = [name for name, _ in model.named_parameters() if is_lora(name)]
+    freeze(model, config.train_only or settings.bias_patterns, config.freeze, adapter=names)
+    if checkpoint is not None or config.adapter is not None:
+        load_adapter(model, checkpoint or Path(str(config.adapter)))
 
 
 def build_components(model: GPT2, config: Config, precision: Precision, ranks: Ranks) -> Components:

@@ -156,7 +156,7 @@ def check_disk_space(run: Path, parameters: int, trained: int, config: Config) -
         FtError: the free space is less than one checkpoint and the final model take.
     """
     final = BYTES_PER_WEIGHT * parameters
-    each = final + BYTES_PER_TRAINED * trained
+    each = BYTES_PER_WEIGHT * (trained if config.uses_lora else parameters) + BYTES_PER_TRAINED * trained
     most = (
         each * (config.keep_checkpoints + config.keep_best + 1) + final
     )  # one more while the oldest is not yet deleted
@@ -189,7 +189,7 @@ def _size(number: float) -> str:
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, except the inputs of --demo; other files in the directory are kept."""
-    written = ("metrics.jsonl", "scores.json", "tensorboard", "final")
+    written = ("metrics.jsonl", "scores.json", "tensorboard", "final", "adapter")
     for path in (
         *(run / name for name in written),
         *store.checkpoints(run),

@@ -8,6 +8,8 @@ Every directory written here loads as a model; a checkpoint also has what traini
     state.json               step, sums of losses, best evaluation, loss scale: see `State`
     manifest.json            size and SHA-256 of each of these files
 
+With LoRA a checkpoint has the files of an adapter in place of those of a model: see `adapter.py`.
+
 Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ft.checkpoint.adapter import ADAPTER_FILES, Base, is_adapter, write_adapter
 from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot, read_state
 from ft.errors import FtError
 from ft.io.atomic import UNFINISHED, Executor, StagedDirectory, atomic_directory, run_now
@@ -63,12 +66,21 @@ class ModelSource:
         tokenizer: the content of tokenizer.json, whose file may be gone when the model is saved.
         label_names: the names of the labels, saved in config.json as `id2label`.
         about_tokenizer: the content of tokenizer_config.json and similar files, by file name.
+        name: the directory or Hub id of the source, which adapters record as their base.
+        revision: branch, tag or commit on the Hub.
     """
 
     config: dict[str, Any]
     tokenizer: bytes
     label_names: Sequence[str]
     about_tokenizer: Mapping[str, bytes]
+    name: str = ""
+    revision: str | None = None
+
+    @property
+    def base(self) -> Base:
+        """What an adapter records of this source."""
+        return Base(self.name, self.revision, self.label_names)
 
 
 def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
@@ -110,7 +122,10 @@ def write_checkpoint(
     if snapshot.copied is not None:
         snapshot.copied.synchronize()
     with atomic_directory(checkpoint_path(run, state.step), executor) as new:
-        save_model(new, snapshot.config, snapshot.weights, source)
+        if snapshot.lora is None:
+            save_model(new, snapshot.config, snapshot.weights, source)
+        else:
+            write_adapter(new, snapshot.lora, snapshot.weights, snapshot.config.n_layer, source.base)
         new.write(OPTIMIZER, safetensors_chunks(snapshot.optimizer))
         new.write(RANDOM, safetensors_chunks(snapshot.random_states))
         new.write_json(STATE, {**asdict(state), "grad_scaler": snapshot.grad_scaler})
@@ -163,7 +178,8 @@ def step_of(directory: Path) -> int:
 
 def verify_checkpoint(directory: Path) -> str | None:
     """Describe what is damaged in a checkpoint; None if its files match the manifest and its state is valid."""
-    damage = verify_manifest(directory, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    model = ADAPTER_FILES if is_adapter(directory) else (WEIGHTS,)
+    damage = verify_manifest(directory, needed=(*model, OPTIMIZER, RANDOM, STATE))
     if damage is None:
         try:
             read_state(directory)

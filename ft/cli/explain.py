@@ -25,9 +25,9 @@ from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_precision, use_device
 from ft.errors import FtError, UsageError, printable, shown
 from ft.model import pretrained
-from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
-from ft.model.pretrained import load_weights, model_config_of
+from ft.model.pretrained import model_config_of
+from ft.setup import build_model
 from ft.train.loop import Components, StepRecorder, train
 from ft.train.nonfinite import NonFiniteError
 from ft.train.optim import build_optimizer
@@ -78,14 +78,7 @@ def _walk(config: Config, row: int | None) -> None:
     data = read_data(config, tokenizer)
     examples = data.examples["train"]
     step, window, row = _find_step(examples, config, row)
-    model = GPT2(model_config)
-    if config.init == "pretrained":
-        load_weights(model, files.weights)
-    else:
-        model.init_weights(config.seed)
-    freeze(model, config.train_only, config.freeze)
-    model.activation_checkpointing = config.activation_checkpointing
-    model.to(device)
+    model = build_model(config, files, model_config).to(device)
 
     split, target_ids = data.splits["train"], examples[row].target_ids
     print(f"Row {row:,} of the {len(examples):,} training examples, in one training step.")
