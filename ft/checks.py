@@ -106,14 +106,6 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
             "them out, or train on labels"
         )
-    return problems + _lora_problems(config)
-
-
-def _lora_problems(config: Any) -> list[str]:  # noqa: ANN401
-    """What is wrong with the settings of LoRA together."""
-    given = [name for name in ("lora_alpha", "lora_dropout", "lora_targets") if getattr(config, name) not in (None, ())]
-    if config.lora_rank is None and config.adapter is None:
-        return [f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in given]
-    if config.init == "random":
-        return ["--init random trains all weights from scratch, and LoRA changes pretrained ones: leave one out"]
-    return []
+    if config.init == "random" and (config.lora_rank is not None or config.adapter is not None):
+        problems.append("--init random trains all weights anew, and LoRA changes pretrained ones: leave one out")
+    return problems

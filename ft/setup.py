@@ -10,16 +10,18 @@ from ft.checkpoint.adapter import load_adapter, settings_of_run
 from ft.checkpoint.model_description import ModelDescription, read_description
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import WEIGHTS, load_training_state
+from ft.checks import flag
 from ft.config import Config
 from ft.data.load import Data, read_data
 from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
 from ft.distributed.launch import local_rank, world_size
 from ft.distributed.ranks import Ranks
+from ft.errors import UsageError
 from ft.evaluation.perplexity import GeneralText, read_general_text
 from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.model.lora import add_lora, is_lora
+from ft.model.lora import add_lora
 from ft.model.pretrained import ModelFiles, load_weights, model_config_of, model_files
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
@@ -99,12 +101,17 @@ def build_model(config: Config, files: ModelFiles, model_config: GPT2Config, che
 
     Raises:
         FtError: the weights do not fit the configuration, or the adapter does not fit the weights.
-        UsageError: a pattern of --train-only, --freeze or --lora-targets matches nothing, or --lora-rank is too large.
+        UsageError: a pattern of --train-only, --freeze or --lora-targets matches nothing, or --lora-rank is too large;
+            or a flag of LoRA is given without LoRA.
     """
+    of_lora = ("lora_alpha", "lora_dropout", "lora_targets")
+    given = [name for name in of_lora if getattr(config, name) not in (None, ())]
+    if given and not config.uses_lora:
+        raise UsageError(*(f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in given))
     model = GPT2(model_config)
     if config.uses_lora:
         load_weights(model, files.weights)
-        _add_adapter(model, config, checkpoint)
+        add_adapter(model, config, checkpoint)
     else:
         freeze(model, config.train_only, config.freeze)
         if checkpoint is not None:
@@ -117,11 +124,10 @@ def build_model(config: Config, files: ModelFiles, model_config: GPT2Config, che
     return model
 
 
-def _add_adapter(model: GPT2, config: Config, checkpoint: Path | None) -> None:
+def add_adapter(model: GPT2, config: Config, checkpoint: Path | None) -> None:
     """Add the adapter of the run to a model with the weights of its base: a new one, or a saved one."""
     settings = settings_of_run(config, model, checkpoint)
-    add_lora(model, settings, config.seed)
-    names = [name for name, _ in model.named_parameters() if is_lora(name)]
+    names = add_lora(model, settings, config.seed)
     freeze(model, config.train_only or settings.bias_patterns, config.freeze, adapter=names)
     if checkpoint is not None or config.adapter is not None:
         load_adapter(model, checkpoint or Path(str(config.adapter)))

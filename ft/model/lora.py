@@ -146,13 +146,16 @@ def _match_layers(pattern: str, names: Sequence[str], n_layer: int) -> set[str]:
     return matching(pattern, names, n_layer) | matching(f"*.{pattern}", names, n_layer)
 
 
-def add_lora(model: GPT2, settings: LoRASettings, seed: int) -> None:
+def add_lora(model: GPT2, settings: LoRASettings, seed: int) -> list[str]:
     """Replace the target layers of a model with weights by `LoRALinear`, with B = 0: the model computes the same.
 
     Args:
         model: changed in place.
         settings: of the adapter.
         seed: determines the initial A.
+
+    Returns:
+        The names of each A and B, for `freeze`.
 
     Raises:
         UsageError: the rank is above the width of a layer, beyond which it adds nothing.
@@ -169,6 +172,7 @@ def add_lora(model: GPT2, settings: LoRASettings, seed: int) -> None:
     for name in settings.targets:
         parent, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(parent), own_name, LoRALinear(layers[name], settings, generator))
+    return [name for name, _ in model.named_parameters() if is_lora(name)]
 
 
 def lora_settings(model: nn.Module) -> LoRASettings | None:

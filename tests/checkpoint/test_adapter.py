@@ -247,6 +247,18 @@ def test_a_damaged_adapter_is_ignored_on_resume(run, capsys):
     assert verify_checkpoint(run / "checkpoint-10") is None
 
 
+@pytest.mark.parametrize(
+    "flags", [["--static-shapes"], ["--precision", "fp16"], ["--forgetting", "builtin"], ["--tf32"]]
+)
+def test_other_settings_work_with_an_adapter(flags, inputs, tmp_path):
+    run = train(inputs, tmp_path / "run", *LORA, *flags, "--max-steps", "6")
+    assert (run / "metrics.jsonl").exists()
+    assert_same_logits(
+        logits_of(load_language_model(run / "adapter", device="cpu"), IDS),
+        logits_of(load_language_model(run / "final", device="cpu"), IDS),
+    )
+
+
 # --- adapters of peft
 
 
@@ -410,6 +422,37 @@ def test_an_adapter_of_another_size_or_place_is_refused(inputs, trained_by_peft,
     assert "there is no such directory; it must have adapter_config.json" in capsys.readouterr().err
     assert main([*inputs, "--model", str(adapter), *rest]) == 1
     assert "is an adapter, not a full model: pass it as --adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "problem"),
+    [
+        ("--lora-rank 0", 2, "--lora-rank is 0, it must be at least 1"),
+        ("--lora-rank -1", 2, "--lora-rank is -1, it must be at least 1"),
+        ("--lora-rank x", 2, "--lora-rank is 'x', it must be a whole number"),
+        ("--lora-rank 65", 2, "--lora-rank is 65, it must be at most 64, the width of h.0.attn.c_attn"),
+        ("--lora-rank 4 --lora-alpha 0", 2, "--lora-alpha is 0.0, it must be above 0"),
+        ("--lora-rank 4 --lora-alpha nan", 2, "--lora-alpha is nan, it must be finite"),
+        ("--lora-rank 4 --lora-dropout 1", 2, "--lora-dropout is 1.0, it must be below 1"),
+        ("--lora-rank 4 --lora-targets q_proj", 2, "--lora-targets is 'q_proj', which matches no linear layer"),
+        (
+            "--lora-rank 4 --lora-targets wte ln_f",
+            2,
+            "--lora-targets is 'ln_f', which matches ln_f, not a linear layer",
+        ),
+        ("--lora-rank 4 --train-only wte.weight", 2, "--train-only selects wte.weight, and beside an adapter only"),
+        ("--lora-rank 4 --freeze *", 2, "nothing is left to train"),
+        ("--lora-rank 4 --init random", 2, "--init random trains all weights from scratch, and LoRA"),
+        ("--lora-alpha 4", 2, "--lora-alpha is for LoRA, which --lora-rank 8 or --adapter turns on"),
+        ("--lora_r 4", 2, "there is no flag --lora_r, is it --lora-rank?"),
+        ("--lora-r 4", 2, "there is no flag --lora-r, is it --lora-rank?"),
+        ("--lora_target_modules c_attn", 2, "there is no flag --lora_target_modules, is it --lora-targets?"),
+    ],
+)
+def test_wrong_flags_are_refused_with_a_remedy(flags, status, problem, inputs, tmp_path, capsys):
+    assert main([*inputs, *flags.split(), "--output-dir", str(tmp_path / "run")]) == status
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 # --- the commands

@@ -139,6 +139,12 @@ def same_bytes(a, b):
         (2, 4, ["--shard"]),
         (2, 2, ["--shard", "--gradient-accumulation-steps", "3", "--freeze", "h.0.*"]),
         (2, 4, ["--static-shapes", "--weight-decay", "0.1"]),
+        (2, 4, ["--lora-rank", "4", "--train-only", "*.bias"]),
+        (
+            2,
+            2,
+            ["--lora-rank", "3", "--shard", "--gradient-accumulation-steps", "3", "--lora-targets", "c_attn", "c_fc"],
+        ),
     ],
 )
 def test_several_processes_do_what_one_does(several, command, tmp_path, size, batch_size, flags):

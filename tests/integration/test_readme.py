@@ -105,8 +105,11 @@ def test_the_snippets_run_in_their_order_and_a_step_lowers_the_loss(inputs, caps
     exec(compile(code, "ft/README.md", "exec"), names)
     assert len(names["examples"]) == len(names["split"].texts) == 77
     assert names["batch"].target_ids.tolist() == [e.target_ids[0] for e in names["examples"][:8]]
-    first, second = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[-2:])
-    assert second < first
+    printed = re.findall(r"^[01] (\d+\.\d+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(printed) == 4, "two steps of all weights, and two of LoRA"
+    before, after, before_lora, after_lora = map(float, printed)
+    assert after < before
+    assert after_lora < before_lora
 
 
 def test_there_are_eight_steps_and_each_names_a_file():

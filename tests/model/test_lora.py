@@ -42,8 +42,7 @@ def settings_for(model, rank=4, alpha=None, dropout=0.0, patterns=(), **others):
 
 def adapt(model, train_only=(), frozen=(), random_b=True, **settings):
     """Add an adapter, whose B is random unless it is to start as in training, and freeze the rest."""
-    add_lora(model, settings_for(model, **settings), seed=5)
-    freeze(model, train_only, frozen, adapter=[name for name, _ in model.named_parameters() if is_lora(name)])
+    freeze(model, train_only, frozen, adapter=add_lora(model, settings_for(model, **settings), seed=5))
     if random_b:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
