@@ -1,12 +1,19 @@
 """Set up a run, one function each: device, inputs, model, components, state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ft.checkpoint import resume
-from ft.checkpoint.adapter import load_adapter, settings_of_run
+from ft.checkpoint.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    load_adapter,
+    read_about,
+    read_adapter_settings,
+    read_base,
+)
 from ft.checkpoint.model_description import ModelDescription, read_description
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import WEIGHTS, load_training_state
@@ -16,12 +23,12 @@ from ft.data.load import Data, read_data
 from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
 from ft.distributed.launch import local_rank, world_size
 from ft.distributed.ranks import Ranks
-from ft.errors import UsageError
+from ft.errors import UsageError, sentence, shown
 from ft.evaluation.perplexity import GeneralText, read_general_text
 from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.model.lora import add_lora
+from ft.model.lora import LoRASettings, add_lora, find_targets, weights_sha256
 from ft.model.pretrained import ModelFiles, load_weights, model_config_of, model_files
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
@@ -126,11 +133,66 @@ def build_model(config: Config, files: ModelFiles, model_config: GPT2Config, che
 
 def add_adapter(model: GPT2, config: Config, checkpoint: Path | None) -> None:
     """Add the adapter of the run to a model with the weights of its base: a new one, or a saved one."""
-    settings = settings_of_run(config, model, checkpoint)
+    settings = _lora_settings_of(config, model, checkpoint)
     names = add_lora(model, settings, config.seed)
     freeze(model, config.train_only or settings.bias_patterns, config.freeze, adapter=names)
     if checkpoint is not None or config.adapter is not None:
         load_adapter(model, checkpoint or Path(str(config.adapter)))
+
+
+def _lora_settings_of(config: Config, model: GPT2, checkpoint: Path | None) -> LoRASettings:
+    """The settings of the adapter of a run: those of its checkpoint, of --adapter, or of --lora-rank.
+
+    Args:
+        config: with `uses_lora`.
+        model: with the weights of the base.
+        checkpoint: to resume from, if any.
+
+    Raises:
+        UsageError: --lora-targets matches no layer, or the flags differ from the adapter.
+        FtError: the adapter cannot be read, is of another base, or of a kind that is not computed here.
+    """
+    if checkpoint is not None:
+        return read_adapter_settings(checkpoint, model)
+    dropout = config.lora_dropout
+    if config.adapter is None:
+        assert config.lora_rank is not None
+        return LoRASettings(
+            rank=config.lora_rank,
+            alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+            dropout=dropout or 0.0,
+            targets=find_targets(model, config.lora_targets),
+            base_sha256=weights_sha256(model),
+        )
+    directory = Path(config.adapter)
+    if not directory.is_dir():
+        raise UsageError(
+            f"--adapter is {shown(config.adapter)}, there is no such directory; it must have {ADAPTER_CONFIG} and "
+            f"{ADAPTER_WEIGHTS}, as `hf download` gets them from the Hub"
+        )
+    settings = read_adapter_settings(directory, model)
+    recorded, _ = read_base(directory)
+    is_known = bool(read_about(directory))  # then the hash of the base was compared
+    if recorded is not None and Path(recorded).name != Path(config.model).name and not is_known:
+        print(
+            sentence(
+                f"WARNING: {directory} names {recorded} as its base, and --model is {config.model}: another base "
+                "makes the adapter worthless."
+            )
+        )
+    given = {
+        "--lora-rank": (config.lora_rank, settings.rank),
+        "--lora-alpha": (config.lora_alpha, settings.alpha),
+        "--lora-targets": (find_targets(model, config.lora_targets) if config.lora_targets else None, settings.targets),
+    }
+    problems = [
+        f"{flag} is not that of {directory}, which has {shown(own)}: leave it out, as --adapter continues that adapter"
+        for flag, (value, own) in given.items()
+        if value not in (None, own)
+    ]
+    if problems:
+        raise UsageError(*problems)
+    return settings if dropout is None else replace(settings, dropout=dropout)
 
 
 def build_components(model: GPT2, config: Config, precision: Precision, ranks: Ranks) -> Components:

@@ -9,15 +9,14 @@ program `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight`. The layout
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ft.config import Config
-from ft.errors import FtError, UsageError, shown
+from ft.errors import FtError, shown
 from ft.io.atomic import StagedDirectory
 from ft.io.model_layout import INDEX, WEIGHTS
 from ft.io.plain_files import read_json
@@ -28,7 +27,6 @@ from ft.model.lora import (
     LORA_B,
     LoRASettings,
     add_lora,
-    find_targets,
     is_lora,
     linear_layers,
     weights_sha256,
@@ -194,6 +192,12 @@ def read_adapter_settings(directory: Path, model: GPT2) -> LoRASettings:
             f"{directory / ADAPTER_WEIGHTS} has no {LORA_A} of a linear layer of this GPT-2, such as "
             f"{_PREFIX}{next(iter(layers))}.{LORA_A}.weight: it is not a LoRA adapter of it"
         )
+    selected = _selected_layers(config, list(layers))
+    if missing := sorted(selected - set(named)):
+        raise FtError(
+            f"{path} selects {missing[0]}, for which {ADAPTER_WEIGHTS} has no {LORA_A}: it is for another base, "
+            f"which was {shown(config['base_model_name_or_path'])}"
+        )
     sha256 = weights_sha256(model)
     if (recorded := read_about(directory).get("base_sha256", sha256)) != sha256:
         raise FtError(
@@ -238,6 +242,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if problems:
         raise FtError(f"{path}: " + "; ".join(problems))
     return config
+
+
+def _selected_layers(config: Mapping[str, Any], layers: Sequence[str]) -> set[str]:
+    """The layers that `target_modules` selects; none if other fields restrict the selection, or it has another form."""
+    targets = config.get("target_modules")
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return set()
+    if isinstance(targets, list):
+        return {layer for layer in layers for target in targets if f".{layer}".endswith(f".{target}")}
+    return set(layers) if targets == "all-linear" else set()
 
 
 def _find_unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -295,52 +309,3 @@ def load_adapter(model: GPT2, directory: Path) -> None:
     problems += [f"{name} is missing" for name in sorted(missing)]
     if problems:
         raise FtError(f"{path}: the adapter does not fit the model: " + first_problems(problems))
-
-
-# --- the adapter of a run
-
-
-def settings_of_run(config: Config, model: GPT2, checkpoint: Path | None) -> LoRASettings:
-    """The settings of the adapter of a run: those of its checkpoint, of --adapter, or of --lora-rank.
-
-    Args:
-        config: with `uses_lora`.
-        model: with the weights of the base.
-        checkpoint: to resume from, if any.
-
-    Raises:
-        UsageError: --lora-targets matches no layer, or the flags differ from the adapter.
-        FtError: the adapter cannot be read, is of another base, or of a kind that is not computed here.
-    """
-    if checkpoint is not None:
-        return read_adapter_settings(checkpoint, model)
-    dropout = config.lora_dropout
-    if config.adapter is None:
-        assert config.lora_rank is not None
-        return LoRASettings(
-            rank=config.lora_rank,
-            alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-            dropout=dropout or 0.0,
-            targets=find_targets(model, config.lora_targets),
-            base_sha256=weights_sha256(model),
-        )
-    directory = Path(config.adapter)
-    if not directory.is_dir():
-        raise UsageError(
-            f"--adapter is {shown(config.adapter)}, there is no such directory; it must have {ADAPTER_CONFIG} and "
-            f"{ADAPTER_WEIGHTS}"
-        )
-    settings = read_adapter_settings(directory, model)
-    given = {
-        "--lora-rank": (config.lora_rank, settings.rank),
-        "--lora-alpha": (config.lora_alpha, settings.alpha),
-        "--lora-targets": (find_targets(model, config.lora_targets) if config.lora_targets else None, settings.targets),
-    }
-    problems = [
-        f"{flag} is not that of {directory}, which has {shown(own)}: leave it out, as --adapter continues that adapter"
-        for flag, (value, own) in given.items()
-        if value not in (None, own)
-    ]
-    if problems:
-        raise UsageError(*problems)
-    return settings if dropout is None else replace(settings, dropout=dropout)

@@ -210,7 +210,8 @@ def merge_lora(weights: Mapping[str, Tensor], settings: LoRASettings) -> dict[st
     merged = {name: weight for name, weight in weights.items() if not is_lora(name)}
     for target in settings.targets:
         a, b = weights[f"{target}.{LORA_A}"], weights[f"{target}.{LORA_B}"]
-        merged[f"{target}.weight"] = torch.addmm(merged[f"{target}.weight"], a.T, b.T, alpha=settings.scale)
+        weight = torch.addmm(merged[f"{target}.weight"], a.T, b.T, alpha=settings.scale)
+        merged[f"{target}.weight"] = weight.cpu()  # one at a time: a GPU need not hold them all twice
     return merged
 
 

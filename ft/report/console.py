@@ -81,7 +81,9 @@ def closing(run: Path, state: State, last_step: int, seconds: float, config: Con
         + (f"; test accuracy {test.accuracy:.2%}" if test else "")
         + ".\n"
         + _forgotten(state)
-        + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
+        + f"The model is saved to {run / 'final'}, "
+        + (f"the adapter to {run / 'adapter'}, " if config.uses_lora else "")
+        + f"the newest checkpoints beside it, all metrics in "
         f"{run / 'metrics.jsonl'}. To use it: python run.py "
         + (f'predict {run} "an example"' if config.completion_column is None else f'generate {run} "a prompt"')
     )

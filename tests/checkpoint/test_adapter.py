@@ -408,6 +408,23 @@ def test_flags_that_differ_from_the_adapter_are_refused(finished, inputs, tmp_pa
     assert json.loads((tmp_path / "new" / "adapter" / CONFIG).read_text())["lora_dropout"] == 0.5
 
 
+def test_an_adapter_of_a_shallower_base_is_refused_and_one_of_another_name_reported(
+    inputs, trained_by_peft, tmp_path, capsys
+):
+    adapter, _ = trained_by_peft()
+    config = json.loads((base_of(inputs) / "config.json").read_text())
+    ids = {name: config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    deep = write_model(tmp_path / "deep", "tiny", tokenizer_from=base_of(inputs), **ids, n_layer=3)
+    flags = ["--adapter", str(adapter), "--output-dir", str(tmp_path / "new"), "--max-steps", "1"]
+    assert main([*inputs, "--model", str(deep), *flags]) == 1
+    assert "selects h.2.attn.c_attn, for which adapter_model.safetensors has no lora_A" in capsys.readouterr().err
+    elsewhere = shutil.copytree(base_of(inputs), tmp_path / "elsewhere")
+    assert main([*inputs, "--model", str(elsewhere), *flags]) == 0
+    assert f"names {base_of(inputs)} as its base, and --model is {elsewhere}" in capsys.readouterr().out
+    assert main([*inputs, *flags[:2], "--output-dir", str(tmp_path / "same"), "--max-steps", "1"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_an_adapter_of_another_size_or_place_is_refused(inputs, trained_by_peft, tmp_path, capsys):
     adapter, _ = trained_by_peft()
     config = json.loads((base_of(inputs) / "config.json").read_text())
@@ -471,6 +488,14 @@ def test_commands_read_an_adapter_a_checkpoint_and_an_unfinished_run(run, inputs
     shutil.rmtree(run / "final")
     assert ft.load(run, device="cpu").source == str(run / "checkpoint-10")
     assert main(["explain", *inputs, *LORA]) == 0
+
+
+def test_generation_from_an_adapter_is_that_of_the_merged_model(run):
+    texts = [
+        load_language_model(run / name, device="cpu").generate("the film", max_new_tokens=12)
+        for name in ("adapter", "final")
+    ]
+    assert texts[0] == texts[1] != ""
 
 
 def test_a_base_can_be_elsewhere(run, inputs, tmp_path, capsys):

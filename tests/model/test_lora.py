@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     import peft
 
 from ft.errors import UsageError
+from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.lora import (
@@ -237,6 +238,25 @@ def test_activation_checkpointing_gives_the_same_gradients(kind):
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_blocks_train_the_same():
+    losses, gradients = [], []
+    for mode in ("none", "default"):
+        model = adapt(make_model(CALM, torch.float32), ("*.bias",)).train()
+        compile_blocks(model.h, mode, torch.device("cpu"))
+        input_ids, _, _ = make_batch()
+        loss = F.cross_entropy(
+            model(input_ids, Packing.of(LENGTHS), Selection.last(LENGTHS, [1] * 4)), torch.arange(4) * 7
+        )
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("train_only", [(), ("*.bias",)])
