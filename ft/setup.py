@@ -186,8 +186,8 @@ def _lora_settings_of(config: Config, model: GPT2, checkpoint: Path | None) -> L
         "--lora-targets": (find_targets(model, config.lora_targets) if config.lora_targets else None, settings.targets),
     }
     problems = [
-        f"{flag} is not that of {directory}, which has {shown(own)}: leave it out, as --adapter continues that adapter"
-        for flag, (value, own) in given.items()
+        f"{name} is {shown(value)}, and the adapter in {directory} has {shown(own)}: leave it out"
+        for name, (value, own) in given.items()
         if value not in (None, own)
     ]
     if problems:
