@@ -45,7 +45,7 @@ _READ |= {"base_model_name_or_path", "revision", "init_lora_weights"}
 _WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
 _WITHOUT_EFFECT |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 # Initializations of PEFT that leave the base as it is; the others, such as pissa, also change the weights of the base.
-_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def read_adapter_settings(directory: Path, model: GPT2) -> LoRASettings:
     config = _read_config(path)
     if problems := _find_unsupported(config):
         raise FtError(f"{path}: " + "; ".join(problems))
-    shapes = {name: tensor.shape for name, tensor in read_tensors([directory / ADAPTER_WEIGHTS])}
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors([directory / ADAPTER_WEIGHTS])}
     layers = linear_layers(model)
     named = [name for name in layers if f"{_PREFIX}{name}.{LORA_A}.weight" in shapes]
     if not named:
@@ -192,6 +192,9 @@ def read_adapter_settings(directory: Path, model: GPT2) -> LoRASettings:
             f"{directory / ADAPTER_WEIGHTS} has no {LORA_A} of a linear layer of this GPT-2, such as "
             f"{_PREFIX}{next(iter(layers))}.{LORA_A}.weight: it is not a LoRA adapter of it"
         )
+    first = shapes[f"{_PREFIX}{named[0]}.{LORA_A}.weight"]
+    if first[:1] != (config["r"],):
+        raise FtError(f"{path}: r is {config['r']}, and {LORA_A} of {named[0]} in {ADAPTER_WEIGHTS} has shape {first}")
     selected = _selected_layers(config, list(layers))
     if missing := sorted(selected - set(named)):
         raise FtError(

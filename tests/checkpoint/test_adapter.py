@@ -338,7 +338,7 @@ REFUSED = {
     "alpha 0": ({"lora_alpha": 0}, "lora_alpha is 0, it must be a number above 0"),
     "dropout 1": ({"lora_dropout": 1.0}, "lora_dropout is 1.0, it must be a number from 0 to below 1"),
     "bias": ({"bias": "some"}, "bias is 'some', it must be none, all or lora_only"),
-    "wrong rank": ({"r": 5}, r"c_attn.lora_A.weight has shape \(4, 64\), the configuration says \(5, 64\)"),
+    "wrong rank": ({"r": 5}, r"r is 5, and lora_A of h.0.attn.c_attn in adapter_model.safetensors has shape \(4, 64\)"),
 }
 
 
