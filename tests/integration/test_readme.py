@@ -72,6 +72,9 @@ def workplace(inputs, tmp_path_factory):
     assert main([*inputs, "--max-steps", "4", "--batch-size", "4", "--output-dir", str(run)]) == 0
     for other in ("low", "high"):
         shutil.copytree(run, folder / "runs" / other)
+    lora = folder / "lora"
+    assert main([*inputs, "--max-steps", "2", "--lora-rank", "8", "--output-dir", str(lora)]) == 0
+    shutil.copytree(lora / "adapter", folder / "from-peft")
     shutil.copytree(model, folder / "my-gpt2")
     shutil.copytree(dataset, folder / "my-reviews")
     words = ("a gorgeous film", "the plot is flat", "a witty script", "dull and awkward") * 5
