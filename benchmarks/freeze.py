@@ -30,21 +30,25 @@ from ft.device import disable_malloc_trim
 from ft.finetune import fine_tune
 from ft.model.freeze import freeze, num_trainable_parameters
 from ft.model.gpt2 import GPT2, GPT2Config
+from ft.setup import add_adapter
 from ft.train.optim import AdamW, build_optimizer
 from ft.train.state import State
 from tests.reference.synthetic import SIZES, model_config
 
 BATCH_SIZE = 8
 TURN = 4  # steps of a case until the next one's turn; the first of each turn is not counted
-CASES = {  # what is trained, by its `--train-only`
+CASES: dict[str, tuple[str, ...]] = {  # what is trained, by its flags
     "all": (),
-    "last four blocks": ("last:4",),
-    "last block": ("last:1",),
-    "final norm": ("ln_f.*",),
-    "biases": ("*.bias",),
-    "head (the tied embedding)": ("wte.weight",),
+    "last four blocks": ("--train-only", "last:4"),
+    "last block": ("--train-only", "last:1"),
+    "final norm": ("--train-only", "ln_f.*"),
+    "biases": ("--train-only", "*.bias"),
+    "head (the tied embedding)": ("--train-only", "wte.weight"),
+    "LoRA": ("--lora-rank", "8"),
+    "LoRA of c_attn": ("--lora-rank", "8", "--lora-targets", "c_attn"),
+    "LoRA and biases": ("--lora-rank", "8", "--train-only", "*.bias"),
 }
-DEMO_CASES = {name: patterns for name, patterns in CASES.items() if name != "last four blocks"}  # it has two
+DEMO_CASES = {name: flags for name, flags in CASES.items() if name != "last four blocks"}  # it has two
 
 
 def main() -> None:
@@ -96,26 +100,30 @@ def measure_in_turns(size: str, turns: int) -> dict[str, dict[str, Any]]:
 
 
 @cache
-def built(size: str, patterns: tuple[str, ...]) -> tuple[GPT2, AdamW]:
+def built(size: str, flags: tuple[str, ...]) -> tuple[GPT2, AdamW]:
     """Model and optimizer of this process, which never holds the moments of what is frozen."""
     disable_malloc_trim()
     model = GPT2(GPT2Config.from_dict(model_config(size)))
     model.init_weights(seed=42)
     torch.manual_seed(42)
-    freeze(model, patterns, ())
+    config = read_arguments(flags)
+    if config.uses_lora:
+        add_adapter(model, config, checkpoint=None)
+    else:
+        freeze(model, config.train_only, config.freeze)
     return model, build_optimizer(model, learning_rate=2e-5, weight_decay=0.0)
 
 
-def one_turn(size: str, patterns: tuple[str, ...]) -> list[dict[str, float]]:
+def one_turn(size: str, flags: tuple[str, ...]) -> list[dict[str, float]]:
     """The seconds of each part of each step of a turn."""
-    model, optimizer = built(size, patterns)
+    model, optimizer = built(size, flags)
     examples = random_examples(review_like_lengths(TURN * BATCH_SIZE), model.config.vocab_size)
     return timed_steps(model, optimizer, examples, BATCH_SIZE)
 
 
-def footprint(size: str, patterns: tuple[str, ...]) -> dict[str, int]:
+def footprint(size: str, flags: tuple[str, ...]) -> dict[str, int]:
     """Trained parameters, the peak memory of the training so far, and the bytes of a checkpoint."""
-    model, optimizer = built(size, patterns)
+    model, optimizer = built(size, flags)
     peak = peak_memory()
     snapshot = take_snapshot(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), State(), copy=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,11 +138,10 @@ def measure_demo(folder: Path) -> dict[str, dict[str, float]]:
     opposite = ["--model", f"{folder}/all/final", "--dataset", f"{folder}/all/inputs/dataset", "--label-names"]
     opposite += ["pos,neg", "--batch-size", "32", "--learning-rate", "1e-3"]
     accuracy = {}
-    for name, patterns in DEMO_CASES.items():
-        chosen = ["--train-only", *patterns] if patterns else []
+    for name, flags in DEMO_CASES.items():
         accuracy[name] = {
-            "from_random_weights": accuracy_of(folder / name, ["--demo", *chosen]),
-            "opposite_from_trained_model": accuracy_of(folder / f"{name}, opposite", [*opposite, *chosen]),
+            "from_random_weights": accuracy_of(folder / name, ["--demo", *flags]),
+            "opposite_from_trained_model": accuracy_of(folder / f"{name}, opposite", [*opposite, *flags]),
         }
         print(name, accuracy[name], flush=True)
     return accuracy
@@ -153,20 +160,20 @@ def step_table(cases: dict[str, dict[str, Any]]) -> str:
     rows = [
         [
             name,
-            " ".join(f"`{pattern}`" for pattern in CASES[name]),
+            f"`{' '.join(CASES[name])}`" if CASES[name] else "",
             f"{case['trained_parameters']:,}",
             f"{case['seconds']:.3f}",
             f"{cases['all']['seconds'] / case['seconds']:.2f} x",
             *(f"{case['parts'][part]:.3f}" for part in ("forward", "backward")),
             f"{case['parts']['clip'] + case['parts']['AdamW']:.3f}",
             f"{case['peak_bytes'] / GIB:.2f}",
-            f"{case['checkpoint_bytes'] / 1e9:.2f}",
+            f"{case['checkpoint_bytes'] / 1e6:,.0f}",
         ]
         for name, case in cases.items()
     ]
     parts = ["forward (s)", "backward (s)", "clip and AdamW (s)"]
-    header = ["trained", "`--train-only`", "parameters", "step (s)", "faster than all", *parts]
-    return markdown_table([*header, "peak memory (GiB)", "checkpoint (GB)"], rows)
+    header = ["trained", "flags", "parameters", "step (s)", "faster than all", *parts]
+    return markdown_table([*header, "peak memory (GiB)", "checkpoint (MB)"], rows)
 
 
 def demo_table(demo: dict[str, dict[str, float]]) -> str:

@@ -1,8 +1,9 @@
-"""What makes settings wrong: types, limits, and combinations that cannot work.
+"""What a setting is, and what makes settings wrong: types, limits, and combinations that cannot work.
 
-`Config` calls `find_problems` on itself, so this module does not import it.
+`Config` is made of these settings and calls `find_problems` on itself, so this module does not import it.
 """
 
+import dataclasses
 import sys
 import types
 import typing
@@ -14,6 +15,21 @@ from ft.errors import is_utf8, shown
 
 _NO_CLASSES = "--class-weights are of labels, and with --completion-column there are none: leave it out"
 BALANCED = "balanced"  # the value of --class-weights for weights by inverse frequency
+
+
+# The headings of `--help` and of the model card.
+FILES = "Input and output"
+LENGTH = "Training length and batch size"
+OPTIMIZER = "Optimizer"
+PARAMETERS = "Trained parameters"
+MACHINE = "Device and precision"
+PROCESSES = "Several processes, started by torchrun"
+LOGGING = "Logging and checkpoints, in optimizer steps"
+
+
+def setting(default: Any, group: str, help_text: str, *, minimum: float | None = None) -> Any:  # noqa: ANN401
+    """A field of `Config`: its default, its heading in the help, its help text, and its minimum."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help_text, "minimum": minimum})
 
 
 def flag(name: str) -> str:
@@ -65,8 +81,10 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             problems.append(f"{flag(name)} is {shown(value)}, it must be below 2**63")
         elif (minimum := field.metadata["minimum"]) is not None and value < minimum:
             problems.append(f"{flag(name)} is {shown(value)}, it must be at least {minimum}")
-        elif name == "dropout" and value >= 1:
-            problems.append(f"--dropout is {shown(value)}, it must be below 1")
+        elif name in ("dropout", "lora_dropout") and value >= 1:
+            problems.append(f"{flag(name)} is {shown(value)}, it must be below 1")
+        elif name == "lora_alpha" and value <= 0:
+            problems.append(f"--lora-alpha is {shown(value)}, it must be above 0")
         elif name in ("epochs", "process_timeout") and not 0 < value <= 1e6:
             problems.append(f"{flag(name)} is {shown(value)}, it must be above 0 and at most 1000000")
         elif name == "train_fraction" and not 0 < value <= 1:
@@ -113,6 +131,8 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
             "them out, or train on labels"
         )
+    if config.init == "random" and (config.lora_rank is not None or config.adapter is not None):
+        problems.append("--init random trains all weights anew, and LoRA changes pretrained ones: leave one out")
     return problems
 
 

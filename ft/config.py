@@ -6,28 +6,14 @@ this program reproduces.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ft.checks import find_problems
+from ft.checks import FILES, LENGTH, LOGGING, MACHINE, OPTIMIZER, PARAMETERS, PROCESSES, find_problems, setting
 from ft.errors import UsageError
 from ft.io import paths
 from ft.io.atomic import atomic_write_text
-
-# The headings of `--help` and of the model card.
-FILES = "Input and output"
-LENGTH = "Training length and batch size"
-OPTIMIZER = "Optimizer"
-PARAMETERS = "Trained parameters"
-MACHINE = "Device and precision"
-PROCESSES = "Several processes, started by torchrun"
-LOGGING = "Logging and checkpoints, in optimizer steps"
-
-
-def setting(default: Any, group: str, help_text: str, *, minimum: float | None = None) -> Any:  # noqa: ANN401
-    """A field of `Config`: its default, its heading in the help, its help text, and its minimum."""
-    return field(default=default, metadata={"group": group, "help": help_text, "minimum": minimum})
 
 
 @dataclass(frozen=True)
@@ -174,8 +160,7 @@ class Config:
         0.0, OPTIMIZER, "decoupled weight decay of all but biases and LayerNorm weights", minimum=0.0
     )
     """w <- w - lr weight_decay w in each step, apart from the gradient. Too large: weights shrink faster than they
-    learn, and pretraining fades. 0, the default: a short run stays close to the
-    pretrained weights anyway.
+    learn, and pretraining fades. 0, the default: a short run stays close to the pretrained weights anyway.
     """
     max_grad_norm: float = setting(
         1.0,
@@ -220,6 +205,30 @@ class Config:
     All, the default: the most time and memory, and a long run can overwrite the most of the pretrained model.
     """
     freeze: tuple[str, ...] = setting((), PARAMETERS, "freeze parameters whose names match; applied after --train-only")
+    lora_rank: int | None = setting(
+        None,
+        PARAMETERS,
+        "LoRA: train a change of this rank of the linear layers, and none of their weights; --train-only adds biases",
+        minimum=1,
+    )
+    """W x becomes W x + (lora_alpha / lora_rank) B A x, with A and B trained and W frozen (ft/model/lora.py). Too
+    small: the change cannot hold what the task needs. Large: more memory and larger checkpoints, up to the model's
+    width. Adapters learn with a larger learning_rate than all weights do, such as 2e-4.
+    """
+    lora_alpha: float | None = setting(
+        None, PARAMETERS, "LoRA: the change is scaled by alpha / rank; left out: twice the rank"
+    )
+    lora_dropout: float | None = setting(
+        None, PARAMETERS, "LoRA: dropout of the input of A; left out: 0, or that of --adapter", minimum=0.0
+    )
+    lora_targets: tuple[str, ...] = setting(
+        (), PARAMETERS, "LoRA: adapt only linear layers whose names match: c_attn, h.11.*, last:N; left out: all"
+    )
+    adapter: str | None = setting(
+        None,
+        PARAMETERS,
+        "continue a LoRA adapter: a directory that peft or this program wrote, for the base that --model names",
+    )
 
     device: str | None = setting(None, MACHINE, "cpu, cuda, cuda:1, mps (default: the best present)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
@@ -326,13 +335,15 @@ class Config:
         """Examples of an optimizer step: the global batch size."""
         return self.rows_per_batch * self.gradient_accumulation_steps
 
+    @property
+    def uses_lora(self) -> bool:
+        """Whether the run trains an adapter and not the weights of the model."""
+        return self.lora_rank is not None or self.adapter is not None
+
     def save(self, path: Path) -> None:
         """Write all settings as JSON, by an atomic rename."""
         atomic_write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
-# The value of `resume` for the newest checkpoint in the output directory.
-NEWEST = "newest"
-
-# Settings that a run records and that have no flag.
-NO_FLAGS = ("processes",)
+NEWEST = "newest"  # the value of `resume` for the newest checkpoint in the output directory
+NO_FLAGS = ("processes",)  # settings that a run records and that have no flag

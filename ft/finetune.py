@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ft.checkpoint import resume
 from ft.checkpoint.error_hints import explain_out_of_memory_in_training
+from ft.checkpoint.model_builder import build_model
 from ft.checkpoint.run_dir import RunDirectory, open_run_directory
 from ft.config import Config
 from ft.distributed.launch import process_group
@@ -21,7 +22,7 @@ from ft.io.standard_streams import quiet_output, results
 from ft.model.freeze import num_trainable_parameters
 from ft.report.console import count_parameters, opening
 from ft.session import open_session
-from ft.setup import Inputs, build_components, build_model, precision_of_run, prepare_device, read_inputs, restore_state
+from ft.setup import Inputs, build_components, precision_of_run, prepare_device, read_inputs, restore_state
 from ft.train.loop import train
 from ft.train.schedule import total_steps
 from ft.train.state import State
@@ -57,7 +58,7 @@ def fine_tune(
         examples = inputs.data.examples["train"]
         last_step = total_steps(len(examples), config)
         # 4. Build the model, with pretrained weights or those of the checkpoint. It is still on the CPU.
-        model = build_model(run, inputs)
+        model = build_model(config, inputs.files, inputs.model_config, run.resume_from)
         num_parameters, num_trained = count_parameters(model), num_trainable_parameters(model)
         # 5. Move the model to the device, build the optimizer, and restore the training state if the run is resumed.
         components = build_components(model, config, inputs, precision, ranks)

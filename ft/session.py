@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,29 +14,28 @@ from ft.checkpoint.error_hints import explain_nonfinite
 from ft.checkpoint.host_buffer import HostBuffer
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import Snapshot, gather_weights, take_snapshot
-from ft.config import Config
 from ft.data.batches import Batch, collate, collate_padded
 from ft.data.examples import Example
-from ft.device import peak_memory, read_synchronizes, threads_for
-from ft.errors import FtError, printable, program, quoted
+from ft.device import read_synchronizes, threads_for
+from ft.errors import FtError, program, quoted
 from ft.evaluation.classification import majority_baseline, write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
-from ft.io.atomic import atomic_directory, atomic_write_text
-from ft.io.model_layout import EXPORTED_FILES
+from ft.io.atomic import atomic_write_text
 from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
-from ft.model.flops import training_flops
 from ft.model.gpt2 import GPT2
+from ft.model.lora import is_lora
 from ft.report.console import after_demo, closing, count_parameters, three_completions, three_predictions
 from ft.report.model_card import model_card
-from ft.report.outcome import Outcome, Performance
+from ft.report.outcome import Outcome
+from ft.report.results import notes_on_exports, performance, write_final_model
 from ft.settings import NOT_RECORDED
 from ft.setup import Inputs
 from ft.train.loop import Components
 from ft.train.metrics import Report
 from ft.train.profiler import trace_steps
-from ft.train.schedule import steps_per_epoch, times_due, total_steps
+from ft.train.schedule import planned_work, steps_per_epoch, total_steps
 from ft.train.signals import StopRequest
 from ft.train.state import State
 from ft.train.tensorboard import EventFiles
@@ -58,6 +57,7 @@ def open_session(
         FtError: a loss or gradient was not finite; the message names a remedy.
     """
     config, ranks = run.config, components.ranks
+    general_windows = 0 if inputs.general_text is None else len(inputs.general_text.windows)
     metrics = tensorboard = None
     if ranks.is_rank_zero:
         metrics = run.path / "metrics.jsonl"
@@ -72,7 +72,7 @@ def open_session(
             metrics_bytes=state.metrics_bytes,
             tensorboard=tensorboard,
             lock=run.lock,
-            planned=_planned_work(inputs, config, state),
+            planned=planned_work(config, inputs.data.examples, general_windows, state.step),
             quiet=config.quiet,
             each_step=not read_synchronizes(components.precision.device),
         ) as report,
@@ -85,18 +85,6 @@ def open_session(
         explain_nonfinite(config, run.path, inputs.data.splits["train"]),
     ):
         yield Session(run, inputs, model, components, state, report, stopping, after_step)
-
-
-def _planned_work(inputs: Inputs, config: Config, state: State) -> dict[str, float]:
-    """The examples to evaluate, the windows of general text and the saves in the rest of the run."""
-    examples, text = inputs.data.examples, inputs.general_text
-    last_step = total_steps(len(examples["train"]), config)
-    evaluations = times_due(config.eval_steps, state.step, last_step)
-    return {
-        "evaluating": evaluations * len(examples["validation"]) + len(examples.get("test", [])),
-        "general text": evaluations * len(text.windows) if text else 0,
-        "saving": times_due(config.save_steps, state.step, last_step),
-    }
 
 
 class Session:
@@ -118,8 +106,12 @@ class Session:
         self._seconds_before = state.seconds  # in earlier processes of a resumed run
         self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
         self._components, self._report, self._stopping = components, report, stopping
-        self._source = inputs.description.source(
-            inputs.data.label_names, run.config.max_length, inputs.data.splits["train"].label_numbers
+        self._source = replace(
+            inputs.description.source(
+                inputs.data.label_names, run.config.max_length, inputs.data.splits["train"].label_numbers
+            ),
+            name=run.config.model,
+            revision=run.config.model_revision,
         )
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)
         self._evaluations: dict[str, Evaluation] = {}  # the last one of each split
@@ -253,7 +245,7 @@ class Session:
             FtError: the last checkpoint could not be written.
         """
         config, data, run, seconds = self._config, self._inputs.data, self._run, self._seconds_in_all
-        weights = gather_weights(self._model, self._components.ranks)
+        gathered = gather_weights(self._model, self._components.ranks)
         with eager_mode(config.compile):
             examples = (
                 three_predictions(self._model, data, config.max_length)
@@ -269,17 +261,16 @@ class Session:
             split = data.splits[self._last_split]
             write_scores(run.path / "scores.json", state.step, probabilities, split, data.label_names, train_labels)
         precision = self._components.precision
-        outcome = Outcome(state, test, seconds, self._baselines, self._performance())
+        speed = performance(self._report.intervals.speed(), self._model, data.examples["train"], precision.device)
+        outcome = Outcome(state, test, seconds, self._baselines, speed)
         card = model_card(
             config,
             data,
             outcome,
-            num_parameters=count_parameters(self._model),
+            num_parameters=sum(weight.numel() for name, weight in gathered.items() if not is_lora(name)),
             device=f"{precision.device} in {precision.name}",
         )
-        with atomic_directory(run.path / "final") as staged:
-            store.save_model(staged, self._inputs.model_config, weights, self._source)
-            staged.write("README.md", [card.encode()])
+        write_final_model(run.path, self._model, gathered, self._inputs.model_config, self._source, card)
         atomic_write_text(run.path / "summary.json", json.dumps(outcome.summary(), indent=2) + "\n")
         if (failure := self._writer.failure) is not None:
             raise FtError(
@@ -289,25 +280,13 @@ class Session:
         with results():
             print(closing(run.path, outcome, total_steps(len(data.examples["train"]), config), config, data))
             print(examples)
-        for name in EXPORTED_FILES:
-            if (run.path / name).exists():
-                command = f"{program()} export {quoted(run.path)} --to {name} --overwrite"
-                print(printable(f"Note: {run.path / name} is of the model before: {command}"))
+        print(notes_on_exports(run.path), end="")
         if config.demo:
             print(after_demo(run.path))
 
     def _seconds(self) -> float:
         """Seconds of the run, including earlier processes."""
         return self._seconds_before + time.perf_counter() - self._run.started
-
-    def _performance(self) -> Performance | None:
-        """Speed and memory of this process; None if it took no step, as after a resumed run was complete."""
-        speed, examples = self._report.intervals.speed(), self._inputs.data.examples["train"]
-        if speed is None:
-            return None
-        flops = training_flops(self._model, ((len(each.input_ids), len(each.target_ids)) for each in examples))
-        per_second = speed.samples_per_second * flops / len(examples)
-        return Performance(speed, per_second, peak_memory(self._components.precision.device))
 
     def _evaluate_split(self, split: str) -> Evaluation | None:
         result = self._evaluate(self._inputs.data.examples[split], self._inputs.data.label_ids)

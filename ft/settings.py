@@ -193,6 +193,8 @@ def find_changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
         may_change |= {"model", "dataset"}
     if rows_of_run(old.get("dataset")) == rows_of_run(new.dataset) is not None:  # so are these
         may_change.add("dataset")
+    if new.uses_lora:  # checkpoints have the hash of the base, wherever it is now
+        may_change |= {"model", "model_revision"}
     changed = [
         (flag(name), shown(old[name]), shown(value))
         for name, value in asdict(new).items()

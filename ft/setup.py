@@ -8,7 +8,7 @@ import torch
 from ft.checkpoint import resume
 from ft.checkpoint.model_description import ModelDescription, find_model, read_description
 from ft.checkpoint.run_dir import RunDirectory
-from ft.checkpoint.snapshot import WEIGHTS, load_training_state, read_state
+from ft.checkpoint.snapshot import load_training_state, read_state
 from ft.config import Config
 from ft.data.load import Data, read_data
 from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
@@ -17,9 +17,8 @@ from ft.distributed.ranks import Ranks
 from ft.evaluation.perplexity import GeneralText, read_general_text
 from ft.io.model_layout import ModelFiles
 from ft.model.compile import compile_blocks
-from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.model.pretrained import load_weights, model_config_of
+from ft.model.pretrained import model_config_of
 from ft.train.class_weights import TargetWeights, class_weights
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
@@ -101,7 +100,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
         UsageError: the ranks read different data, or --class-weights does not fit the labels.
     """
     config = run.config
-    needs_weights = config.init == "pretrained" and run.resume_from is None
+    needs_weights = config.uses_lora or (config.init == "pretrained" and run.resume_from is None)
     with ranks.local_rank_zero_first():  # it downloads, the other ranks read its cache
         files = find_model(config.model, config.model_revision, with_weights=needs_weights)
         description = read_description(files)
@@ -113,26 +112,6 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
     digest = data.sha256()
     ranks.require_same({"the SHA-256 of the data": digest})
     return Inputs(files, description, model_config, data, general_text, digest, class_weights(config, data))
-
-
-def build_model(run: RunDirectory, inputs: Inputs) -> GPT2:
-    """Build the model on the CPU, with the weights of the checkpoint, pretrained weights, or random ones.
-
-    Raises:
-        FtError: the weights do not fit the configuration.
-        UsageError: a pattern of --train-only or --freeze matches nothing.
-    """
-    config = run.config
-    model = GPT2(inputs.model_config)
-    freeze(model, config.train_only, config.freeze)
-    if run.resume_from is not None:
-        load_weights(model, [run.resume_from / WEIGHTS])
-    elif config.init == "pretrained":
-        load_weights(model, inputs.files.weights)
-    else:
-        model.init_weights(config.seed)
-    model.activation_checkpointing = config.activation_checkpointing
-    return model
 
 
 def build_components(model: GPT2, config: Config, inputs: Inputs, precision: Precision, ranks: Ranks) -> Components:

@@ -61,7 +61,7 @@ HYPER_PARAMETERS = (
     "learning_rate",
     "warmup_steps",
 )
-HYPER_PARAMETERS += ("lr_schedule", "weight_decay", "max_grad_norm", "dropout", "seed")
+HYPER_PARAMETERS += ("lr_schedule", "weight_decay", "max_grad_norm", "dropout", "seed", "lora_rank")
 
 
 @pytest.mark.parametrize("name", HYPER_PARAMETERS)
@@ -352,6 +352,13 @@ def test_the_same_reviews_may_be_shared_by_more_or_fewer(batch_size, processes):
     assert find_changed_settings(old, Config(batch_size=batch_size, processes=processes)) == []
 
 
+def test_the_base_of_an_adapter_may_have_moved():
+    old = dataclasses.asdict(Config(lora_rank=8, model="here"))
+    assert find_changed_settings(old, Config(lora_rank=8, model="there", model_revision="main")) == []
+    (change,) = find_changed_settings(old, Config(lora_rank=4, model="there"))
+    assert change == "--lora-rank was 8 and would be 4"
+
+
 def test_a_run_without_recorded_processes_had_one():
     old = {name: value for name, value in dataclasses.asdict(Config(batch_size=8)).items() if name != "processes"}
     assert find_changed_settings(old, Config(batch_size=4, processes=2)) == []
@@ -367,6 +374,7 @@ def test_what_decides_the_weights_is_not_free_on_resume():
     decides |= {"train_fraction", "max_train_samples", "delimiter", "encoding", "skip_empty"}
     decides |= {"lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dropout"}
     decides |= {"train_only", "freeze", "processes", "bf16_gradients"}
+    decides |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter"}
     decides |= {"precision", "tf32", "compile", "static_shapes", "cuda_graphs"}  # how it rounds, and what dropout drops
     decides |= {"class_weights"}
     decides |= {"best_metric"}  # the best evaluations of two metrics are not to be compared

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint import store
+from ft.checkpoint.adapter import ADAPTER_WEIGHTS, is_adapter
 from ft.checks import flag
 from ft.config import NEWEST, Config
 from ft.errors import FtError, UsageError, counted, printable, quoted, sentence, shown
@@ -137,8 +138,9 @@ def describe_end(state: State, last_step: int) -> str:
 
 
 def is_finished(run: Path, resume_from: Path) -> bool:
-    """Whether `final/` has the weights of this checkpoint; it may be that of a shorter run."""
-    weights = run / "final" / snapshots.WEIGHTS
-    if not weights.is_file():  # absent, or a FIFO, which would block
+    """Whether `final/`, with LoRA `adapter/`, has the weights of this checkpoint; it may be that of a shorter run."""
+    final, name = run / "final", snapshots.WEIGHTS
+    saved = run / "adapter" / ADAPTER_WEIGHTS if is_adapter(resume_from) else final / name
+    if not (saved.is_file() and (final / name).is_file()):  # absent, or a FIFO, which would block
         return False
-    return has_digest(weights, read_json(resume_from / MANIFEST)["files"][snapshots.WEIGHTS])
+    return has_digest(saved, read_json(resume_from / MANIFEST)["files"][saved.name])

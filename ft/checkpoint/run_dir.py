@@ -176,7 +176,7 @@ def check_disk_space(run: Path, parameters: int, trained: int, config: Config) -
         FtError: the free space is less than one checkpoint and the final model take.
     """
     final = BYTES_PER_WEIGHT * parameters
-    each = final + BYTES_PER_TRAINED * trained
+    each = BYTES_PER_WEIGHT * (trained if config.uses_lora else parameters) + BYTES_PER_TRAINED * trained
     most = (
         each * (config.keep_checkpoints + config.keep_best + 1) + final
     )  # one more while the oldest is not yet deleted
@@ -209,7 +209,7 @@ def _size(number: float) -> str:
 
 def clear(run: Path, dataset: Path) -> None:
     """Delete what an earlier run wrote, and its exports, except the inputs of --demo and `dataset`; others are kept."""
-    written = ("metrics.jsonl", "scores.json", "summary.json", "tensorboard", "final", *EXPORTED_FILES)
+    written = ("metrics.jsonl", "scores.json", "summary.json", "tensorboard", "final", "adapter", *EXPORTED_FILES)
     for path in (
         *(rows for rows in _rows_in(run) if rows.name != dataset.name),
         *(run / name for name in written),

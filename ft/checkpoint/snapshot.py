@@ -14,6 +14,7 @@ from ft.distributed.sharding import full_tensor, is_sharded, local_shard, reshar
 from ft.errors import FtError
 from ft.io.plain_files import read_json
 from ft.model.gpt2 import GPT2, GPT2Config
+from ft.model.lora import LoRASettings, adapter_parameters, lora_settings
 from ft.model.pretrained import read_tensors
 from ft.train.optim import AdamW
 from ft.train.state import State
@@ -27,12 +28,13 @@ class Snapshot:
 
     Attributes:
         config: of the model.
-        weights: by parameter name.
+        weights: by parameter name; of a model with an adapter those of the adapter only.
         optimizer: moments and step counts, by name.
         random_states: of the generators of all ranks.
         state: the progress of the run.
         grad_scaler: the state of the loss scaler; empty unless the run is in fp16.
         copied: a CUDA event after which queued copies are complete; None if no copies were queued.
+        lora: the settings of the adapter, if the model has one.
     """
 
     config: GPT2Config
@@ -42,6 +44,7 @@ class Snapshot:
     state: State
     grad_scaler: dict[str, Any]
     copied: torch.cuda.Event | None = None
+    lora: LoRASettings | None = None
 
 
 def gather_weights(model: nn.Module, ranks: Ranks = SINGLE_PROCESS) -> dict[str, Tensor]:
@@ -76,7 +79,9 @@ def take_snapshot(
         host: pinned memory for the copies of GPU tensors; requires `copy`.
     """
     reshard(model)
-    weights, moments = dict(model.named_parameters()), _moments(model, optimizer)
+    lora = lora_settings(model)
+    weights = dict(model.named_parameters()) if lora is None else adapter_parameters(model, lora)
+    moments = _moments(model, optimizer)
     trained = [name for name, weight in weights.items() if weight.requires_grad]  # the others never change
     if host is not None:
         host.begin(sum(map(bytes_for, (*(weights[name] for name in trained), *moments.values()))))
@@ -91,6 +96,7 @@ def take_snapshot(
         state=replace(state),
         grad_scaler=scaler.state_dict(),
         copied=copied,
+        lora=lora,
     )
 
 

@@ -8,6 +8,8 @@ Every directory written here loads as a model; a checkpoint also has what traini
     state.json               step, sums of losses, best evaluation, loss scale: see `State`
     manifest.json            size and CRC-32 of each of these files
 
+With LoRA a checkpoint has the files of an adapter in place of those of a model: see `adapter.py`.
+
 Tensors are in safetensors and the rest in JSON, so that reading a checkpoint never runs code.
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ft.checkpoint.adapter import ADAPTER_FILES, Base, is_adapter, write_adapter
 from ft.checkpoint.saved_task import task_fields
 from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot, read_state
 from ft.errors import FtError
@@ -66,6 +69,8 @@ class ModelSource:
         about_tokenizer: the content of tokenizer_config.json and similar files, by file name.
         max_length: tokens of an example in training, saved in config.json; None if unknown.
         label_numbers: the numbers in the data that the names stand for, unless they are 0, 1, ...
+        name: the directory or Hub id of the source, which adapters record as their base.
+        revision: branch, tag or commit on the Hub.
     """
 
     config: dict[str, Any]
@@ -74,6 +79,18 @@ class ModelSource:
     about_tokenizer: Mapping[str, bytes]
     max_length: int | None = None
     label_numbers: Sequence[int] | None = None
+    name: str = ""
+    revision: str | None = None
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """The fields that record the task in config.json, or beside an adapter."""
+        return task_fields(self.label_names, self.max_length, self.label_numbers)
+
+    @property
+    def base(self) -> Base:
+        """What an adapter records of this source."""
+        return Base(self.name, self.revision, self.task)
 
 
 def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, Tensor], source: ModelSource) -> None:
@@ -82,7 +99,7 @@ def save_model(staged: StagedDirectory, config: GPT2Config, weights: dict[str, T
     # The weights are fp32, whatever dtype the source had; `transformers` loads them in the dtype of the file.
     published |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     # Not as `id2label`: pipelines of `transformers` would then answer with these labels, by an untrained head.
-    published |= task_fields(source.label_names, source.max_length, source.label_numbers)
+    published |= source.task
     staged.write_json("config.json", published)
     staged.write_json("generation_config.json", {key: published[key] for key in TOKEN_IDS if key in published})
     for name, content in source.about_tokenizer.items():
@@ -108,7 +125,10 @@ def write_checkpoint(run: Path, snapshot: Snapshot, source: ModelSource, *, keep
     if snapshot.copied is not None:
         snapshot.copied.synchronize()
     with atomic_directory(checkpoint_path(run, state.step)) as new:
-        save_model(new, snapshot.config, snapshot.weights, source)
+        if snapshot.lora is None:
+            save_model(new, snapshot.config, snapshot.weights, source)
+        else:
+            write_adapter(new, snapshot.lora, snapshot.weights, snapshot.config.n_layer, source.base)
         new.write(OPTIMIZER, safetensors_chunks(snapshot.optimizer))
         new.write(RANDOM, safetensors_chunks(snapshot.random_states))
         new.write_json(STATE, {**asdict(state), "grad_scaler": snapshot.grad_scaler})
@@ -161,7 +181,8 @@ def step_of(directory: Path) -> int:
 
 def verify_checkpoint(directory: Path) -> str | None:
     """Describe what is damaged in a checkpoint; None if its files match the manifest and its state is valid."""
-    damage = verify_manifest(directory, needed=(WEIGHTS, OPTIMIZER, RANDOM, STATE))
+    model = ADAPTER_FILES if is_adapter(directory) else (WEIGHTS,)
+    damage = verify_manifest(directory, needed=(*model, OPTIMIZER, RANDOM, STATE))
     if damage is None:
         try:
             read_state(directory)

@@ -10,9 +10,9 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from ft.checks import field_types, flag
+from ft.checks import FILES, field_types, flag
 from ft.cli.parsers import CommandParser, describe_unknown_flag, find_meant_flag, without_values
-from ft.config import FILES, NEWEST, NO_FLAGS, Config
+from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import UsageError, shown
 from ft.io.paths import SETTINGS, expand_home
 from ft.settings import base_settings, build_config, field_groups, field_help, parse_value, read_config_file

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from ft.cli.parsers import CommandParser
+from ft.cli.predict import BASE_HELP
 from ft.errors import FtError, UsageError, counted, printable
 from ft.inference.sampling import Sampling
 from ft.io.paths import expand_home
@@ -27,8 +28,12 @@ def generate(arguments: Sequence[str]) -> None:
     """
     parser = CommandParser("generate", "Continue a prompt, by greedy decoding or sampling.", EXAMPLES)
     parser.add_argument(
-        "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a directory or Hub id of a GPT-2"
+        "model",
+        metavar="RUN",
+        type=expand_home,
+        help="a run, a checkpoint, a LoRA adapter, or a directory or Hub id of a GPT-2",
     )
+    parser.add_argument("--base", metavar="TEXT", type=expand_home, help=BASE_HELP)
     parser.add_argument(
         "prompt",
         metavar="PROMPT",
@@ -74,7 +79,7 @@ def generate(arguments: Sequence[str]) -> None:
     on_terminal = sys.stdout.isatty()  # control characters are escaped on a terminal only
     remedy = "a shorter prompt, a smaller --max-new-tokens, a smaller model or another --device"
     with explain_out_of_memory(f"--max-new-tokens {options.max_new_tokens}", remedy):
-        model = load_language_model(options.model, device=options.device)
+        model = load_language_model(options.model, device=options.device, base=options.base)
         generation = model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
         started = time.perf_counter()
         for piece in generation:

@@ -63,7 +63,12 @@ _OTHER_NAMES = {
     "learning-rate": "init-lr lr",
     "logging-steps": "log-every log-every-n-steps log-freq log-interval log-steps logging-first-step logging-strategy",
     "logging-steps 1": "v verbose verbosity",
-    "lora-rank": "adapter lora lora-r peft r use-lora use-peft",
+    "adapter": "adapter-dir adapter-name-or-path adapter-path lora-path lora-weights peft-model peft-path",
+    "base": "base-model",
+    "lora-rank": "lora-r r rank",
+    "lora-rank 8": "lora peft use-lora use-peft",
+    "lora-targets": "lora-modules lora-target lora-target-modules target-modules",
+    "train-only '*.bias'": "lora-bias",
     "lr-schedule": "decay-lr lr-scheduler lr-scheduler-kwargs lr-scheduler-type scheduler",
     "max-grad-norm": "clip grad-clip gradient-clip-val gradient-clipping max-norm",
     "max-length": (

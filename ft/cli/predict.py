@@ -37,6 +37,7 @@ examples:
   cat reviews.txt | python run.py predict runs/rotten_tomatoes
 """
 
+BASE_HELP = "directory or Hub id of an adapter's base (default: the one that the adapter names)"
 CHUNK_OF_BATCHES = 16  # batches of a table that are predicted, sorted by length, before they are written
 BLOCK = 2**16  # bytes of lines that are predicted together, at most
 
@@ -47,8 +48,12 @@ class ModelParser(CommandParser):
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(command, description, examples)
         self.add_argument(
-            "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a directory or Hub id of a GPT-2"
+            "model",
+            metavar="RUN",
+            type=expand_home,
+            help="a run, a checkpoint, a LoRA adapter, or a directory or Hub id of a GPT-2",
         )
+        self.add_argument("--base", metavar="TEXT", type=expand_home, help=BASE_HELP)
         self.add_argument(
             "--label-names", metavar="TEXT", help="label names, comma-separated (default: those saved with the model)"
         )
@@ -247,7 +252,9 @@ def load_classifier(options: argparse.Namespace) -> "Classifier":
     names = None
     if options.label_names is not None:
         names = [name.strip() for name in options.label_names.split(",")]
-    return load(options.model, device=options.device, label_names=names, max_length=options.max_length)
+    return load(
+        options.model, device=options.device, label_names=names, max_length=options.max_length, base=options.base
+    )
 
 
 def inference_memory_advice(options: argparse.Namespace) -> AbstractContextManager[None]:

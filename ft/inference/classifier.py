@@ -91,21 +91,23 @@ def load(
     label_names: Sequence[str] | None = None,
     max_length: int | None = None,
     revision: str | None = None,
+    base: str | Path | None = None,
 ) -> Classifier:
     """Load a fine-tuned model.
 
     Args:
-        source: a run directory, of which `final/` or else the newest checkpoint is loaded; a checkpoint; or any
-            directory or Hub id with config.json, tokenizer.json and model.safetensors of a GPT-2.
+        source: a run directory, of which `final/` or else the newest checkpoint is loaded; a checkpoint; any directory
+            or Hub id with config.json, tokenizer.json and model.safetensors of a GPT-2; or a directory with an adapter.
         device: as for `--device`. Default: the best that is available. A CUDA device becomes the current one.
         label_names: the names of the labels. Default: those in the model's config.json.
         max_length: tokens per example. Default: that saved with the model, else that of the run it is in, else 32.
         revision: branch, tag or commit on the Hub.
+        base: of an adapter: a directory or Hub id. Default: where the adapter's adapter_config.json says it is.
 
     Raises:
         FtError: there is no such model, it is damaged, or two labels begin with the same token.
     """
-    loaded = load_language_model(source, device=device, revision=revision)
+    loaded = load_language_model(source, device=device, revision=revision, base=base)
     saved = read_task(loaded.published)
     names = tuple(label_names) if label_names is not None else saved.label_names
     length = max_length or saved.max_length or _max_length_of_run(Path(loaded.source))

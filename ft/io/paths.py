@@ -6,7 +6,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 # Settings that are paths, some of them optionally: a model may also be a Hub id.
-SETTINGS = ("model", "dataset", "save_dataset", "output_dir", "resume", "forgetting", "profile")
+SETTINGS = ("model", "dataset", "save_dataset", "output_dir", "resume", "forgetting", "profile", "adapter")
 
 
 def expand_home(path: T) -> T:

@@ -10,7 +10,7 @@ Fine-Tuning", 2019), and only the biases (Ben Zaken et al., "BitFit", 2022).
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -21,8 +21,12 @@ from ft.model.gpt2 import GPT2
 LAST = "last:"
 
 
-def freeze(model: GPT2, train_only: Sequence[str], frozen: Sequence[str]) -> None:
+def freeze(
+    model: GPT2, train_only: Sequence[str], frozen: Sequence[str], adapter: Collection[str] = frozenset()
+) -> None:
     """Set `requires_grad` of the parameters: those in `train_only` and not in `frozen` are trained.
+
+    A model with an adapter trains the adapter; `train_only` adds biases to it, which PEFT's files can hold too.
 
     The tied embedding `wte.weight` is both the look-up and the head: both are trained or neither is.
 
@@ -31,21 +35,29 @@ def freeze(model: GPT2, train_only: Sequence[str], frozen: Sequence[str]) -> Non
         train_only: shell patterns of parameter names, where `*` matches any characters, dots included; `last:N` selects
             the last N blocks and the final layer norm. Empty: all parameters.
         frozen: patterns of the parameters to freeze.
+        adapter: the names of the parameters of an adapter.
 
     Raises:
-        UsageError: a pattern matches no parameter, or nothing is left to train; lists all problems.
+        UsageError: a pattern matches no parameter, one of `train_only` matches weights beside an adapter, or nothing is
+            left to train; lists all problems.
     """
     names = [name for name, _ in model.named_parameters()]
     problems, chosen = [], {}
     for flag, patterns in (("--train-only", train_only), ("--freeze", frozen)):
-        matched = [_matching(pattern, names, model.config.n_layer) for pattern in patterns]
+        matched = [matching(pattern, names, model.config.n_layer) for pattern in patterns]
         problems += [
-            f"{flag} is {shown(pattern)}, {_explain_no_match(pattern, names, model.config.n_layer)}"
+            f"{flag} is {shown(pattern)}, {explain_no_match(pattern, names, model.config.n_layer)}"
             for pattern, found in zip(patterns, matched, strict=True)
             if not found
         ]
         chosen[flag] = set().union(*matched)
-    trained = (chosen["--train-only"] or set(names)) - chosen["--freeze"]
+    added = [name for name in names if name in chosen["--train-only"] - set(adapter) and not name.endswith(".bias")]
+    if adapter and added:
+        problems.append(
+            f"--train-only selects {added[0]}, and beside an adapter only biases are trained: --train-only '*.bias' "
+            "adds them, and --lora-targets selects the layers that are adapted"
+        )
+    trained = (chosen["--train-only"] | set(adapter) or set(names)) - chosen["--freeze"]
     if not trained and not problems:
         given = f"--train-only {' '.join(train_only)} and " if train_only else ""
         problems.append(f"with {given}--freeze {' '.join(frozen)} nothing is left to train: freeze less")
@@ -60,8 +72,8 @@ def num_trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _matching(pattern: str, names: Sequence[str], n_layer: int) -> set[str]:
-    """The names that a pattern matches."""
+def matching(pattern: str, names: Sequence[str], n_layer: int) -> set[str]:
+    """The names that a shell pattern, or `last:N`, matches."""
     if not pattern.startswith(LAST):
         return {name for name in names if fnmatchcase(name, pattern)}
     count = pattern.removeprefix(LAST)
@@ -71,13 +83,17 @@ def _matching(pattern: str, names: Sequence[str], n_layer: int) -> set[str]:
     return {name for name in names if name.startswith(prefixes)}
 
 
-def _explain_no_match(pattern: str, names: Sequence[str], n_layer: int) -> str:
-    """Why a pattern matches nothing, with similar patterns that match."""
+def explain_no_match(pattern: str, names: Sequence[str], n_layer: int, kind: str = "parameter") -> str:
+    """Why a pattern matches nothing of this `kind`, with similar patterns that match."""
     if pattern.startswith(LAST):
         return f"it must be {LAST}1 to {LAST}{n_layer}, as the model has {n_layer} blocks"
     parts = [name.split(".") for name in names]
     by_prefix = (".".join([*name[:end], "*"]) for name in parts for end in range(1, len(name)))
     by_suffix = (".".join(["*", *name[start:]]) for name in parts for start in range(1, len(name)))
     patterns = dict.fromkeys([*names, *by_prefix, *by_suffix])  # without duplicates
-    similar = difflib.get_close_matches(pattern, patterns, n=3, cutoff=0.4) or [names[0], "*.bias", f"{LAST}1"]
-    return f"which matches no parameter of this model; there are {', '.join(similar)}, for instance"
+    similar = difflib.get_close_matches(pattern, patterns, n=3, cutoff=0.4) or [
+        names[0],
+        f"*.{parts[-1][-1]}",
+        f"{LAST}1",
+    ]
+    return f"which matches no {kind} of this model; there are {', '.join(similar)}, for instance"

@@ -119,15 +119,22 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
-        self.half_copies: tuple[Tensor, Tensor] | None = None  # set by `HalfWeights` under autocast
+        self.half_copies: tuple[Tensor, ...] | None = None  # of all parameters; set by `HalfWeights` under autocast
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """W (in, out) and b (out,), in the dtype of the matrix product."""
-        return self.half_copies or (self.weight, self.bias)
+        return (self.weight, self.bias) if self.half_copies is None else self.half_copies[:2]  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
         return affine(x, *self.weight_and_bias())
+
+    def forward_in_parts(self, x: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(N, in) -> (S, n), the first n columns for the selected rows, and (N, out - n), the others for all rows."""
+        weight, bias = self.weight_and_bias()
+        sizes = (n, len(bias) - n)
+        weights, biases = weight.split(sizes, dim=1), bias.split(sizes)
+        return affine(x.index_select(0, rows), weights[0], biases[0]), affine(x, weights[1], biases[1])
 
 
 class Attention(nn.Module):
@@ -147,12 +154,9 @@ class Attention(nn.Module):
         if selection is None:
             queries, keys, values = packing.unpack(self.c_attn(hidden_states)).chunk(3, dim=-1)  # (B, T, C) each
         else:
-            weight, bias = self.c_attn.weight_and_bias()
-            query_weight, key_value_weight = weight.split((self.n_embd, 2 * self.n_embd), dim=1)
-            query_bias, key_value_bias = bias.split((self.n_embd, 2 * self.n_embd))
-            selected = hidden_states.index_select(0, selection.rows)
-            queries = selection.packing.unpack(affine(selected, query_weight, query_bias))  # (B, Q, C)
-            keys, values = packing.unpack(affine(hidden_states, key_value_weight, key_value_bias)).chunk(2, dim=-1)
+            selected, others = self.c_attn.forward_in_parts(hidden_states, selection.rows, self.n_embd)
+            queries = selection.packing.unpack(selected)  # (B, Q, C)
+            keys, values = packing.unpack(others).chunk(2, dim=-1)  # (B, T, C) each
         keys, values = packing.with_past(self, keys, values)
 
         # Padding follows the real rows, so that the causal mask alone hides it from them. With a KV cache a single new

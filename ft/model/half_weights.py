@@ -9,7 +9,8 @@ The copies take 2 bytes per weight: 170 MB for the 124M model. The token table h
 fp32, and for the head see `FP32_HEAD_ROWS` in `gpt2.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,12 @@ from torch.autograd.function import once_differentiable
 
 
 class Layer(Protocol):
-    """A linear layer that computes with `half_copies`, a weight and a bias, in place of its own if they are set."""
+    """A linear layer that computes with `half_copies`, one for each of its parameters, in place of them if set."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter
-    half_copies: tuple[Tensor, Tensor] | None
+    half_copies: tuple[Tensor, ...] | None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weight and bias, and those of an adapter."""
 
 
 class HalfWeights:
@@ -37,23 +39,31 @@ class HalfWeights:
         """
         self._layers, self._dtype = layers, dtype
         self._weights = {
-            block: [weight for layer in block_layers for weight in (layer.weight, layer.bias)]
+            block: [weight for layer in block_layers for weight in layer.parameters()]
             for block, block_layers in layers.items()
         }
+        self._counts = {layer: len(list(layer.parameters())) for each in layers.values() for layer in each}
         self._copies = {
             block: [torch.empty_like(weight, dtype=dtype, requires_grad=False) for weight in weights]
             for block, weights in self._weights.items()
         }
-        self.refresh()
+        self._copy(only_trained=False)
+
+    def refresh(self) -> None:
+        """Update the copies after an update of the trained weights; frozen ones have not changed."""
+        self._copy(only_trained=True)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Update the copies after the weights have changed."""
-        copies, weights = (
-            [tensor for tensors in by_block.values() for tensor in tensors]
-            for by_block in (self._copies, self._weights)
-        )
-        torch._foreach_copy_(copies, weights)
+    def _copy(self, *, only_trained: bool) -> None:
+        pairs = [
+            (copy, weight)
+            for block, copies in self._copies.items()
+            for copy, weight in zip(copies, self._weights[block], strict=True)
+            if weight.requires_grad or not only_trained
+        ]
+        if pairs:  # all may be frozen, and `_foreach_copy_` accepts no empty list
+            copies, weights = zip(*pairs, strict=True)
+            torch._foreach_copy_(copies, weights)
 
     def run(self, block: nn.Module, *inputs: Any) -> Tensor:  # noqa: ANN401
         """`block(*inputs)`, computed with the copies under autocast to their dtype."""
@@ -62,8 +72,9 @@ class HalfWeights:
             return block(*inputs)
         copies = self._differentiable(block)
         try:
-            for layer, weight, bias in zip(self._layers[block], copies[::2], copies[1::2], strict=True):
-                layer.half_copies = weight, bias
+            remaining = iter(copies)
+            for layer in self._layers[block]:
+                layer.half_copies = tuple(islice(remaining, self._counts[layer]))
             return block(*inputs)
         finally:
             for layer in self._layers[block]:

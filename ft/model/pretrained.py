@@ -80,9 +80,9 @@ def load_published(model: GPT2, tensors: Iterable[tuple[str, Tensor]]) -> None:
         elif name not in missing:
             problems.append(f"{published_name} is not a tensor of a GPT-2 with {model.config.n_layer} layers")
         else:
-            problems += _copy_tensor(missing.pop(name), tensor, published_name)
+            problems += copy_tensor(missing.pop(name), tensor, published_name)
     if head is not None and "wte.weight" in missing:  # safetensors' save_model keeps one name of a shared tensor
-        problems += _copy_tensor(missing.pop("wte.weight"), head, "lm_head.weight")
+        problems += copy_tensor(missing.pop("wte.weight"), head, "lm_head.weight")
     problems += [f"{name} is missing" for name in missing]
     if head is not None and not problems and not torch.equal(head.to(model.wte.weight), model.wte.weight):
         problems.append(
@@ -90,11 +90,16 @@ def load_published(model: GPT2, tensors: Iterable[tuple[str, Tensor]]) -> None:
             "model that has one matrix for both, such as openai-community/gpt2 or distilbert/distilgpt2"
         )
     if problems:
-        more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
-        raise FtError("the weights do not fit the configuration: " + "; ".join(problems[:_MOST_PROBLEMS]) + more)
+        raise FtError("the weights do not fit the configuration: " + first_problems(problems))
 
 
-def _copy_tensor(parameter: Tensor, tensor: Tensor, published_name: str) -> list[str]:
+def first_problems(problems: Sequence[str]) -> str:
+    """The first problems in one clause, and the number of the others."""
+    more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+    return "; ".join(problems[:_MOST_PROBLEMS]) + more
+
+
+def copy_tensor(parameter: Tensor, tensor: Tensor, published_name: str) -> list[str]:
     """Copy a published tensor into a parameter; returns at most one problem."""
     if tensor.shape != parameter.shape:
         shapes = tuple(tensor.shape), tuple(parameter.shape)

@@ -90,8 +90,9 @@ def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: D
         + ".\n"
         + _macro_f1(outcome, data)
         + _forgotten(state, is_demo=config.demo)
-        + f"The model is saved to {run / 'final'}, the newest checkpoints beside it, all metrics in "
-        f"{run / 'metrics.jsonl'}. To use it: {program()} "
+        + f"The model is saved to {run / 'final'}, "
+        + (f"the adapter to {run / 'adapter'}, " if config.uses_lora else "")
+        + f"the newest checkpoints beside it, all metrics in {run / 'metrics.jsonl'}. To use it: {program()} "
         + (f'predict {command} "an example"' if config.completion_column is None else f'generate {command} "a prompt"')
     )
 

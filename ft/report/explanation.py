@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ft.checkpoint.error_hints import explain_out_of_memory_in_training
+from ft.checkpoint.model_builder import build_model
 from ft.checkpoint.model_description import find_model, read_description
 from ft.checks import flag
 from ft.config import Config
@@ -21,9 +22,8 @@ from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_precision, use_device
 from ft.errors import FtError, UsageError, counted, shown
-from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2
-from ft.model.pretrained import load_weights, model_config_of
+from ft.model.pretrained import model_config_of
 from ft.report.explanation_text import (
     WIDTH,
     explain_lower_probability,
@@ -83,14 +83,7 @@ def _walk(config: Config, row: int | None) -> None:
     data = read_data(config, tokenizer)
     examples = data.examples["train"]
     step, window, row = _find_step(examples, config, row)
-    model = GPT2(model_config)
-    if config.init == "pretrained":
-        load_weights(model, files.weights)
-    else:
-        model.init_weights(config.seed)
-    freeze(model, config.train_only, config.freeze)
-    model.activation_checkpointing = config.activation_checkpointing
-    model.to(device)
+    model = build_model(config, files, model_config).to(device)
 
     split, target_ids = data.splits["train"], examples[row].target_ids
     print(f"Row {row:,} of the {len(examples):,} training examples, in one training step.")

@@ -8,8 +8,8 @@ import re
 from datetime import timedelta
 from pathlib import Path
 
-from ft.checks import flag
-from ft.config import LENGTH, NO_FLAGS, OPTIMIZER, Config
+from ft.checks import LENGTH, OPTIMIZER, flag
+from ft.config import NO_FLAGS, Config
 from ft.data.load import Data
 from ft.errors import counted
 from ft.evaluation.perplexity import perplexity

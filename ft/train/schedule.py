@@ -1,7 +1,7 @@
 """How many steps a run has, the learning rate of each, and after which of them it saves."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from ft.config import Config
@@ -44,6 +44,26 @@ def total_steps(num_examples: int, config: Config) -> int:
 def times_due(every: int, first_step: int, last_step: int) -> int:
     """How often something is due after `first_step` that is done every so many steps, and after the last one."""
     return last_step // every - first_step // every + (last_step % every != 0 and last_step > first_step)
+
+
+def planned_work(
+    config: Config, examples: Mapping[str, Sequence[object]], general_windows: int, step: int
+) -> dict[str, float]:
+    """What a run does beside its steps after `step`: examples and windows of general text to evaluate, and saves.
+
+    Args:
+        config: the settings.
+        examples: of each split.
+        general_windows: of the text for `--forgetting`.
+        step: optimizer steps that are done.
+    """
+    last_step = total_steps(len(examples["train"]), config)
+    evaluations = times_due(config.eval_steps, step, last_step)
+    return {
+        "evaluating": evaluations * len(examples["validation"]) + len(examples.get("test", [])),
+        "general text": evaluations * general_windows,
+        "saving": times_due(config.save_steps, step, last_step),
+    }
 
 
 def windows(num_examples: int, config: Config, first_step: int) -> Iterator[list[Sequence[int]]]:

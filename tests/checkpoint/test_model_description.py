@@ -212,7 +212,7 @@ def test_an_adapter_is_refused_with_a_remedy_that_works(model, tmp_path):
 
     adapted = peft.get_peft_model(theirs(model), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(FtError, match=r"is a PEFT adapter, .*`merge_and_unload\(\)"):
+    with pytest.raises(FtError, match=r"is an adapter, .*--adapter"):
         model_files(str(tmp_path / "adapter"))
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     for path in model.glob("tokenizer*"):

@@ -143,6 +143,12 @@ def same_bytes(a, b):
         (2, 4, ["--static-shapes", "--weight-decay", "0.1"]),
         (2, 2, ["--class-weights", "1,5", "--gradient-accumulation-steps", "3"]),
         (4, 19, ["--class-weights", "3,1", "--epochs", "2", "--static-shapes"]),
+        (2, 4, ["--lora-rank", "4", "--train-only", "*.bias"]),
+        (
+            2,
+            2,
+            ["--lora-rank", "3", "--shard", "--gradient-accumulation-steps", "3", "--lora-targets", "c_attn", "c_fc"],
+        ),
     ],
 )
 def test_several_processes_do_what_one_does(several, command, tmp_path, size, batch_size, flags):

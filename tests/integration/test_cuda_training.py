@@ -207,6 +207,19 @@ def test_frozen_blocks_stay_to_the_last_bit(train, inputs, device, on_cpu):
     assert steps_of(folder)[0]["loss"] == pytest.approx(on_cpu[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--cuda-graphs"]], ids=" ".join)
+def test_an_adapter_learns_as_on_the_cpu_and_its_base_stays(train, inputs, device, flags):
+    if device == "cpu" and "--cuda-graphs" in flags:
+        pytest.skip("a CPU has no CUDA graphs")
+    lora = [*FLAGS, "--lora-rank", "4", "--learning-rate", "1e-3"]
+    folder = train(device, *lora, *flags)
+    expected = losses_and_norms(train("cpu", *lora, name="cpu"))
+    assert losses_and_norms(folder) == pytest.approx(expected, rel=0.05 if "bf16" in flags else 1e-3)
+    before, after = (load_file(path / "model.safetensors") for path in (Path(inputs[1]), folder / "final"))
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in after if ".c_" in name and name.endswith(".weight")}
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,7 @@ def kinds(notes):
         (["--precision", "bf16", "--gradient-accumulation-steps", "2"], 2),
         (["--precision", "fp16", "--freeze", "wte.*", "h.0.*", "--activation-checkpointing", "full"], 1),
         (["--precision", "bf16", "--train-only", "h.1.*", "--on-nonfinite", "skip", "--max-grad-norm", "0"], 1),
+        (["--precision", "bf16", "--lora-rank", "4", "--lora-dropout", "0.1"], 1),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -99,6 +100,7 @@ def test_a_step_waits_for_nothing_and_sends_each_batch_once(gpu, steps, command,
         ["--precision", "bf16", "--on-nonfinite", "skip"],
         ["--precision", "fp16"],
         ["--precision", "bf16", "--gradient-accumulation-steps", "2", "--train-only", "h.1.*"],
+        ["--precision", "bf16", "--lora-rank", "4", "--lora-dropout", "0.1"],
     ],
     ids=" ".join,
 )

@@ -208,12 +208,12 @@ def test_no_damaged_run_makes_a_traceback(run, tmp_path, name):
 
 FLAGS = [flag(field.name) for field in fields(Config)]
 OF_COMMANDS = {
-    "predict": ("label-names", "max-length", "batch-size", "device", "file", "json"),
+    "predict": ("base", "label-names", "max-length", "batch-size", "device", "file", "json"),
     "evaluate": (
         *["split", "dataset", "dataset-config", "text-column", "label-column", "label-names", "mistakes", "json"],
         *["prompt-column", "completion-column", "max-length", "batch-size"],
     ),
-    "generate": ("max-new-tokens", "temperature", "top-k", "top-p", "seed", "device"),
+    "generate": ("base", "max-new-tokens", "temperature", "top-k", "top-p", "seed", "device"),
     "export": ("to", "output", "overwrite", "dtype", "label-names", "max-length"),
     "report": ("output",),
 }

@@ -72,6 +72,9 @@ def workplace(inputs, tmp_path_factory):
     assert main([*inputs, "--max-steps", "4", "--batch-size", "4", "--output-dir", str(run)]) == 0
     for other in ("rotten_tomatoes", "low", "high"):
         shutil.copytree(run, folder / "runs" / other)
+    lora = folder / "lora"
+    assert main([*inputs, "--max-steps", "2", "--lora-rank", "8", "--output-dir", str(lora)]) == 0
+    shutil.copytree(lora / "adapter", folder / "from-peft")
     shutil.copytree(model, folder / "my-gpt2")
     shutil.copytree(dataset, folder / "my-reviews")
     shutil.copytree(model, run / "inputs" / "model")
@@ -109,8 +112,11 @@ def test_the_snippets_run_in_their_order_and_a_step_lowers_the_loss(inputs, caps
     exec(compile(code, "ft/README.md", "exec"), names)
     assert len(names["examples"]) == len(names["split"].texts) == 77
     assert names["batch"].target_ids.tolist() == [e.target_ids[0] for e in names["examples"][:8]]
-    first, second = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[-2:])
-    assert second < first
+    printed = re.findall(r"^[01] (\d+\.\d+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(printed) == 4, "two steps of all weights, and two of LoRA"
+    before, after, before_lora, after_lora = map(float, printed)
+    assert after < before
+    assert after_lora < before_lora
 
 
 def test_the_snippet_from_python_runs(inputs, capsys, tmp_path, monkeypatch):
