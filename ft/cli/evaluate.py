@@ -25,8 +25,8 @@ from ft.errors import FtError, counted, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.io.paths import expand_home
 from ft.io.plain_files import read_regular
+from ft.io.progress import progress_bar
 from ft.settings import build_config
-from ft.train.progress import progress_bar
 
 if TYPE_CHECKING:
     from ft.data.splits import Split

@@ -51,5 +51,5 @@ def explain(arguments: Sequence[str]) -> None:
     if problems:
         raise UsageError(*problems)
     with waiting_line(LOADING):
-        from ft.report.explanation import explain  # after parsing, since it imports torch
+        from ft.explain.step import explain  # after parsing, since it imports torch
     explain(config, None if row is None else int(row))

@@ -20,9 +20,9 @@ from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, counted, is_utf8, printable, program, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home
+from ft.io.progress import progress_bar
 from ft.io.standard_streams import LOADING, waiting_line
 from ft.settings import DATA_SETTINGS, read_config_file
-from ft.train.progress import progress_bar
 
 if TYPE_CHECKING:
     from ft.data.table import Table

@@ -19,8 +19,8 @@ from ft.data.splits import Split
 from ft.evaluation.perplexity import perplexity
 from ft.inference.generation import Generation
 from ft.inference.sampling import Sampling
+from ft.io.progress import Count, no_progress
 from ft.model.gpt2 import GPT2
-from ft.train.progress import Count, no_progress
 
 MOST_GENERATED_TOKENS = 32  # of what the model generates in place of a wrong completion
 

@@ -12,8 +12,8 @@ from ft.data.examples import Example
 from ft.device import Precision
 from ft.distributed.ranks import SINGLE_PROCESS, Ranks
 from ft.evaluation.classification import count_confusions, macro_f1
+from ft.io.progress import Count, no_progress
 from ft.model.gpt2 import GPT2
-from ft.train.progress import Count, no_progress
 
 
 class Evaluation(NamedTuple):

@@ -25,8 +25,8 @@ from ft.errors import UsageError
 from ft.inference.language_model import LanguageModel, load_language_model
 from ft.io.hub import is_path
 from ft.io.plain_files import read_regular
+from ft.io.progress import Count, no_progress
 from ft.model.gpt2 import GPT2
-from ft.train.progress import Count, no_progress
 
 
 class Prediction(NamedTuple):

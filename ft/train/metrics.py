@@ -16,7 +16,7 @@ from typing import Any, Self
 from ft.errors import FtError, printable
 from ft.io.lock import DirectoryLock
 from ft.io.plain_files import is_at, open_to_write
-from ft.train.progress import Count, RunBar, TimeLeft, can_show_bar
+from ft.io.progress import Count, RunBar, TimeLeft, can_show_bar
 from ft.train.tensorboard import EventFiles
 from ft.train.timing import StepIntervals, StepTimes
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ft.cli.main import main
-from ft.report.explanation_text import explain_lower_probability
+from ft.explain.text import explain_lower_probability
 
 NUMBER = r"(-?\d+\.?\d*(?:e-?\d+)?)"
 

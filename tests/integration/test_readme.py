@@ -248,7 +248,7 @@ def test_every_command_line_parses(arguments, _through_torchrun, here, monkeypat
         raise ParsedError
 
     monkeypatch.setattr(CommandParser, "parse_args", parse_only)
-    monkeypatch.setattr("ft.report.explanation.explain", stop)
+    monkeypatch.setattr("ft.explain.step.explain", stop)
     with pytest.raises(ParsedError):
         main(arguments)
 

@@ -15,7 +15,19 @@ MOST_LINES_OF_FUNCTION, MOST_LINES_OF_MODULE = 80, 350
 MOST_MODULES_AT_THE_TOP, MOST_MODULES_IN_A_PACKAGE = 9, 12
 
 # From the top down: a module imports only from its own layer and from those after it.
-TOP_LAYERS = ("__main__", "api", "cli", "finetune", "session", "setup", "report", "export", "evaluation", "inference")
+TOP_LAYERS = (
+    "__main__",
+    "api",
+    "cli",
+    "finetune",
+    "session",
+    "setup",
+    "explain",
+    "report",
+    "export",
+    "evaluation",
+    "inference",
+)
 LOWER_LAYERS = ("checkpoint", "train", "distributed", "data", "model", "settings", "config", "checks", "io", "device")
 LAYERS = (*TOP_LAYERS, *LOWER_LAYERS, "errors")
 

@@ -22,9 +22,7 @@ from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
 from ft.device import Precision, choose_precision, use_device
 from ft.errors import FtError, UsageError, counted, shown
-from ft.model.gpt2 import GPT2
-from ft.model.pretrained import model_config_of
-from ft.report.explanation_text import (
+from ft.explain.text import (
     WIDTH,
     explain_lower_probability,
     format_tokens,
@@ -36,6 +34,8 @@ from ft.report.explanation_text import (
     show_losses,
     show_position,
 )
+from ft.model.gpt2 import GPT2
+from ft.model.pretrained import model_config_of
 from ft.train.class_weights import TargetWeights, class_weights, describe_weights
 from ft.train.loop import Components, StepRecorder, train
 from ft.train.nonfinite import NonFiniteError

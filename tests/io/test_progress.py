@@ -10,9 +10,9 @@ import pytest
 import ft
 from ft.cli.main import main
 from ft.config import Config
+from ft.io.progress import RunBar, TimeLeft
 from ft.session import _planned_work
 from ft.train import progress
-from ft.train.progress import RunBar, TimeLeft
 from ft.train.schedule import times_due
 from ft.train.state import State
 from tests.train.test_metrics import Clock, open_report, screen
@@ -141,7 +141,7 @@ sys.modules["ipykernel.zmqshell"] = types.ModuleType("zmqshell")
 ipython = types.ModuleType("IPython"); ipython.get_ipython = lambda: object(); sys.modules["IPython"] = ipython
 import tqdm.notebook
 tqdm.notebook.IProgress = object
-from ft.train.progress import can_show_bar
+from ft.io.progress import can_show_bar
 print(can_show_bar())
 """
     run = [sys.executable, "-W", "ignore", "-c", code]
