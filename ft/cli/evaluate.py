@@ -24,7 +24,6 @@ from ft.data.table import listed
 from ft.errors import FtError, counted, one_line, printable, shown
 from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.io.paths import expand_home
-from ft.io.plain_files import read_regular
 from ft.io.progress import progress_bar
 from ft.settings import build_config
 
@@ -162,7 +161,8 @@ def _evaluate_labels(
     """The scores of the predicted labels, printed as tables unless --json; and a row of --output for each example."""
     import torch
 
-    from ft.evaluation.classification import majority_label, score_record, scores
+    from ft.cli.output_table import evaluation_rows
+    from ft.evaluation.classification import majority_label, read_majority_label, score_record, scores
 
     names = classifier.label_names
     split = _renumber_labels(classifier, split, were_given=options.label_names is not None)
@@ -173,7 +173,7 @@ def _evaluate_labels(
     rows = [list(prediction.probabilities.values()) for prediction in predictions]
     probabilities = torch.tensor(rows, dtype=torch.float64)
     result = scores(probabilities, torch.tensor(split.labels))
-    majority = _majority_label_of_run(classifier)
+    majority = read_majority_label(Path(classifier.source).parent, names)
     if majority is None:
         print(
             "Note: the most frequent training label is not known; the majority baseline is that of the most frequent "
@@ -182,18 +182,7 @@ def _evaluate_labels(
         )
         majority = majority_label(split.labels)
     record = score_record(probabilities, split, names, [majority], options.mistakes)
-    output = [
-        {
-            "split": split.name,
-            **split.place_record(row),
-            "text": split.texts[row],
-            "label": names[split.labels[row]],
-            "predicted": prediction.label,
-            "probability": prediction.probabilities[prediction.label],
-            **{f"probability_{name}": value for name, value in prediction.probabilities.items()},
-        }
-        for row, prediction in enumerate(predictions)
-    ]
+    output = evaluation_rows(split, names, predictions)
     if options.json:
         return record, output
     mistakes, baseline = record["mistakes"], record["majority_baseline"]
@@ -233,15 +222,6 @@ def _number_by(split: "Split", places: dict[int, int]) -> "Split":
             known = listed(list(map(str, places)))
             raise FtError(f"the label in {split.where(row)} is {label}, the model has {known}: correct the data")
     return replace(split, labels=[places[label] for label in split.labels])
-
-
-def _majority_label_of_run(classifier: "Classifier") -> int | None:
-    """The most frequent training label, which a finished run records in scores.json; None if it is not known."""
-    try:
-        name = json.loads(read_regular(Path(classifier.source).parent / "scores.json"))["majority_label"]
-        return list(classifier.label_names).index(name)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bool) -> "Split":

@@ -19,6 +19,7 @@ from ft.io.atomic import atomic_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from ft.data.splits import Split
     from ft.inference.classifier import Prediction
 
 MOST_COLUMNS = 8  # up to this many labels each has a column for its probability
@@ -204,3 +205,19 @@ class ConsoleTable:
             aligned = [f"{cell:{align}{width}}" for cell, width in zip(values, self._widths[1:], strict=True)]
             print("  ".join([label.ljust(self._widths[0]), *aligned, text]))
         sys.stdout.flush()
+
+
+def evaluation_rows(split: "Split", names: Sequence[str], predictions: "Sequence[Prediction]") -> list[dict[str, Any]]:
+    """A row of `evaluate --output` for each example: its place, text, label, and prediction."""
+    return [
+        {
+            "split": split.name,
+            **split.place_record(row),
+            "text": split.texts[row],
+            "label": names[split.labels[row]],
+            "predicted": prediction.label,
+            "probability": prediction.probabilities[prediction.label],
+            **{f"probability_{name}": value for name, value in prediction.probabilities.items()},
+        }
+        for row, prediction in enumerate(predictions)
+    ]

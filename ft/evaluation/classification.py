@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ft.data.splits import Split
 from ft.io.atomic import atomic_write_text
+from ft.io.plain_files import read_regular
 
 MOST_COLUMNS = 12  # classes up to which a table with a column per class is easy to read
 BINS = 10  # of probability, for the calibration error
@@ -204,3 +205,12 @@ def write_scores(
     """
     record = {"step": step, **score_record(probabilities, split, label_names, train_labels, MISTAKES)}
     atomic_write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_majority_label(run: Path, label_names: Sequence[str]) -> int | None:
+    """The most frequent training label, which a finished run records in scores.json; None if it is not known."""
+    try:
+        name = json.loads(read_regular(run / "scores.json"))["majority_label"]
+        return list(label_names).index(name)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

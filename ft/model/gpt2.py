@@ -35,10 +35,9 @@ from ft.model.packing import Packing, Selection
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
 # Up to this many rows the head computes in fp32 under autocast too: with few rows its time is that of moving the
-# (V, C) table, and casting moves more. Per element of the table, forward and backward move 12 bytes in fp32 (read,
-# read, write the gradient) and 18 bytes with a cast (read 4, write 2, read 2, read 2, write 2, and 6 to cast the
-# gradient). S rows take 6 S operations per element. Memory traffic hides them up to S = 2 x the device's operations per
-# byte, about 40 on an H100 and 20 on an A100; the cast pays off from 1.5 times as many rows. With AMX nothing is cast.
+# (V, C) table, and casting moves more: per element, forward and backward, 18 bytes instead of 12. S rows take 6 S
+# operations per element, which memory traffic hides up to S = 2 x the device's operations per byte, about 40 on an H100
+# and 20 on an A100; the cast pays off from 1.5 times as many rows. With AMX nothing is cast.
 FP32_HEAD_ROWS = 32
 
 
@@ -104,11 +103,8 @@ class GPT2Config:
         if not problems and config.n_embd % config.n_head:
             problems.append(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
         if problems:
-            raise FtError(
-                "not a GPT-2 configuration that this program can run: "
-                + "; ".join(problems)
-                + "; models that work: openai-community/gpt2 in all sizes, distilbert/distilgpt2, their fine-tunings"
-            )
+            problems.append("openai-community/gpt2 in all sizes, distilbert/distilgpt2 and their fine-tunings work")
+            raise FtError("not a GPT-2 configuration that this program can run: " + "; ".join(problems))
         return config
 
 
@@ -119,7 +115,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
-        self.half_copies: tuple[Tensor, ...] | None = None  # of all parameters; set by `HalfWeights` under autocast
+        self.half_copies: tuple[Tensor, ...] | None = None  # of all parameters; set by `HalfWeights`
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """W (in, out) and b (out,), in the dtype of the matrix product."""
@@ -132,9 +128,7 @@ class Linear(nn.Module):
     def forward_in_parts(self, x: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """(N, in) -> (S, n), the first n columns for the selected rows, and (N, out - n), the others for all rows."""
         weight, bias = self.weight_and_bias()
-        sizes = (n, len(bias) - n)
-        weights, biases = weight.split(sizes, dim=1), bias.split(sizes)
-        return affine(x.index_select(0, rows), weights[0], biases[0]), affine(x, weights[1], biases[1])
+        return affine(x.index_select(0, rows), weight[:, :n], bias[:n]), affine(x, weight[:, n:], bias[n:])
 
 
 class Attention(nn.Module):
