@@ -44,7 +44,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.step import GIB, build, random_examples, review_like_lengths, timed_steps
-from ft.checkpoint.async_writer import Saver
+from ft.checkpoint.async_writer import AsyncWriter
 from ft.checkpoint.snapshot import take_snapshot
 from ft.checkpoint.store import ModelSource, State, write_checkpoint
 from ft.device import Precision, disable_malloc_trim, use_device
@@ -239,7 +239,7 @@ def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folde
     """The saver of `ft`."""
     source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"), {})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    saver = Saver(
+    saver = AsyncWriter(
         lambda snapshot: write_checkpoint(folder, snapshot, source, keep=2, keep_best=False), print, blocking=blocking
     )
 

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.common import benchmark_parser, markdown_table, peak_memory, write_result
 from benchmarks.step import GIB, PARTS, random_examples, review_like_lengths, timed_steps
+from ft.checkpoint.model_builder import add_adapter
 from ft.checkpoint.snapshot import take_snapshot
 from ft.checkpoint.store import ModelSource, write_checkpoint
 from ft.cli.arguments import read_arguments
@@ -30,7 +31,6 @@ from ft.device import disable_malloc_trim
 from ft.finetune import fine_tune
 from ft.model.freeze import freeze, num_trainable_parameters
 from ft.model.gpt2 import GPT2, GPT2Config
-from ft.setup import add_adapter
 from ft.train.optim import AdamW, build_optimizer
 from ft.train.state import State
 from tests.reference.synthetic import SIZES, model_config

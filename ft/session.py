@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ft.checkpoint import store
-from ft.checkpoint.async_writer import Saver
+from ft.checkpoint.async_writer import AsyncWriter
 from ft.checkpoint.error_hints import explain_nonfinite
 from ft.checkpoint.host_buffer import HostBuffer
 from ft.checkpoint.run_dir import RunDirectory
@@ -33,7 +33,7 @@ from ft.report.results import notes_on_exports, performance, write_final_model
 from ft.settings import NOT_RECORDED
 from ft.setup import Inputs
 from ft.train.loop import Components
-from ft.train.metrics import Report
+from ft.train.metrics import MetricsLogger
 from ft.train.profiler import trace_steps
 from ft.train.schedule import planned_work, steps_per_epoch, total_steps
 from ft.train.signals import StopRequest
@@ -64,8 +64,8 @@ def open_session(
         tensorboard = EventFiles(run.path / "tensorboard", first_step=state.step) if config.tensorboard else None
     with (
         threads_for(count_parameters(model)),
-        StopRequest(ranks.all_reduce_max, exits_on_second_interrupt=exits_on_second_interrupt) as stopping,
-        Report(
+        StopRequest(ranks.all_reduce_max, exits_on_second_interrupt=exits_on_second_interrupt) as stop_requested,
+        MetricsLogger(
             metrics,
             total_steps=total_steps(len(inputs.data.examples["train"]), config),
             first_step=state.step,
@@ -84,7 +84,7 @@ def open_session(
         ) as after_step,
         explain_nonfinite(config, run.path, inputs.data.splits["train"]),
     ):
-        yield Session(run, inputs, model, components, state, report, stopping, after_step)
+        yield Session(run, inputs, model, components, state, report, stop_requested, after_step)
 
 
 class Session:
@@ -97,15 +97,15 @@ class Session:
         model: GPT2,
         components: Components,
         state: State,
-        report: Report,
-        stopping: StopRequest,
+        report: MetricsLogger,
+        stop_requested: StopRequest,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """`model` is what `components.model` wraps; `stopping` returns whether any rank received a signal."""
+        """`model` is what `components.model` wraps; `stop_requested` returns whether any rank received a signal."""
         self._after_step = after_step
         self._seconds_before = state.seconds  # in earlier processes of a resumed run
         self._run, self._config, self._inputs, self._model = run, run.config, inputs, model
-        self._components, self._report, self._stopping = components, report, stopping
+        self._components, self._report, self._stop_requested = components, report, stop_requested
         self._source = replace(
             inputs.description.source(
                 inputs.data.label_names, run.config.max_length, inputs.data.splits["train"].label_numbers
@@ -122,7 +122,7 @@ class Session:
         }
         self._seconds_in_all = 0.0
         device, ranks = components.precision.device, components.ranks
-        self._writer = Saver(self._write_checkpoint, report.print_line, blocking=run.config.save_blocking)
+        self._writer = AsyncWriter(self._write_checkpoint, report.print_line, blocking=run.config.save_blocking)
         self._newest_save, self._has_reported_deferral = 0, False
         uses_pinned_memory = device.type == "cuda" and ranks.is_rank_zero and not run.config.save_blocking
         self._host = HostBuffer(device) if uses_pinned_memory else None
@@ -184,7 +184,7 @@ class Session:
 
     def should_stop(self, state: State) -> bool:
         """Whether to stop, on a signal or by early stopping."""
-        return self._stopping() or state.is_out_of_patience(self._config.early_stopping_patience)
+        return self._stop_requested() or state.is_out_of_patience(self._config.early_stopping_patience)
 
     # --- before and after the loop
 
@@ -194,7 +194,7 @@ class Session:
             self._measure_forgetting(state)
         if state.evaluation_due:  # the run was stopped during the evaluation of this step
             self.evaluate(state)
-            if not self._stopping():
+            if not self._stop_requested():
                 self.save(state)
         return not self.should_stop(state)
 
@@ -219,14 +219,14 @@ class Session:
             Stopped: a signal was received; the run is saved.
             FtError: so it was, and the last checkpoint could not be written.
         """
-        if self._last_split not in self._evaluations and not self._stopping():
+        if self._last_split not in self._evaluations and not self._stop_requested():
             self._evaluate_split(self._last_split)
         ranks, path = self._components.ranks, self._run.path
-        if self._stopping():
+        if self._stop_requested():
             if self._writer.failure is not None:
                 raise FtError(f"stopped, but the last checkpoint could not be written: {self._writer.failure}")
             message = f"Stopped after step {state.step:,}. To continue: {program()} --resume {quoted(path)}"
-            raise self._stopping.stopped(message if ranks.is_rank_zero else "")
+            raise self._stop_requested.stopped(message if ranks.is_rank_zero else "")
         self._seconds_in_all = self._seconds()
         test = self._evaluations.get("test")
         if test is not None:
@@ -336,7 +336,7 @@ class Session:
                 label_ids,
                 batch_size=batch_size or self._config.eval_batch_size,
                 precision=self._components.precision,
-                stopping=self._stopping,
+                stop_requested=self._stop_requested,
                 ranks=self._components.ranks,
                 progress=progress,
             )

@@ -9,7 +9,7 @@ from contextlib import suppress
 from ft.checkpoint.snapshot import Snapshot
 
 
-class Saver:
+class AsyncWriter:
     """Writes snapshots in a background thread of low priority, one at a time.
 
     A full disk, a quota or a missing directory does not stop the run: a warning is printed, and the next save tries

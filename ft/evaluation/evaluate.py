@@ -41,7 +41,7 @@ def evaluate(
     *,
     batch_size: int,
     precision: Precision,
-    stopping: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
     ranks: Ranks = SINGLE_PROCESS,
     progress: Count = no_progress,
 ) -> Evaluation | None:
@@ -56,12 +56,12 @@ def evaluate(
         label_ids: the token of each label; empty for completions.
         batch_size: examples per forward pass and rank.
         precision: device and autocast dtype.
-        stopping: called before each batch; evaluation ends early if it returns true.
+        stop_requested: called before each batch; evaluation ends early if it returns true.
         ranks: the processes that evaluate together.
         progress: called with the number of examples of each batch when it is computed, or queued on a GPU.
 
     Returns:
-        The result over all examples, the same on all ranks; None if `stopping` returned true.
+        The result over all examples, the same on all ranks; None if `stop_requested` returned true.
     """
     device = precision.device
     candidates = torch.tensor(label_ids, device=device)
@@ -69,7 +69,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     for rows in batches_by_length(examples, batch_size, ranks.size):
-        if stopping():
+        if stop_requested():
             model.train(was_training)
             return None
         batch = collate(ranks.local_examples([examples[row] for row in rows])).to(device)

@@ -21,7 +21,7 @@ from ft.train.tensorboard import EventFiles
 from ft.train.timing import StepIntervals, StepTimes
 
 
-class Report:
+class MetricsLogger:
     """Shows progress and writes metrics; used as a context manager around the training loop."""
 
     def __init__(

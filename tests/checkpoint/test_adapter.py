@@ -174,9 +174,9 @@ def test_the_start_names_what_is_trained_and_the_disk_space(inputs, tmp_path, ca
 
 
 def stop_after_first_save(monkeypatch, arguments):
-    from ft.checkpoint.async_writer import Saver
+    from ft.checkpoint.async_writer import AsyncWriter
 
-    save = Saver.save
+    save = AsyncWriter.save
 
     def save_and_break(self, snapshot):
         save(self, snapshot)
@@ -184,7 +184,7 @@ def stop_after_first_save(monkeypatch, arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "save", save_and_break)
+        patch.setattr(AsyncWriter, "save", save_and_break)
         assert main(arguments) == 130
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ft.checkpoint import snapshot as snapshots
 from ft.checkpoint import store
-from ft.checkpoint.async_writer import Saver
+from ft.checkpoint.async_writer import AsyncWriter
 from ft.checkpoint.snapshot import load_training_state, take_snapshot
 from ft.checkpoint.store import checkpoints, verify_checkpoint, write_checkpoint
 from ft.cli.main import main
@@ -44,7 +44,7 @@ def test_training_continues_during_a_write_and_waits_before_the_next():
         assert may_end.wait(30)
         written.append(snapshot.state.step)
 
-    saver = Saver(write, lines.append, blocking=False)
+    saver = AsyncWriter(write, lines.append, blocking=False)
     saver.save(Step(1))
     assert written == [], "the call returned before the write ended"
     threading.Timer(0.05, may_end.set).start()
@@ -68,7 +68,7 @@ def test_all_ranks_defer_a_save_alike_and_report_it_once_per_write(monkeypatch):
 
     monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
     rank = object.__new__(session.Session)
-    rank._writer = Saver(lambda snapshot: may_end.wait(30), print, blocking=False)
+    rank._writer = AsyncWriter(lambda snapshot: may_end.wait(30), print, blocking=False)
     rank._report = SimpleNamespace(print_line=lines.append)
     rank._newest_save, rank._has_reported_deferral = 100, False
     rank._components = SimpleNamespace(
@@ -111,12 +111,12 @@ def as_on_a_gpu(monkeypatch):
         savers.append(self)
         start(self, snapshot)
 
-    savers, start = [], Saver.save
-    monkeypatch.setattr(Saver, "save", save)
-    write, log = store.write_checkpoint, session.Report.log_training
+    savers, start = [], AsyncWriter.save
+    monkeypatch.setattr(AsyncWriter, "save", save)
+    write, log = store.write_checkpoint, session.MetricsLogger.log_training
     monkeypatch.setattr(session, "read_synchronizes", lambda device: True)
     monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
-    monkeypatch.setattr(session.Report, "log_training", training)
+    monkeypatch.setattr(session.MetricsLogger, "log_training", training)
     return ends_at
 
 
@@ -169,9 +169,9 @@ def test_the_best_checkpoint_is_never_deferred(inputs, tmp_path, as_on_a_gpu, mo
             is_waited_for.set()
         original(self)
 
-    write, original = store.write_checkpoint, Saver.wait
+    write, original = store.write_checkpoint, AsyncWriter.wait
     monkeypatch.setattr(store, "write_checkpoint", write_checkpoint)
-    monkeypatch.setattr(Saver, "wait", wait)
+    monkeypatch.setattr(AsyncWriter, "wait", wait)
     assert main([*inputs, *EVERY_STEP, "--keep-best", "--keep-checkpoints", "1", "--output-dir", str(run)]) == 0
     assert [path.name for path in checkpoints(run)] == ["checkpoint-8", "checkpoint-20"]
     assert json.loads((run / "checkpoint-8" / "state.json").read_text())["best_step"] == 8
@@ -179,7 +179,7 @@ def test_the_best_checkpoint_is_never_deferred(inputs, tmp_path, as_on_a_gpu, mo
 
 def test_a_blocking_save_has_ended_when_it_returns():
     written = []
-    Saver(lambda snapshot: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
+    AsyncWriter(lambda snapshot: written.append(threading.current_thread()), print, blocking=True).save(Step(1))
     assert written
 
 
@@ -190,7 +190,7 @@ def test_a_failed_write_is_reported_and_the_next_save_tries_again():
         if error := errors.pop(0):
             raise error
 
-    saver = Saver(write, lines.append, blocking=False)
+    saver = AsyncWriter(write, lines.append, blocking=False)
     saver.save(Step(1))
     saver.wait()
     assert saver.failure is FULL
@@ -207,7 +207,7 @@ def test_a_defect_in_the_thread_is_raised_in_the_run():
     def write(snapshot):
         raise ZeroDivisionError("a defect")
 
-    saver = Saver(write, print, blocking=False)
+    saver = AsyncWriter(write, print, blocking=False)
     saver.save(Step(1))
     with pytest.raises(ZeroDivisionError, match="a defect"):
         saver.wait()
@@ -367,7 +367,7 @@ def test_the_thread_that_writes_has_a_lower_priority_than_training(monkeypatch, 
     if forbidden:
         monkeypatch.setattr(os, "setpriority", refuse)
     before, seen = os.getpriority(os.PRIO_PROCESS, 0), []
-    saver = Saver(lambda snapshot: seen.append(os.getpriority(os.PRIO_PROCESS, 0)), print, blocking=False)
+    saver = AsyncWriter(lambda snapshot: seen.append(os.getpriority(os.PRIO_PROCESS, 0)), print, blocking=False)
     saver.save(Step(1))
     saver.wait()
     assert seen == [before if forbidden else max(before, 10)]
@@ -376,7 +376,7 @@ def test_the_thread_that_writes_has_a_lower_priority_than_training(monkeypatch, 
 
 
 def test_metrics_that_a_full_disk_does_not_take_are_written_later(inputs, tmp_path, monkeypatch, capsys):
-    from ft.train.metrics import Report
+    from ft.train.metrics import MetricsLogger
 
     calm, run = tmp_path / "calm", tmp_path / "run"
     assert main([*inputs, *SETTINGS, "--output-dir", str(calm)]) == 0
@@ -400,8 +400,8 @@ def test_metrics_that_a_full_disk_does_not_take_are_written_later(inputs, tmp_pa
         original(self, *arguments, **keywords)
         self._file = FullFor(self._file)
 
-    original = Report.__init__
-    monkeypatch.setattr(Report, "__init__", init)
+    original = MetricsLogger.__init__
+    monkeypatch.setattr(MetricsLogger, "__init__", init)
     capsys.readouterr()
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
     assert "WARNING: checkpoint 5 could not be written: No space left on device." in capsys.readouterr().out

@@ -15,7 +15,7 @@ from ft.checks import field_types, flag
 from ft.cli.main import main
 from ft.config import NO_FLAGS, Config
 from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
-from ft.train.metrics import Report
+from ft.train.metrics import MetricsLogger
 from ft.train.state import State
 from tests.test_config import FIELDS, other_value
 
@@ -46,8 +46,8 @@ def interrupt(monkeypatch, at):
         if self.steps == at:
             raise KeyboardInterrupt
 
-    count = Report.count_step
-    monkeypatch.setattr(Report, "count_step", step)
+    count = MetricsLogger.count_step
+    monkeypatch.setattr(MetricsLogger, "count_step", step)
 
 
 def test_a_longer_run_that_is_broken_off_at_its_end_is_not_finished(inputs, run, monkeypatch, capsys):

@@ -36,8 +36,8 @@ def model(demo_inputs):
     return model
 
 
-def general_loss(model, windows, stopping=lambda: False):
-    result = evaluate(model, windows, [], batch_size=WINDOWS_AT_ONCE, precision=FP32, stopping=stopping)
+def general_loss(model, windows, stop_requested=lambda: False):
+    result = evaluate(model, windows, [], batch_size=WINDOWS_AT_ONCE, precision=FP32, stop_requested=stop_requested)
     return result and result.loss
 
 
@@ -84,7 +84,7 @@ def test_measuring_draws_nothing_keeps_the_mode_and_bounds_the_logits(model, tok
         assert general_loss(model, windows) > 0
         assert torch.equal(before, torch.get_rng_state())
         asked = iter([False, True])
-        assert general_loss(model, windows, stopping=lambda asked=asked: next(asked)) is None
+        assert general_loss(model, windows, stop_requested=lambda asked=asked: next(asked)) is None
         assert model.training == training
     hook.remove()
     assert max(rows) == 4 * 63

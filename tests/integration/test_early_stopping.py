@@ -183,7 +183,7 @@ def test_an_early_stopped_run_is_finished_until_it_is_given_more_patience(staged
 
 
 def test_the_count_survives_a_resume(staged, monkeypatch, capsys):
-    from ft.checkpoint.async_writer import Saver
+    from ft.checkpoint.async_writer import AsyncWriter
 
     calm = staged("--early-stopping-patience", "3", name="calm")
 
@@ -192,9 +192,9 @@ def test_the_count_survives_a_resume(staged, monkeypatch, capsys):
         self.wait()
         raise KeyboardInterrupt
 
-    save = Saver.save
+    save = AsyncWriter.save
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "save", save_and_break)
+        patch.setattr(AsyncWriter, "save", save_and_break)
         staged("--early-stopping-patience", "3", status=130)
     capsys.readouterr()
     run = staged("--early-stopping-patience", "3", "--resume")

@@ -17,7 +17,7 @@ from ft.evaluation.evaluate import evaluate
 from ft.inference.classifier import predict
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.train.loop import Components, StepRecorder, train
-from ft.train.metrics import Report
+from ft.train.metrics import MetricsLogger
 from ft.train.optim import build_optimizer
 from ft.train.state import State
 from tests.emulated_cuda import Event, summary
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.emulated_cuda
 def steps(gpu, monkeypatch):
     """For each training step since the last one, the notes of the device."""
     steps = []
-    count_step = Report.count_step
+    count_step = MetricsLogger.count_step
 
     def step(report, **counts):
         steps.append(list(gpu.notes))
         gpu.notes.clear()
         count_step(report, **counts)
 
-    monkeypatch.setattr(Report, "count_step", step)
+    monkeypatch.setattr(MetricsLogger, "count_step", step)
     return steps
 
 

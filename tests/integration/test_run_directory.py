@@ -18,7 +18,7 @@ from ft.errors import FtError
 from ft.inference import language_model
 from ft.io.atomic import StagedDirectory, atomic_directory
 from ft.io.lock import locked
-from ft.train.metrics import Report
+from ft.train.metrics import MetricsLogger
 
 SETTINGS = ["--precision", "fp32", "--eval-steps", "4", "--save-steps", "2", "--logging-steps", "1", "--max-steps", "6"]
 
@@ -46,8 +46,8 @@ def during_step(monkeypatch, number, action):
         if len(seen) == number:
             action()
 
-    count, seen = Report.count_step, []
-    monkeypatch.setattr(Report, "count_step", step)
+    count, seen = MetricsLogger.count_step, []
+    monkeypatch.setattr(MetricsLogger, "count_step", step)
 
 
 def delete(run):
@@ -85,9 +85,9 @@ def test_what_is_lost_during_a_run_is_put_back_and_told_once(
         with pytest.raises(FtError, match="another run is using"), locked(run):
             pytest.fail("two at once")
 
-    run, write = tmp_path / "run", Report.write
+    run, write = tmp_path / "run", MetricsLogger.write
     during_step(monkeypatch, step, lose)
-    monkeypatch.setattr(Report, "write", keeps_others_out)
+    monkeypatch.setattr(MetricsLogger, "write", keeps_others_out)
     assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "was moved or deleted during the run" in line]
     assert len(told) == 1

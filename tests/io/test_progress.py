@@ -10,10 +10,9 @@ import pytest
 import ft
 from ft.cli.main import main
 from ft.config import Config
+from ft.io import progress
 from ft.io.progress import RunBar, TimeLeft
-from ft.session import _planned_work
-from ft.train import progress
-from ft.train.schedule import times_due
+from ft.train.schedule import planned_work, times_due
 from ft.train.state import State
 from tests.train.test_metrics import Clock, open_report, screen
 
@@ -59,16 +58,13 @@ def test_the_planned_times_are_those_of_the_loop(every, first, last):
     assert times_due(every, first, last) == sum(s % every == 0 or s == last for s in range(first + 1, last + 1))
 
 
-@pytest.mark.parametrize("general", [None, SimpleNamespace(windows=[0] * 7)])
-def test_the_planned_work_is_that_of_a_run(general):
-    inputs = SimpleNamespace(
-        data=SimpleNamespace(examples={"train": [0] * 80, "validation": [0] * 20, "test": [0] * 5}),
-        general_text=general,
-    )
+@pytest.mark.parametrize("windows", [0, 7])
+def test_the_planned_work_is_that_of_a_run(windows):
+    examples = {"train": [0] * 80, "validation": [0] * 20, "test": [0] * 5}
     config = Config(batch_size=8, epochs=2, eval_steps=6, save_steps=10)
-    planned = _planned_work(inputs, config, State())
-    assert planned == {"evaluating": 4 * 20 + 5, "general text": 4 * 7 if general else 0, "saving": 2}
-    assert _planned_work(inputs, config, State(step=10))["evaluating"] == 3 * 20 + 5
+    planned = planned_work(config, examples, windows, step=0)
+    assert planned == {"evaluating": 4 * 20 + 5, "general text": 4 * windows, "saving": 2}
+    assert planned_work(config, examples, windows, step=10)["evaluating"] == 3 * 20 + 5
 
 
 def test_the_time_left_has_evaluations_and_saves(tmp_path, monkeypatch):

@@ -334,17 +334,17 @@ def test_a_checkpoint_holds_moments_of_what_was_trained_only(run):
 
 @pytest.mark.parametrize("flags", [[], ["--save-blocking", "--activation-checkpointing", "selective"]])
 def test_a_resumed_run_ends_in_the_same_bits(finished, inputs, tmp_path, monkeypatch, flags):
-    from ft.checkpoint.async_writer import Saver
+    from ft.checkpoint.async_writer import AsyncWriter
 
     def save_and_break(self, snapshot):
         save(self, snapshot)
         self.wait()
         raise KeyboardInterrupt
 
-    save = Saver.save
+    save = AsyncWriter.save
     broken = [*flags, "--output-dir", str(tmp_path / "broken")]
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "save", save_and_break)
+        patch.setattr(AsyncWriter, "save", save_and_break)
         assert main([*inputs, *SETTINGS, *LAST, *broken]) == 130
     torch.manual_seed(999)
     assert main(["--resume", str(tmp_path / "broken")]) == 0

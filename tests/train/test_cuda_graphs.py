@@ -156,7 +156,7 @@ def test_the_loop_with_graphs_is_the_loop_without(precision, settings, graphs_on
 
 
 def test_a_run_with_graphs_is_resumed_to_the_same_bits(inputs, tmp_path, graphs_on_cpu, monkeypatch):
-    from ft.checkpoint.async_writer import Saver
+    from ft.checkpoint.async_writer import AsyncWriter
     from ft.cli.main import main
 
     flags = ["--precision", "fp32", "--max-steps", "16", "--save-steps", "6"]
@@ -172,9 +172,9 @@ def test_a_run_with_graphs_is_resumed_to_the_same_bits(inputs, tmp_path, graphs_
         self.wait()
         raise Broken
 
-    save = Saver.save
+    save = AsyncWriter.save
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "save", save_and_break)
+        patch.setattr(AsyncWriter, "save", save_and_break)
         with pytest.raises(Broken):
             main([*flags, str(graphed), "--cuda-graphs"])
     assert main([*flags, str(graphed), "--cuda-graphs", "--resume"]) == 0

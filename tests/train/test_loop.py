@@ -215,16 +215,16 @@ def test_a_resumed_run_ends_in_the_same_bits(run, stop, precision, accumulation,
     }
     calm = run("calm", **settings)
 
-    from ft.checkpoint.async_writer import Saver
+    from ft.checkpoint.async_writer import AsyncWriter
 
     def save_and_break(self, snapshot):
         save(self, snapshot)
         self.wait()
         raise KeyboardInterrupt
 
-    save = Saver.save
+    save = AsyncWriter.save
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "save", save_and_break)
+        patch.setattr(AsyncWriter, "save", save_and_break)
         with pytest.raises(KeyboardInterrupt):
             run("broken", **settings)
     with (run_folder := calm.parent / "broken").joinpath("metrics.jsonl").open("a") as file:

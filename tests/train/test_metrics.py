@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ft.train import metrics as report_module
-from ft.train.metrics import Report
+from ft.train.metrics import MetricsLogger
 
 ROOT = Path(__file__).parents[2]
 TRAINING_KEYS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second"]
@@ -42,7 +42,7 @@ def path(tmp_path):
 
 
 def open_report(path, first_step=0, metrics_bytes=0, **options):
-    return Report(path, total_steps=1000, first_step=first_step, metrics_bytes=metrics_bytes, **options)
+    return MetricsLogger(path, total_steps=1000, first_step=first_step, metrics_bytes=metrics_bytes, **options)
 
 
 def events(path):
@@ -202,8 +202,8 @@ def test_log_lines_have_the_same_figures(path, clock, capsys):
 RUN = """
 import sys
 from pathlib import Path
-from ft.train.metrics import Report
-with Report(Path(sys.argv[1]), total_steps=40, first_step=10, metrics_bytes=0) as report:
+from ft.train.metrics import MetricsLogger
+with MetricsLogger(Path(sys.argv[1]), total_steps=40, first_step=10, metrics_bytes=0) as report:
     for step in range(11, 41):
         report.count_step(examples=8, tokens=100)
         if step % 10 == 0:

@@ -15,7 +15,7 @@ from ft import session
 from ft.checkpoint.store import checkpoints
 from ft.cli.main import main
 from ft.io.atomic import StagedDirectory
-from ft.train.metrics import Report
+from ft.train.metrics import MetricsLogger
 from ft.train.signals import StopRequest
 from tests.integration.test_kill import assert_same_end, assert_same_figures
 
@@ -47,10 +47,10 @@ def test_a_signal_ends_the_run_after_its_step(inputs, calm, tmp_path, monkeypatc
         if len(steps) == step:
             os.kill(os.getpid(), getattr(signal, name))
 
-    count, steps = Report.count_step, []
+    count, steps = MetricsLogger.count_step, []
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "count_step", step_and_signal)
+        patch.setattr(MetricsLogger, "count_step", step_and_signal)
         assert main([*inputs, *SETTINGS, "--output-dir", str(run)]) == status
     error = capfd.readouterr().err
     assert f"{name}: finishing this step and saving" in error
@@ -64,11 +64,11 @@ def test_a_signal_ends_the_run_after_its_step(inputs, calm, tmp_path, monkeypatc
 def test_a_signal_in_an_evaluation_leaves_it_for_the_resumed_run(
     inputs, calm, tmp_path, monkeypatch, capfd, name, status
 ):
-    def evaluate(*arguments, stopping, **keywords):
+    def evaluate(*arguments, stop_requested, **keywords):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), getattr(signal, name))
-        return original(*arguments, stopping=stopping, **keywords)
+        return original(*arguments, stop_requested=stop_requested, **keywords)
 
     original, calls = session.evaluate, []
     run = tmp_path / "run"
@@ -123,7 +123,7 @@ def test_several_signals_are_one(inputs, tmp_path, monkeypatch, capfd):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Report, "count_step", step_and_signals)
+    monkeypatch.setattr(MetricsLogger, "count_step", step_and_signals)
     assert main([*inputs, *SETTINGS, "--output-dir", str(tmp_path / "run")]) == 130
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
@@ -131,9 +131,9 @@ def test_several_signals_are_one(inputs, tmp_path, monkeypatch, capfd):
 TWICE = """
 import os, signal, time
 from ft.train.signals import StopRequest
-with StopRequest() as stopping:
+with StopRequest() as stop_requested:
     os.kill(os.getpid(), signal.SIGINT)
-    print("still here", stopping(), flush=True)
+    print("still here", stop_requested(), flush=True)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(600)
 """
@@ -184,16 +184,16 @@ def test_a_second_ctrl_c_during_a_save_exits_at_once_and_keeps_checkpoints(input
 
 def test_handlers_are_put_back_and_other_threads_ask_for_none():
     before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stopping:
+    with StopRequest() as stop_requested:
         assert signal.getsignal(signal.SIGTERM) != before
-        assert not stopping()
+        assert not stop_requested()
     assert signal.getsignal(signal.SIGTERM) == before
     errors = []
 
     def work():
         try:
-            with StopRequest() as stopping:
-                assert not stopping()
+            with StopRequest() as stop_requested:
+                assert not stop_requested()
         except BaseException as error:
             errors.append(error)
 
@@ -213,16 +213,16 @@ def test_a_signal_during_the_all_reduce_stops_all_ranks_at_the_next_one(capfd):
             time.sleep(0.01)  # which lets the handler run
         return number
 
-    with StopRequest(agree) as stopping:
-        assert not stopping()  # as the other ranks know
-        assert stopping()
+    with StopRequest(agree) as stop_requested:
+        assert not stop_requested()  # as the other ranks know
+        assert stop_requested()
     assert numbers == [0, signal.SIGTERM]
 
 
 def test_a_signal_to_another_process_stops_this_one_with_the_same_status():
-    with StopRequest(all_reduce_max=lambda number: max(number, signal.SIGUSR1)) as stopping:
-        assert stopping()
-        assert stopping.stopped("").status == 128 + signal.SIGUSR1
+    with StopRequest(all_reduce_max=lambda number: max(number, signal.SIGUSR1)) as stop_requested:
+        assert stop_requested()
+        assert stop_requested.stopped("").status == 128 + signal.SIGUSR1
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
