@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +12,6 @@ from ft.config import Config
 from ft.io import progress
 from ft.io.progress import RunBar, TimeLeft
 from ft.train.schedule import planned_work, times_due
-from ft.train.state import State
 from tests.train.test_metrics import Clock, open_report, screen
 
 ROOT = Path(__file__).parents[2]
