@@ -216,13 +216,13 @@ class Config:
     width. Adapters learn with a larger learning_rate than all weights do, such as 2e-4.
     """
     lora_alpha: float | None = setting(
-        None, PARAMETERS, "LoRA: the change is scaled by alpha / rank; left out: twice the rank"
+        None, PARAMETERS, "LoRA: the change is scaled by alpha / rank (default: twice the rank)"
     )
     lora_dropout: float | None = setting(
-        None, PARAMETERS, "LoRA: dropout of the input of A; left out: 0, or that of --adapter", minimum=0.0
+        None, PARAMETERS, "LoRA: dropout of the input of A (default: 0, or that of --adapter)", minimum=0.0
     )
     lora_targets: tuple[str, ...] = setting(
-        (), PARAMETERS, "LoRA: adapt only linear layers whose names match: c_attn, h.11.*, last:N; left out: all"
+        (), PARAMETERS, "LoRA: adapt only linear layers whose names match: c_attn, h.11.*, last:N (default: all)"
     )
     adapter: str | None = setting(
         None,

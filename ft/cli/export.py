@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ft.cli.parsers import CommandParser, to_path
-from ft.cli.predict import find_flag_problems, load_classifier, read_run_settings
+from ft.cli.predict import BASE_HELP, find_flag_problems, load_classifier, read_run_settings
 from ft.errors import FtError, UsageError, printable, shown
 from ft.export.card import export_card
 from ft.io.atomic import atomic_directory
@@ -31,8 +31,12 @@ def export(arguments: Sequence[str]) -> None:
     """
     parser = CommandParser("export", "Write a trained model in the files of another program.", EXAMPLES)
     parser.add_argument(
-        "model", metavar="RUN", type=expand_home, help="a run, a checkpoint, or a directory or Hub id of a GPT-2"
+        "model",
+        metavar="RUN",
+        type=expand_home,
+        help="a run, a checkpoint, a LoRA adapter, or a directory or Hub id of a GPT-2",
     )
+    parser.add_argument("--base", metavar="TEXT", type=expand_home, help=BASE_HELP)
     parser.add_argument(
         "--to",
         choices=tuple(EXPORTED_FILES),
@@ -56,7 +60,7 @@ def export(arguments: Sequence[str]) -> None:
     if options.to is None:
         parser.error(f"--to is missing, it must be {' or '.join(EXPORTED_FILES)}")
     output = options.output or _default_output(Path(options.model), options.to)
-    problems = find_flag_problems(options) + _find_format_problems(options)
+    problems = [*parser.problems, *find_flag_problems(options), *_find_format_problems(options)]
     if output is None:
         problems.append(f"{shown(options.model)} is not a run directory: name a directory to write by --output")
     else:

@@ -110,7 +110,7 @@ _OTHER_NAMES = {
         "adam-beta1 adam-beta2 adam-epsilon beta1 beta2 cache-dir chat-template dataloader-num-workers ddp debug "
         "do-eval do-predict do-train enable-jit-checkpoint eval-accumulation-steps eval-iters eval.max-iters "
         "eval.max-new-tokens flash-attention force fsdp-config full-determinism group-by-length hub-model-id "
-        "hub-revision label-smoothing label-smoothing-factor load-in-4bit load-in-8bit lr-decay-iters "
+        "hub-revision local-rank label-smoothing label-smoothing-factor load-in-4bit load-in-8bit lr-decay-iters "
         "max-eval-samples min-lr n-layer nproc-per-node num-proc num-processes num-workers optim optimizer "
         "optimizer-name overwrite-output-dir packing processes push-to-hub sample-packing save-model streaming "
         "token train-on-inputs trust-remote-code val-set-size val-split validation-split "

@@ -28,14 +28,17 @@ def runs(arguments: Sequence[str]) -> None:
     parser.add_argument("directory", metavar="DIR", nargs="?", type=to_path, default=Path("runs"), help="default: runs")
     parser.add_argument(
         "--sort",
+        metavar="KEY",
         choices=SORT_KEYS,
         default="best",
-        help="by which figure; best, the default: the best validation by --best-metric of the runs",
+        help=f"by which figure: {', '.join(SORT_KEYS)} (default: best, the best validation by --best-metric)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     parser.add_argument("--csv", action="store_true", help="print CSV instead of a table")
     options = parser.parse_args(arguments)
-    problems = ["--json and --csv are two formats: give one of them"] if options.json and options.csv else []
+    problems = list(parser.problems)
+    if options.json and options.csv:
+        problems.append("--json and --csv are two formats: give one of them")
     if not options.directory.is_dir():
         problems.append(f"DIR is {shown(str(options.directory))}, there is no such directory")
     if problems:

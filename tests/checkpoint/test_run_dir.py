@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ft import session
 from ft.checkpoint.resume import check_data_unchanged
 from ft.checkpoint.store import checkpoints
 from ft.checks import field_types, flag
@@ -58,7 +57,7 @@ def test_a_longer_run_that_is_broken_off_at_its_end_is_not_finished(inputs, run,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "atomic_directory", fail)
+        patch.setattr("ft.report.results.atomic_directory", fail)
         assert main(longer) == 130
     assert weights(run / "final") == short, "the longer run's model was not written"
     capsys.readouterr()

@@ -214,7 +214,7 @@ OF_COMMANDS = {
         *["prompt-column", "completion-column", "max-length", "batch-size"],
     ),
     "generate": ("base", "max-new-tokens", "temperature", "top-k", "top-p", "seed", "device"),
-    "export": ("to", "output", "overwrite", "dtype", "label-names", "max-length"),
+    "export": ("base", "to", "output", "overwrite", "dtype", "label-names", "max-length"),
     "report": ("output",),
 }
 

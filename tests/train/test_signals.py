@@ -253,7 +253,7 @@ def test_a_signal_after_the_last_step_leaves_the_run_to_be_finished(inputs, tmp_
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("ft.session.atomic_directory", kill)
+        patch.setattr("ft.report.results.atomic_directory", kill)
         assert main([*inputs, "--max-steps", "2", "--output-dir", str(run)]) == 143
     assert "interrupted by SIGTERM; --resume continues" in capsys.readouterr().err
     assert not (run / "final").exists()
