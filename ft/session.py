@@ -210,7 +210,7 @@ class Session:
 
     def close(self) -> None:
         """Wait until the last checkpoint is written."""
-        self._writer.wait()
+        self._writer.close()
 
     def finish(self, state: State) -> None:
         """Evaluate on the test split; without one, on the validation split if that has not been done.

@@ -36,6 +36,13 @@ class AsyncWriter:
         if written is not None:
             written.result()
 
+    def close(self) -> None:
+        """Wait as `wait` does, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
     @property
     def is_writing(self) -> bool:
         """Whether a snapshot is still being written."""

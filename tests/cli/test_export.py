@@ -89,11 +89,11 @@ def test_a_link_or_a_file_is_not_replaced(run, tmp_path, capsys):
         (["runs/it", "--to", "gguf", "--max-length", "9"], 2, "--max-length does not apply to --to gguf"),
         (["runs/it", "--to", "gguf", "--dtype", "q4"], 2, "argument --dtype: invalid choice: 'q4'"),
         (["runs/it", "--to", "classifier", "--max-length", "1"], 2, "--max-length is 1, it must be at least 2"),
-        (["runs/it", "--to", "classifier", "--label-names", "good,good ones"], 1, "begin with the same token"),
+        (["runs/it", "--to", "classifier", "--label-names", "good,good ones"], 2, "begin with the same token"),
         (["runs/it/checkpoint-4", "--to", "gguf"], 2, "is not a run directory: name a directory to write by --output"),
         (["runs", "--to", "gguf"], 2, "'runs' is not a run directory"),
-        (["runs/it/final/config.json", "--to", "gguf", "--output", "x"], 1, "config.json is a file"),
-        (["runs/nothing", "--to", "gguf", "--output", "x"], 1, "there is no run runs/nothing; in runs are it"),
+        (["runs/it/final/config.json", "--to", "gguf", "--output", "x"], 2, "config.json is a file"),
+        (["runs/nothing", "--to", "gguf", "--output", "x"], 2, "there is no run runs/nothing; in runs are it"),
     ],
 )
 def test_what_is_refused(run, tmp_path, capsys, arguments, status, message):
@@ -124,7 +124,7 @@ def test_completions_have_no_classifier(run, tmp_path, capsys):
 
 def test_a_model_without_labels_has_no_classifier(inputs, tmp_path, capsys):
     flags = ["--to", "classifier", "--output", str(tmp_path / "x")]
-    assert "does not name its labels: name them by --label-names" in error_of(capsys, inputs[1], *flags, status=1)
+    assert "does not name its labels: name them by --label-names" in error_of(capsys, inputs[1], *flags, status=2)
     assert names_in(tmp_path) == []
 
 

@@ -234,7 +234,7 @@ def test_a_misspelt_flag_of_a_command_is_told_with_the_nearest(command, capsys):
 def test_the_help_shows_flags_that_exist(help_text):
     known = {"--help", "--config", *map(flag, FIELDS)}
     known |= {"--version", "--nproc-per-node", "--split", "--to"}  # in examples of `evaluate`, `export` and torchrun
-    assert {word.rstrip(":;,.") for word in help_text.split() if word.startswith("--")} <= known
+    assert {word.rstrip(":;,.)") for word in help_text.split() if word.startswith("--")} <= known
 
 
 # --- what wins --------------------------------------------------------------------------------------------------------
