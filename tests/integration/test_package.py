@@ -105,4 +105,4 @@ def test_the_installed_program_runs_under_its_name(installed, start, tmp_path):
     assert f"To use it: {start} predict runs/demo" in done.stdout
     done = run("predict", "runs/demo", "a superb film")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] in ("neg", "pos")
+    assert {"neg", "pos"} & set(done.stdout.split())

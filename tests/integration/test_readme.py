@@ -124,9 +124,9 @@ def test_the_snippet_from_python_runs(inputs, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(FROM_PYTHON.replace("openai-community/gpt2", inputs[1]), "ft/README.md", "exec"), names)
-    assert "Run('runs/mine'), 9 steps" in capsys.readouterr().out
+    assert "Run('runs/mine'), 10 steps" in capsys.readouterr().out
     assert main(["--resume", "runs/mine", "--epochs", "3"]) == 0
-    assert names["run"].history[-1]["step"] == 14
+    assert names["run"].history[-1]["step"] == 15
 
 
 def test_there_are_eight_steps_and_each_names_a_file():
