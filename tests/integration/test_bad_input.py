@@ -316,7 +316,7 @@ def test_a_bad_flag_is_told_in_one_line(spoilt, flags, status, message, capfd):
         (lambda c: (c / "rng.safetensors").write_bytes(b""), "rng.safetensors has 0 bytes"),
         (lambda c: (c / "state.json").write_text("{}"), "state.json has"),
         (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing or not a regular file"),
-        (lambda c: (c / "manifest.json").write_text('{"files": {"../x": {}}}'), "manifest.json is not a list"),
+        (lambda c: (c / "manifest.json").write_text('{"files": {"../x": {}}}'), "manifest.json does not list model"),
         (
             lambda c: ((c / "rng.safetensors").unlink(), (c / "rng.safetensors").symlink_to("/etc/hosts")),
             "not a regular file",
