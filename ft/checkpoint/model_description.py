@@ -1,6 +1,7 @@
 """The configuration and tokenizer of a model: read for all commands, and copied to saved models."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,10 @@ def model_directory(source: Path) -> Path | None:
 
     Raises:
         UsageError: `source` is a file, or an unknown name beside other runs.
-        FtError: a run without a complete model, or a damaged checkpoint.
+        FtError: a run without a complete model, a damaged checkpoint, or a directory that cannot be read.
     """
+    if source.is_dir() and not os.access(source, os.R_OK | os.X_OK):
+        raise FtError(f"cannot read {source}: Permission denied")
     if source.is_file():
         raise UsageError(f"{source} is a file: a run, a checkpoint or a model is a directory")
     if not source.is_dir():

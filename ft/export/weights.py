@@ -1,21 +1,13 @@
 """The weights of a model that is exported."""
 
-import torch
 from torch import Tensor
 
-from ft.errors import FtError
 from ft.model.gpt2 import GPT2
+from ft.model.lora import lora_settings, merge_lora
 
 
 def exported_weights(model: GPT2) -> dict[str, Tensor]:
-    """The weights by their published names, without gradients.
-
-    Raises:
-        FtError: there are others than GPT-2's, such as those of an adapter, which an export would leave out.
-    """
-    with torch.device("meta"):
-        known = {name for name, _ in GPT2(model.config).named_parameters()}
+    """The weights by their published names, without gradients; an adapter is merged into them."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if others := sorted(weights.keys() - known):
-        raise FtError(f"{others[0]} is not a weight of a GPT-2: export the final model of the run, which has no other")
-    return weights
+    lora = lora_settings(model)
+    return weights if lora is None else merge_lora(weights, lora)

@@ -70,14 +70,8 @@ class GPT2Config:
     }
 
     # Far above any GPT-2. A larger value is a mistake, to be reported before memory is allocated.
-    LARGEST = {  # noqa: RUF012
-        "vocab_size": 2**22,
-        "n_positions": 2**20,
-        "n_embd": 2**16,
-        "n_layer": 2**10,
-        "n_head": 2**10,
-        "n_inner": 2**18,
-    }
+    LARGEST = {"vocab_size": 2**22, "n_positions": 2**20, "n_embd": 2**16, "n_inner": 2**18}  # noqa: RUF012
+    LARGEST |= {"n_layer": 2**10, "n_head": 2**10}
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> "GPT2Config":
@@ -115,11 +109,12 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
-        self.half_copies: tuple[Tensor, ...] | None = None  # of all parameters; set by `HalfWeights`
+        self.half_copies: tuple[Tensor, ...] | None = None  # of all parameters, by `HalfWeights`
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """W (in, out) and b (out,), in the dtype of the matrix product."""
-        return (self.weight, self.bias) if self.half_copies is None else self.half_copies[:2]  # type: ignore[return-value]
+        weight, bias, *_ = self.half_copies or (self.weight, self.bias)
+        return weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
@@ -128,7 +123,9 @@ class Linear(nn.Module):
     def forward_in_parts(self, x: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """(N, in) -> (S, n), the first n columns for the selected rows, and (N, out - n), the others for all rows."""
         weight, bias = self.weight_and_bias()
-        return affine(x.index_select(0, rows), weight[:, :n], bias[:n]), affine(x, weight[:, n:], bias[n:])
+        sizes = (n, len(bias) - n)
+        (first, others), biases = weight.split(sizes, dim=1), bias.split(sizes)
+        return affine(x.index_select(0, rows), first, biases[0]), affine(x, others, biases[1])
 
 
 class Attention(nn.Module):

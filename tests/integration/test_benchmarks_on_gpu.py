@@ -203,7 +203,28 @@ def test_generate(gpu, monkeypatch, demo_inputs):
     assert len(gpu.synchronized) == 2 * 2 * 2, "before and after each turn of each side"
 
 
+class OwnTraining:
+    """A process pool without a process, whose module has a training of its own."""
+
+    def __init__(self, *_, **__):
+        self.training = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        checkpoint.training = self.training
+        result = function(*arguments)
+        self.training = checkpoint.training
+        return SimpleNamespace(result=lambda: result)
+
+
 def test_checkpoint(gpu, monkeypatch, demo_inputs):
+    monkeypatch.setattr(checkpoint, "ProcessPoolExecutor", OwnTraining)
+    monkeypatch.setattr(checkpoint, "training", None, raising=False)
     monkeypatch.setattr(checkpoint, "WAYS", {name: checkpoint.WAYS[name] for name in ("ft", "ft blocking", "trainer")})
     flags = ["--tokenizer", str(demo_inputs[0]), "--saves", "1", "--steps", "1"]
     table, figures = gpu(checkpoint, "checkpoint", *flags)

@@ -97,7 +97,7 @@ def test_the_installed_program_runs_under_its_name(installed, start, tmp_path):
 
     for arguments in ([], ["predict"]):
         output = run(*arguments, "--help").stdout
-        assert output.startswith(f"usage: {' '.join([start, *arguments])} [")
+        assert output.startswith(f"usage: {' '.join([start, *arguments])} ")
         assert f"  {start} predict runs/rotten_tomatoes" in output
         assert "run.py" not in output
     done = run("--demo", "--max-steps", "1")

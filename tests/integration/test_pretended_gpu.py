@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ft import finetune, setup
-from ft.cli import explain
 from ft.cli.main import main
 from ft.device import choose_precision
 from ft.distributed.ranks import SINGLE_PROCESS
+from ft.explain import step as explain
 from ft.model.gpt2 import GPT2
 
 

@@ -23,6 +23,13 @@ from ft.train.schedule import learning_rate_at, windows
 from ft.train.state import State
 from tests.graphs_on_cpu import emulate
 
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch):
+    """As on a GPU, products under autocast read bf16 weights; with AMX they would round fp32 weights themselves."""
+    monkeypatch.setattr("ft.model.matmul.has_amx", lambda: False)
+
+
 TINY = GPT2Config(vocab_size=97, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 CPU = torch.device("cpu")
 NEVER = 10**9

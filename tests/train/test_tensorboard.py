@@ -66,7 +66,7 @@ def test_tensorboard_reads_the_settings_and_the_metrics_to_compare(inputs, tmp_p
     assert started["train_only"].string_value == ""
     recorded = json.loads((run / "config.json").read_text())
     assert set(started) == {name for name, value in recorded.items() if value is not None} - {
-        "output_dir", "resume", "overwrite", "save_dataset"
+        "output_dir", "resume", "overwrite", "save_dataset", "quiet"
     }  # fmt: skip
     metrics = [info.name.tag for info in content["_hparams_/experiment"].experiment.metric_infos]
     names = [f"{split}_{figure}" for split in ("eval", "test") for figure in ("loss", "accuracy", "macro_f1")]
