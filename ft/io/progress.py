@@ -7,14 +7,20 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-_IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # which `tqdm.auto` has found out
 _MEMORY = 0.95  # of a measured rate, per count: the last 20 counts weigh the most, and a slow first step fades
 _REFRESH_SECONDS = 0.1  # as tqdm
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, by the criterion of `tqdm.autonotebook`."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
 def can_show_bar() -> bool:
     """Whether a bar can be seen: on a terminal or in a notebook. A file or a pipe gets no control characters."""
-    return _IN_NOTEBOOK or sys.stderr.isatty()
+    return in_notebook() or sys.stderr.isatty()
 
 
 def progress_bar(total: int | None, unit: str, *, quiet: bool = False) -> Any:  # noqa: ANN401

@@ -233,7 +233,7 @@ def test_another_base_is_refused_and_the_same_one_elsewhere_is_not(run, inputs, 
     assert str(other) in error
     shutil.rmtree(other)
     assert main([*longer, "--epochs", "3"]) == 2
-    assert f"there is no directory '{other}'" in capsys.readouterr().err
+    assert f"there is no run {other}; in" in capsys.readouterr().err
 
 
 def test_a_damaged_adapter_is_ignored_on_resume(run, capsys):

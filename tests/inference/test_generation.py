@@ -295,7 +295,7 @@ def test_it_is_printed_as_it_comes(folder, monkeypatch):
             2,
             ["--temperature is nan", "--top-k is 0", "--top-p is 2.0", "--seed is -1", "--max-new-tokens is 0"],
         ),
-        (["./absent", "a"], 1, ["./absent"]),
+        (["./absent", "a"], 2, ["./absent"]),
         (["{model}", "\udcff", "--device", "cpu"], 1, ["the prompt is not UTF-8"]),
         (["{model}", "a" * 500, "--device", "cpu"], 1, ["and the model 64 positions: shorten it"]),
         (
