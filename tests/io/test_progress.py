@@ -128,11 +128,12 @@ def test_every_text_is_counted_once(inputs):
 
 
 def test_in_a_notebook_there_is_a_bar_without_a_terminal():
-    """tqdm finds a notebook by a module that only a kernel imports, and shows a widget there."""
+    """With the modules and the shell of a kernel."""
     code = """
 import sys, types
 sys.modules["ipykernel.zmqshell"] = types.ModuleType("zmqshell")
-ipython = types.ModuleType("IPython"); ipython.get_ipython = lambda: object(); sys.modules["IPython"] = ipython
+ipython = types.ModuleType("IPython"); sys.modules["IPython"] = ipython
+ipython.get_ipython = lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
 import tqdm.notebook
 tqdm.notebook.IProgress = object
 from ft.io.progress import can_show_bar
