@@ -151,12 +151,12 @@ def _class_weight_problems(class_weights: object, completion_column: object) -> 
         return [] if completion_column is None or class_weights is None else [_NO_CLASSES]
     problems = [] if completion_column is None else [_NO_CLASSES]
     try:
-        fit = all(0 < weight <= sys.float_info.max for weight in weights_given(class_weights))
+        fit = all(1e-30 <= weight <= 1e30 for weight in weights_given(class_weights))  # a sum of losses fits fp32
     except ValueError:
         fit = False
     if not fit:
         problems.append(
-            f"--class-weights is {shown(class_weights)}, it must be balanced, or one finite number above 0 for each "
-            "label, such as 1,5"
+            f"--class-weights is {shown(class_weights)}, it must be balanced, or one number from 1e-30 to 1e30 for "
+            "each label, such as 1,5"
         )
     return problems

@@ -110,7 +110,7 @@ class Session:
             inputs.description.source(
                 inputs.data.label_names, run.config.max_length, inputs.data.splits["train"].label_numbers
             ),
-            name=run.config.model,
+            name=inputs.files.source,
             revision=run.config.model_revision,
         )
         self._steps_per_epoch = steps_per_epoch(len(inputs.data.examples["train"]), run.config)

@@ -88,7 +88,9 @@ def precision_of_run(run: RunDirectory, precision: Precision, ranks: Ranks) -> P
         began, _ = read_state(run.resume_from)
         if began.precision not in ("", precision.name):
             precision = replace(precision, name=began.precision, reason="as the run began")
-    ranks.require_same({"the format that --precision auto selects": precision.name})
+    ranks.require_same(
+        {"the format that --precision auto selects": precision.name}, "name one that all compute, such as fp32"
+    )
     return precision
 
 

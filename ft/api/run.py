@@ -6,10 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ft.api.rows import read_rows
 from ft.checkpoint import store
+from ft.checkpoint.saved_task import read_task
 from ft.config import Config
 from ft.data.examples import encode
 from ft.data.splits import Split
@@ -17,7 +16,6 @@ from ft.data.table import listed
 from ft.data.tables import WHOLE_NUMBER
 from ft.device import Precision
 from ft.errors import FtError, shown
-from ft.evaluation.classification import scores
 from ft.evaluation.evaluate import evaluate
 from ft.inference.classifier import Classifier, Prediction, load
 from ft.io.plain_files import read_regular
@@ -109,7 +107,8 @@ class Run:
         if is_completion:
             split = Split("given", rows.texts, [0] * len(rows.texts), completions=list(map(str, rows.answers)))
         else:
-            split = Split("given", rows.texts, _numbers(rows.answers, rows.label_names, model.label_names))
+            numbers = read_task(model.published).label_numbers
+            split = Split("given", rows.texts, _numbers(rows.answers, rows.label_names, model.label_names, numbers))
         label_ids = [] if is_completion else model.label_ids
         result = evaluate(
             model.model,
@@ -120,8 +119,8 @@ class Run:
         )
         assert result is not None, "nothing stops it"
         found = {"loss": result.loss, "accuracy": result.accuracy}
-        if result.probabilities is not None:
-            found["macro_f1"] = scores(result.probabilities, torch.tensor(split.labels)).macro_f1
+        if result.macro_f1 is not None:
+            found["macro_f1"] = result.macro_f1
         return found
 
     def __repr__(self) -> str:
@@ -146,8 +145,19 @@ def columns_of_rows(config: Config) -> dict[str, str]:
     return {"text_column": config.text_column, "answer_column": config.label_column}
 
 
-def _numbers(labels: Sequence[int | str], published: Sequence[str] | None, names: Sequence[str]) -> list[int]:
+def _numbers(
+    labels: Sequence[int | str],
+    published: Sequence[str] | None,
+    names: Sequence[str],
+    named_numbers: Sequence[int] | None,
+) -> list[int]:
     """The number of each label in the model: words by their names, numbers too if the model's names are numbers.
+
+    Args:
+        labels: as given.
+        published: the words for the labels 0, 1, ..., if the table names them.
+        names: of the model's labels.
+        named_numbers: the numbers in the training data that these name, unless they are 0, 1, ...
 
     Raises:
         FtError: the model does not have a label.
@@ -155,12 +165,13 @@ def _numbers(labels: Sequence[int | str], published: Sequence[str] | None, names
     if published is not None and set(published) <= set(names):
         labels = [published[int(label)] if 0 <= int(label) < len(published) else label for label in labels]
     are_names = isinstance(labels[0], str | bool) or all(map(WHOLE_NUMBER.fullmatch, names))
-    number_of: dict[object, int] = {(name if are_names else i): i for i, name in enumerate(names)}
+    numbers = range(len(names)) if named_numbers is None else named_numbers
+    number_of: dict[object, int] = {key: i for i, key in enumerate(names if are_names else numbers)}
     found = []
     for row, label in enumerate(labels):
         key = str(label).strip() if are_names else label
         if key not in number_of:
-            known = listed(names) if are_names else f"0 to {len(names) - 1} ({listed(names)})"
+            known = listed(names) if are_names else f"{listed(list(map(str, numbers)))} ({listed(names)})"
             raise FtError(f"labels has {shown(label)} at {row}, the model has {known}")
         found.append(number_of[key])
     return found

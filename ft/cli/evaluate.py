@@ -112,7 +112,8 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
     if options.output is not None:
         with open_output(options.output, list(rows[0])) as writer:
             writer.write([list(row.values()) for row in rows])
-        print(f"{len(rows):,} rows are written to {printable(str(options.output))}.", file=sys.stderr)
+        if not options.quiet:
+            print(f"{len(rows):,} rows are written to {printable(str(options.output))}.", file=sys.stderr)
     if options.json:
         print(json.dumps(results if options.split == "all" else results[split.name], indent=2))
 
@@ -165,7 +166,7 @@ def _evaluate_labels(
     from ft.evaluation.classification import majority_label, read_majority_label, score_record, scores
 
     names = classifier.label_names
-    split = _renumber_labels(classifier, split, were_given=options.label_names is not None)
+    split = _renumber_labels(classifier, split, were_given=options.label_names is not None, quiet=options.quiet)
     started = time.perf_counter()
     with progress_bar(len(split.texts), "example", quiet=options.quiet) as bar:
         predictions = classifier.predict(split.texts, options.batch_size, bar.update)
@@ -175,11 +176,12 @@ def _evaluate_labels(
     result = scores(probabilities, torch.tensor(split.labels))
     majority = read_majority_label(Path(classifier.source).parent, names)
     if majority is None:
-        print(
-            "Note: the most frequent training label is not known; the majority baseline is that of the most frequent "
-            f"label of the {split.name} split.",
-            file=sys.stderr,
-        )
+        if not options.quiet:
+            print(
+                "Note: the most frequent training label is not known; the majority baseline is that of the most "
+                f"frequent label of the {split.name} split.",
+                file=sys.stderr,
+            )
         majority = majority_label(split.labels)
     record = score_record(probabilities, split, names, [majority], options.mistakes)
     output = evaluation_rows(split, names, predictions)
@@ -224,7 +226,7 @@ def _number_by(split: "Split", places: dict[int, int]) -> "Split":
     return replace(split, labels=[places[label] for label in split.labels])
 
 
-def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bool) -> "Split":
+def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bool, quiet: bool) -> "Split":
     """Number the labels of a split as the model does, by their names if both have names.
 
     Raises:
@@ -238,7 +240,7 @@ def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bo
     if numbers is not None and data_names is None and not were_given:
         return _number_by(split, {number: place for place, number in enumerate(numbers)})
     split = renumber(split, names)
-    if data_names is not None and not set(data_names) & set(names):
+    if data_names is not None and not set(data_names) & set(names) and not quiet:
         print(
             f"Note: the labels of the data are {listed(data_names)}, those of the model {listed(names)}: they are "
             "matched by number.",

@@ -50,6 +50,6 @@ def explain(arguments: Sequence[str]) -> None:
         problems += error.problems
     if problems:
         raise UsageError(*problems)
-    with waiting_line(LOADING):
+    with waiting_line(LOADING, quiet=config.quiet):
         from ft.explain.step import explain  # after parsing, since it imports torch
     explain(config, None if row is None else int(row))

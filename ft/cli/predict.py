@@ -198,7 +198,7 @@ def _open_answers(
     else:
         wanted = ["predicted", "probability", *(_probability_names(names) if len(names) <= MOST_COLUMNS else [])]
         columns = new_names(table.names, wanted)
-        if columns != wanted:
+        if columns != wanted and not options.quiet:
             taken = ", ".join(name for name in wanted if name in table.names)
             print(f"Note: {table.path} has {taken} already: the new columns are {', '.join(columns)}.", file=sys.stderr)
     with open_output(options.output, columns, table) as writer:

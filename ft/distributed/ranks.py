@@ -190,11 +190,12 @@ class Ranks:
         if self.all_reduce_max(0):
             raise FtError("another process of this run has failed; its own message has the reason")
 
-    def require_same(self, what: dict[str, str]) -> None:
+    def require_same(self, what: dict[str, str], remedy: str = "give all processes the same flags and data") -> None:
         """Check that all ranks have the same settings or data.
 
         Args:
             what: strings that must be the same on all ranks, by the name that a message gives them.
+            remedy: the end of that message.
 
         Raises:
             UsageError: one sentence for each that differs.
@@ -204,8 +205,7 @@ class Ranks:
         first, *others = (json.loads(text) for text in self._gather_text(json.dumps(what)))
         differ = {name: rank for rank, other in enumerate(others) for name in what if other[name] != first[name]}
         problems = [
-            f"{name} is {first[name]} in process 0 and {others[rank][name]} in process {rank + 1}: give all processes "
-            "the same flags and data"
+            f"{name} is {first[name]} in process 0 and {others[rank][name]} in process {rank + 1}: {remedy}"
             for name, rank in differ.items()
         ]
         if problems:

@@ -108,8 +108,10 @@ def _load_adapter(
     recorded, recorded_revision = read_base(directory)
     if base is None and recorded is None:
         raise FtError(f"{directory} is an adapter, and does not name its base: name it by --base")
+    named = expand_home(str(base or recorded))
     try:
-        loaded = _load(base or str(recorded), torch.device("cpu"), revision or (None if base else recorded_revision))
+        place = model_directory(Path(named)) or named
+        loaded = _load(place, torch.device("cpu"), revision or (None if base else recorded_revision))
     except FtError as error:
         where = "" if base else f", which {directory / ADAPTER_CONFIG} names; --base names another place"
         raise FtError(f"cannot load the base of the adapter {directory}{where}: {error}") from error

@@ -27,7 +27,7 @@ from ft.io.safetensors_file import safetensors_chunks
 from ft.model.dropout import Dropout
 from ft.model.freeze import explain_no_match, matching
 from ft.model.gpt2 import GPT2, Linear
-from ft.model.matmul import affine
+from ft.model.matmul import affine, rounds_inputs_of
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 
@@ -103,6 +103,9 @@ class LoRALinear(Linear):
 
     def _add_change(self, y: Tensor, low: Tensor, b: Tensor) -> Tensor:
         """Compute y (N, out) + scale * low (N, r) B^T in one operation."""
+        if rounds_inputs_of(low):  # where activations are fp32, which autocast would round here
+            with torch.autocast("cpu", enabled=False):
+                return torch.addmm(y, low, b.T, alpha=self.settings.scale)
         return torch.addmm(y, low, b.T, alpha=self.settings.scale)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ft.report.markup import bdi, section, swatch, table, text
-from ft.report.run_record import Recorded, common_metric, is_number, rank_of
+from ft.report.run_record import IGNORED_SETTINGS, Recorded, common_metric, is_number, rank_of
 
 HEADLINES = (
     ("eval_accuracy", "validation accuracy", "{:.2%}"),
@@ -41,7 +41,7 @@ def compared(runs: Sequence[Recorded]) -> str:
     metric = text(common_metric(run.best_metric for run in runs).replace("_", " "))
     note = f'<p class="note">The best run has the best validation {metric}. Other figures are the newest.</p>'
     result = table(head, rows, "The runs and their newest metrics", "by-run") + f"\n{note if best else ''}"
-    names = dict.fromkeys(name for run in runs for name in run.config if name not in ("output_dir", "resume"))
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in IGNORED_SETTINGS)
     different = [name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1]
     if different:
         heading = [swatch(number) + bdi(run.name) for number, run in enumerate(runs)]

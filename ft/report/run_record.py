@@ -16,6 +16,7 @@ from ft.settings import DEMO_SETTINGS, NOT_RECORDED
 from ft.train.state import evaluation_rank
 
 Events = list[dict[str, Any]]
+IGNORED_SETTINGS = (*NOT_RECORDED, "output_dir")  # by which runs are not compared
 METRICS = ("accuracy", "macro_f1", "loss")  # of --best-metric
 PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step
 

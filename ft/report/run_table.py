@@ -14,11 +14,9 @@ from ft.config import Config
 from ft.errors import FtError, counted, one_line
 from ft.io.lock import LOCK, is_locked
 from ft.io.plain_files import read_regular
-from ft.report.run_record import Recorded, common_metric, is_finished, is_number, read_events
-from ft.settings import NOT_RECORDED
+from ft.report.run_record import IGNORED_SETTINGS, Recorded, common_metric, is_finished, is_number, read_events
 from ft.train.state import evaluation_rank
 
-IGNORED_SETTINGS = (*NOT_RECORDED, "output_dir")
 SORT_KEYS = ("best", "name", "accuracy", "macro_f1", "loss", "test_accuracy", "test_macro_f1", "step", "seconds")
 ASCENDING = ("name", "loss", "seconds")
 MOST_CHARACTERS = 100  # of the settings in the table for people
@@ -39,7 +37,7 @@ class RunRow:
         majority_baseline: the accuracy of always answering with the most frequent training label, on that split.
         test_accuracy, test_macro_f1: of the test split.
         seconds: the time of the run.
-        peak_memory_bytes: of the run (ft/train/throughput.py).
+        peak_memory_bytes: of the run (ft/device.py `peak_memory`).
         settings: those in which the runs of the table differ.
     """
 

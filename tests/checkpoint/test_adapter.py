@@ -490,6 +490,15 @@ def test_commands_read_an_adapter_a_checkpoint_and_an_unfinished_run(run, inputs
     assert main(["explain", *inputs, *LORA]) == 0
 
 
+def test_the_base_can_be_a_run(run, inputs, tmp_path):
+    second = train([inputs[0], str(run), *inputs[2:]], tmp_path / "second", *LORA)
+    recorded = json.loads((second / "adapter" / CONFIG).read_text())["base_model_name_or_path"]
+    assert recorded == str(run / "final"), "peft reads no run directory"
+    expected, ours = (ft.load(second / name, device="cpu").predict(TEXTS) for name in ("final", "adapter"))
+    assert ours[0].probabilities["pos"] == pytest.approx(expected[0].probabilities["pos"], rel=1e-5)
+    assert ft.load(second / "adapter", device="cpu", base=run).predict(TEXTS) == ours
+
+
 def test_generation_from_an_adapter_is_that_of_the_merged_model(run):
     texts = [
         load_language_model(run / name, device="cpu").generate("the film", max_new_tokens=12)

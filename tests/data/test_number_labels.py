@@ -81,6 +81,11 @@ def test_label_names_name_them_in_ascending_order(train, tmp_path, capsys, name,
     few = write(tmp_path / f"few-{name}", [labels[1], labels[3], labels[3]])
     assert [sum(row) for row in confusion(run, capsys, "--dataset", str(few))["confusion"]] == [0, 1, 0, 2]
     assert sum(map(sum, confusion(run, capsys)["confusion"])) == 5, "its own validation rows"
+    own = ft.Run(run, device="cpu")
+    of_file = pandas.DataFrame({"body": ["a", "b", "c"], "stars": [labels[1], labels[3], labels[3]]})
+    assert own.evaluate(of_file) == own.evaluate(["a", "b", "c"], ["bad", "superb", "superb"])
+    with pytest.raises(ft.FtError, match=r"labels has 3 at 0, the model has .* \(awful, bad, good, superb\)"):
+        own.evaluate(["a"], [3])
     assert train(path, "--label-names", "awful,bad,good,superb", "--resume", "--max-steps", "3") == 0
 
 

@@ -102,6 +102,9 @@ def test_a_quiet_run_prints_its_results_alone(inputs, tmp_path, capsys):
     assert main(["predict", str(tmp_path / "run"), "a film", "--quiet", "--json", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert (out[:10], out.count("\n"), err) == ('{"row": 0,', 1, "")
+    answers = ["--output", str(tmp_path / "answers.csv")]
+    assert main(["evaluate", str(tmp_path / "run"), "--quiet", "--device", "cpu", *answers]) == 0
+    assert capsys.readouterr().err == ""
     assert main(["generate", str(tmp_path / "run"), "a", "--quiet", "--device", "cpu", "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     import peft
 
 from ft.errors import UsageError
+from ft.model import matmul
 from ft.model.compile import compile_blocks
 from ft.model.freeze import freeze
 from ft.model.gpt2 import GPT2, GPT2Config
@@ -278,6 +279,21 @@ def test_half_copies_give_the_bits_of_autocast_and_follow_the_updates(dtype, tra
         results.append([logits.detach(), *(p.detach() for p in model.parameters())])
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_activations_stay_fp32_where_products_round_their_inputs(monkeypatch):
+    monkeypatch.setattr(matmul, "has_amx", lambda: True)
+    layer = linear_layers(adapt(make_model(CALM, torch.float32), patterns=("c_attn",)))["h.0.attn.c_attn"]
+    x = torch.randn(6, 64)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(x)
+        parts = layer.forward_in_parts(x, torch.arange(6), 64)
+    assert rounded.dtype == torch.float32
+    assert relative(rounded, exact) < 1e-2
+    for part, expected in zip(parts, rounded.split((64, 128), dim=1), strict=True):
+        assert part.dtype == torch.float32
+        assert relative(part, expected) < 1e-2
 
 
 def test_the_base_has_no_gradients_and_no_moments():
