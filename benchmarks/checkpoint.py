@@ -218,7 +218,7 @@ def then_sync(save: Callable[[int], None]) -> tuple[Callable[[int], None], Calla
 
 
 def start_ft(way: str, folder: Path, options: argparse.Namespace, precision: Precision) -> Training:
-    """The steps of `ft`, with its saver or another one."""
+    """The steps of `ft`, with its writer or another one."""
     model, optimizer, config = build(options.size, precision=precision)
     examples = random_examples(review_like_lengths(BATCH_SIZE * 2 * options.steps), config.vocab_size)
 
@@ -235,22 +235,22 @@ def start_ft(way: str, folder: Path, options: argparse.Namespace, precision: Pre
 Way = tuple[Callable[[int], None], Callable[[], bool]]
 
 
-def our_saver(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
-    """The saver of `ft`."""
+def our_writer(blocking: bool, model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
+    """The writer of `ft`."""
     source = ModelSource(model_config("gpt2"), (tokenizer / "tokenizer.json").read_bytes(), ("neg", "pos"), {})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    saver = AsyncWriter(
+    writer = AsyncWriter(
         lambda snapshot: write_checkpoint(folder, snapshot, source, keep=2, keep_best=False), print, blocking=blocking
     )
 
     def save(step: int) -> None:
-        saver.wait()
-        saver.save(take_snapshot(model, optimizer, scaler, State(step=step), copy=not blocking))
+        writer.wait()
+        writer.save(take_snapshot(model, optimizer, scaler, State(step=step), copy=not blocking))
 
-    return save, lambda: saver.is_writing
+    return save, lambda: writer.is_writing
 
 
-def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
+def torch_writer(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
     """`torch.save` of both state dicts, as in most scripts."""
 
     def save(step: int) -> None:
@@ -260,7 +260,7 @@ def torch_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Wa
     return then_sync(save)
 
 
-def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
+def async_writer(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Way:
     """PyTorch's own asynchronous checkpoints, in a group of one process."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -282,10 +282,10 @@ def async_saver(model: Any, optimizer: Any, tokenizer: Path, folder: Path) -> Wa
 
 
 SAVERS = {
-    "ft": partial(our_saver, False),
-    "ft blocking": partial(our_saver, True),
-    "torch.save": torch_saver,
-    "async_save": async_saver,
+    "ft": partial(our_writer, False),
+    "ft blocking": partial(our_writer, True),
+    "torch.save": torch_writer,
+    "async_save": async_writer,
 }
 
 

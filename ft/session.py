@@ -30,7 +30,7 @@ from ft.report.console import after_demo, closing, count_parameters, three_compl
 from ft.report.model_card import model_card
 from ft.report.outcome import Outcome
 from ft.report.results import notes_on_exports, performance, write_final_model
-from ft.settings import NOT_RECORDED
+from ft.report.run_record import IGNORED_SETTINGS
 from ft.setup import Inputs
 from ft.train.loop import Components
 from ft.train.metrics import MetricsLogger
@@ -233,7 +233,7 @@ class Session:
             self._log_evaluation(state, test, "test")
         figures = ("loss", "accuracy", "macro_f1") if self._inputs.data.label_names else ("loss", "accuracy")
         metrics = [f"{split}_{figure}" for split in ("eval", "test")[: 1 if test is None else 2] for figure in figures]
-        settings = {name: x for name, x in asdict(self._config).items() if name not in (*NOT_RECORDED, "output_dir")}
+        settings = {name: x for name, x in asdict(self._config).items() if name not in IGNORED_SETTINGS}
         self._report.log_hyperparameters(state.step, settings, metrics)
 
     def write_results(self, state: State) -> None:

@@ -82,7 +82,7 @@ def precision_of_run(run: RunDirectory, precision: Precision, ranks: Ranks) -> P
 
     Raises:
         FtError: the checkpoint is damaged.
-        UsageError: the machines of several ranks choose different ones.
+        UsageError: the machines of several ranks choose different ones, or --shard does not work with it.
     """
     if run.config.precision == "auto" and run.resume_from is not None:
         began, _ = read_state(run.resume_from)
@@ -91,6 +91,8 @@ def precision_of_run(run: RunDirectory, precision: Precision, ranks: Ranks) -> P
     ranks.require_same(
         {"the format that --precision auto selects": precision.name}, "name one that all compute, such as fp32"
     )
+    if run.config.shard and precision.name == "fp16":  # whose loss scale would differ between the ranks
+        raise UsageError(f"--shard does not work with fp16 ({precision.reason}): take --precision fp32, or bf16")
     return precision
 
 

@@ -19,7 +19,7 @@ from ft.checks import field_types, flag
 from ft.cli.parsers import describe_unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.distributed.launch import world_size
-from ft.errors import FtError, Stopped, UsageError, printable, remedy_of, shown
+from ft.errors import FtError, Stopped, UsageError, printable, quoted, remedy_of, shown
 from ft.settings import base_settings, build_config
 
 COMPLETION_COLUMN = "completion"  # of the rows, if there is no such setting
@@ -179,7 +179,7 @@ def _how_to_continue(config: Config) -> str:
     step = f" after step {store.step_of(saved[-1]):,}" if saved else ""
     return printable(
         f"stopped{step}, and saved. To continue: ft.fine_tune(output_dir={path!r}, resume=True), or on a command line "
-        f"--resume {path}"
+        f"--resume {quoted(path)}"
     )
 
 

@@ -59,7 +59,7 @@ class AsyncWriter:
     def _write_in_thread(self, snapshot: Snapshot) -> None:
         if sys.platform == "linux":  # where each thread has its own priority
             with suppress(OSError):  # some containers forbid it
-                os.setpriority(os.PRIO_PROCESS, 0, 10)
+                os.setpriority(os.PRIO_PROCESS, 0, max(10, os.getpriority(os.PRIO_PROCESS, 0)))
         try:
             self._write(snapshot)
             self.failure = None

@@ -21,7 +21,7 @@ def test_elements_are_dropped_as_often_as_p_says(p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("distance", [1, 2, 3, 4, 768])
-def test_neighbours_are_dropped_independently(p, distance):
+def test_neighbors_are_dropped_independently(p, distance):
     # Above all those that share one random number of 64 bits.
     drops = dropped(p).double()
     both = (drops[:-distance] * drops[distance:]).mean()

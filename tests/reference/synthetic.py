@@ -34,7 +34,7 @@ def write_model(
     The same `size`, `seed` and overrides give the same weights, whatever the layout:
 
     - `prefix`: put before every name but `lm_head.weight`; "" as in `openai-community/gpt2`, "transformer." as in
-      checkpoints that `transformers` saved from the model with its language-modelling head.
+      checkpoints that `transformers` saved from the model with its language-modeling head.
     - `mask_buffers`: include each layer's causal mask, which the published files carry though nothing learns it.
     - `lm_head`: include the output projection, a second copy of the tied token embedding.
     - `tokenizer_from`: a folder whose `tokenizer.json` is copied.
