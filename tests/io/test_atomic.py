@@ -408,8 +408,8 @@ def test_an_error_without_a_name_names_the_file(tmp_path):
         yield b"x"
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="x.bin"), atomic_directory(tmp_path / "d") as staged:
+    with pytest.raises(OSError, match=r"x\.bin"), atomic_directory(tmp_path / "d") as staged:
         staged.write("x.bin", fail())
-    with pytest.raises(OSError, match="y.txt"), atomic_file(tmp_path / "y.txt"):
+    with pytest.raises(OSError, match=r"y\.txt"), atomic_file(tmp_path / "y.txt"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
