@@ -326,6 +326,13 @@ def test_the_run_predicts_evaluates_and_shows_itself(tune, rows):
     assert "has not begun" in repr(ft.Run("nowhere"))
 
 
+@pytest.mark.parametrize("line", ["[1]", "5", '{"a": 1}', '{"step": null}', "x"])
+def test_a_history_of_other_lines_is_an_error(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ft.FtError, match=r"metrics\.jsonl"):
+        repr(ft.Run(tmp_path))
+
+
 def test_the_signature_has_every_setting():
     import inspect
     from dataclasses import fields

@@ -144,7 +144,7 @@ def test_a_run_records_its_weights_and_evaluates_without_them(inputs, unequal, t
     ("value", "words"),
     [
         ("1,2,3", "has 3 of 2 weights: give one for each of the labels neg, pos, in this order"),
-        ("1,0", "it must be balanced, or one finite number above 0 for each label"),
+        ("1,0", "it must be balanced, or one number from 1e-09 to 1e+09 for each label"),
         ("1,-2", "it must be balanced, or one finite number"),
         ("1,nan", "it must be balanced, or one finite number"),
         ("1,inf", "it must be balanced, or one finite number"),
