@@ -145,9 +145,9 @@ def test_a_run_records_its_weights_and_evaluates_without_them(inputs, unequal, t
     [
         ("1,2,3", "has 3 of 2 weights: give one for each of the labels neg, pos, in this order"),
         ("1,0", "it must be balanced, or one number from 1e-09 to 1e+09 for each label"),
-        ("1,-2", "it must be balanced, or one finite number"),
-        ("1,nan", "it must be balanced, or one finite number"),
-        ("1,inf", "it must be balanced, or one finite number"),
+        ("1,-2", "it must be balanced, or one number from 1e-09"),
+        ("1,nan", "it must be balanced, or one number from 1e-09"),
+        ("1,inf", "it must be balanced, or one number from 1e-09"),
         ("even", "--class-weights is 'even', it must be balanced"),
         ("", "--class-weights is empty"),
     ],
