@@ -15,7 +15,11 @@ from ft.errors import is_utf8, shown
 
 _NO_CLASSES = "--class-weights are of labels, and with --completion-column there are none: leave it out"
 BALANCED = "balanced"  # the value of --class-weights for weights by inverse frequency
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9  # of a class: losses and their sums are fp32
+LARGEST_ALPHA = 1e9  # of LoRA, in flags and in adapter_config.json
 
+# Settings that other libraries write or open as UTF-8: tokenizers, PyArrow and the profiler.
+_UTF8 = ("label_names", "output_dir", "text_column", "label_column", "prompt_column", "completion_column", "profile")
 
 # The headings of `--help` and of the model card.
 FILES = "Input and output"
@@ -83,8 +87,8 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             problems.append(f"{flag(name)} is {shown(value)}, it must be at least {minimum}")
         elif name in ("dropout", "lora_dropout") and value >= 1:
             problems.append(f"{flag(name)} is {shown(value)}, it must be below 1")
-        elif name == "lora_alpha" and value <= 0:
-            problems.append(f"--lora-alpha is {shown(value)}, it must be above 0")
+        elif name == "lora_alpha" and not 0 < value <= LARGEST_ALPHA:
+            problems.append(f"--lora-alpha is {shown(value)}, it must be above 0 and at most {LARGEST_ALPHA:g}")
         elif name in ("epochs", "process_timeout") and not 0 < value <= 1e6:
             problems.append(f"{flag(name)} is {shown(value)}, it must be above 0 and at most 1000000")
         elif name == "train_fraction" and not 0 < value <= 1:
@@ -93,7 +97,7 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             problems.append(f"{flag(name)} is empty")
         elif kind is str and "\0" in value:
             problems.append(f"{flag(name)} is {shown(value)}, it must not hold a NUL character")
-        elif name in ("label_names", "output_dir") and not is_utf8(value):  # the tokenizers library opens no such path
+        elif name in _UTF8 and not is_utf8(value):
             problems.append(f"{flag(name)} is {shown(value)}, it must be valid UTF-8")
     if config.resume and config.overwrite:
         problems.append("--resume continues a run and --overwrite deletes it: give one of them")
@@ -151,12 +155,12 @@ def _class_weight_problems(class_weights: object, completion_column: object) -> 
         return [] if completion_column is None or class_weights is None else [_NO_CLASSES]
     problems = [] if completion_column is None else [_NO_CLASSES]
     try:
-        fit = all(1e-30 <= weight <= 1e30 for weight in weights_given(class_weights))  # a sum of losses fits fp32
+        fit = all(SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT for weight in weights_given(class_weights))
     except ValueError:
         fit = False
     if not fit:
         problems.append(
-            f"--class-weights is {shown(class_weights)}, it must be balanced, or one number from 1e-30 to 1e30 for "
-            "each label, such as 1,5"
+            f"--class-weights is {shown(class_weights)}, it must be balanced, or one number from {SMALLEST_WEIGHT:g} "
+            f"to {LARGEST_WEIGHT:g} for each label, such as 1,5"
         )
     return problems

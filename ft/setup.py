@@ -14,6 +14,7 @@ from ft.data.load import Data, read_data
 from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
 from ft.distributed.launch import local_rank, rank, world_size
 from ft.distributed.ranks import Ranks
+from ft.errors import UsageError
 from ft.evaluation.perplexity import GeneralText, read_general_text
 from ft.io.model_layout import ModelFiles
 from ft.model.compile import compile_blocks

@@ -12,7 +12,7 @@ from typing import Any
 
 from ft import finetune
 from ft.api.process_state import process_state_restored
-from ft.api.rows import Rows, digest_of, read_rows, require_two_labels, write_rows
+from ft.api.rows import Rows, digest_of, read_rows, require_two_labels, to_scalar, write_rows
 from ft.api.run import Run, columns_of_rows
 from ft.checkpoint import store
 from ft.checks import field_types, flag
@@ -144,7 +144,7 @@ def _to_value(name: str, value: object) -> object:
         return str(value)
     if field_types(Config)[name][0] is tuple and not isinstance(value, tuple):
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-    return value.item() if hasattr(value, "item") else value
+    return to_scalar(value)
 
 
 def _new_directory() -> str:

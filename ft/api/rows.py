@@ -164,6 +164,14 @@ def _to_list(values: object, noun: str) -> list[Any]:
     return list(values)
 
 
+def to_scalar(value: Any) -> Any:  # noqa: ANN401
+    """A scalar of numpy or torch as a number; other values, such as arrays of several numbers, unchanged."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (TypeError, ValueError, RuntimeError):
+        return value
+
+
 def _is_missing(value: object) -> bool:
     """Whether a value is None, NaN, NaT or the `NA` of pandas."""
     return (
@@ -201,8 +209,9 @@ def _checked_labels(values: Sequence[Any], of_split: str) -> list[int] | list[bo
 
     Raises:
         UsageError: one is missing or of another type, or the types differ.
+        FtError: one is not valid UTF-8.
     """
-    labels = [value.item() if hasattr(value, "item") else value for value in values]  # scalars of numpy
+    labels = [to_scalar(value) for value in values]
     labels = [None if isinstance(label, str) and not label.strip() else label for label in labels]
     _refuse_missing(labels, "labels", of_split)
     labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
@@ -211,6 +220,8 @@ def _checked_labels(values: Sequence[Any], of_split: str) -> list[int] | list[bo
         kind = next((kind for kind in (bool, int, str) if isinstance(label, kind)), None)
         if kind is None or (kind is int and abs(label) >= 2**63):
             raise UsageError(f"labels{of_split} has {shown(label)} at {row}, it must be a whole number or a word")
+        if kind is str:
+            require_utf8(label, f"labels{of_split} at {row}")
         kinds.setdefault(kind, row)
         if len(kinds) > 1:
             one, other = (f"{shown(labels[row])} at {row}" for row in kinds.values())

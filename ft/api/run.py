@@ -61,11 +61,15 @@ class Run:
         """
         path = self.path / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in read_regular(path).splitlines()]
+            events = [json.loads(line) for line in read_regular(path).splitlines()]
         except OSError as error:
             raise FtError(f"cannot read {path}: {error.strerror}") from error
         except ValueError as error:
             raise FtError(f"cannot read {path} as JSON lines: {error}") from error
+        for number, event in enumerate(events, start=1):
+            if not isinstance(event, dict) or type(event.get("step")) is not int:
+                raise FtError(f"line {number:,} of {path} is {shown(event)}, it must be an object with a step")
+        return events
 
     @cached_property
     def model(self) -> Classifier:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ft.checks import LARGEST_ALPHA
 from ft.errors import FtError, shown
 from ft.io.atomic import StagedDirectory
 from ft.io.model_layout import INDEX, WEIGHTS
@@ -224,7 +225,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     valid = {
         "peft_type": ("LORA", config.get("peft_type") == "LORA"),
         "r": ("a whole number from 1", type(rank) is int and 1 <= rank <= 2**16),
-        "lora_alpha": ("a number above 0", type(alpha) in (int, float) and 0 < alpha < 1e9),
+        "lora_alpha": (
+            f"a number above 0 and at most {LARGEST_ALPHA:g}",
+            type(alpha) in (int, float) and 0 < alpha <= LARGEST_ALPHA,
+        ),
         "lora_dropout": ("a number from 0 to below 1", type(dropout) in (int, float) and 0 <= dropout < 1),
         "use_rslora": ("true or false", type(config["use_rslora"]) is bool),
         "bias": ("none, all or lora_only", config["bias"] in ("none", "all", "lora_only")),

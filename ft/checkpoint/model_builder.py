@@ -1,11 +1,13 @@
 """Build a model on the CPU: with pretrained weights, random ones or those of a checkpoint, and with an adapter."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from ft.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    is_adapter,
     load_adapter,
     read_about,
     read_adapter_settings,
@@ -90,11 +92,15 @@ def _lora_settings_of(config: Config, model: GPT2, checkpoint: Path | None) -> L
             base_sha256=weights_sha256(model),
         )
     directory = Path(config.adapter)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise UsageError(
             f"--adapter is {shown(config.adapter)}, there is no such directory; it must have {ADAPTER_CONFIG} and "
             f"{ADAPTER_WEIGHTS}, as `hf download` gets them from the Hub"
         )
+    if not os.path.lexists(directory / ADAPTER_CONFIG):
+        within = directory / "adapter"
+        remedy = f"it is in {within}" if is_adapter(within) else "name a directory that peft or this program wrote"
+        raise UsageError(f"--adapter is {shown(config.adapter)}, which has no {ADAPTER_CONFIG}: {remedy}")
     settings = read_adapter_settings(directory, model)
     recorded, _ = read_base(directory)
     is_known = bool(read_about(directory))  # then the hash of the base was compared

@@ -14,6 +14,12 @@ from ft.io.paths import expand_home
 
 DESTRUCTIVE = ("--overwrite",)
 
+# The weights of a model or adapter, and the files of a run or model whose names end as those of tables.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_FILES_OF_RUNS = {"metrics.jsonl", "scores.json", "summary.json", "config.json", "state.json", "manifest.json"}
+_FILES_OF_RUNS |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "generation_config.json"}
+_FILES_OF_RUNS |= {"special_tokens_map.json", "added_tokens.json", "adapter_config.json", "ft.json", *_WEIGHTS}
+
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
 
 # Our flags, with what other tools call them (transformers, TRL, axolotl, litgpt, torchtune, Lightning, nanoGPT), with
@@ -196,6 +202,11 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(*self.problems, message)
 
 
+def _is_run_or_model(directory: Path) -> bool:
+    """Whether a directory is a run, a checkpoint, a model or an adapter."""
+    return any((directory / name).exists() for name in ("metrics.jsonl", *_WEIGHTS))
+
+
 def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
     """A message for an --output that cannot be written as a table, or that is one of the `inputs`."""
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
@@ -208,6 +219,10 @@ def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
             f"--output is {shown(str(path))}, it must be the name of a file in a directory that exists, "
             f"{shown(str(path.parent))} does not"
         ]
+    if path.exists() and not path.is_file():
+        return [f"--output is {shown(str(path))}, which is not a regular file: name another"]
+    if path.name in _FILES_OF_RUNS and path.exists() and _is_run_or_model(path.parent):
+        return [f"--output is {shown(str(path))}, a file of the run or model in that directory: name another"]
     if any(source.exists() and path.exists() and path.samefile(source) for source in inputs):
         return [f"--output is {shown(str(path))}, the file that is read: name another"]
     return []

@@ -85,6 +85,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without one
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -98,14 +101,18 @@ def atomic_write_text(path: Path, text: str) -> None:
 def _write_flushed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, object]:
     """Write a new file and flush it to the disk; returns its entry in a manifest."""
     size = crc = 0
-    with open(path, "xb") as file:
-        for chunk in chunks:
-            for start in range(0, len(chunk), CHUNK):
-                part = memoryview(chunk)[start : start + CHUNK]
-                crc = zlib.crc32(part, crc)
-                size += file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            for chunk in chunks:
+                for start in range(0, len(chunk), CHUNK):
+                    part = memoryview(chunk)[start : start + CHUNK]
+                    crc = zlib.crc32(part, crc)
+                    size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without one
+        raise
     return {"size": size, "crc32": f"{crc:08x}"}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ft.config import Config
 from ft.errors import FtError, UsageError
+from ft.io.formats import check_first_bytes
 from ft.model.gpt2 import GPT2, GPT2Config
 
 # Prefixes that DistributedDataParallel, `torch.compile` and `transformers` add to tensor names.
@@ -33,6 +34,7 @@ def read_tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """
     for path in paths:
         try:
+            check_first_bytes(path)
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, as `file` is not a mapping
                     yield name, file.get_tensor(name)

@@ -4,6 +4,7 @@ The trace has every operator and, on a GPU, every kernel, with its start and dur
 it. See https://docs.pytorch.org/docs/stable/profiler.html.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,9 @@ def require_writable(path: Path) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if path.exists() and not path.is_file():
+    exists = os.path.lexists(path)
+    if exists and not os.path.isfile(path):
         raise UsageError(f"--profile is {shown(str(path))}, it must be a file")
-    exists = path.exists()
     try:
         path.open("ab").close()
         if not exists:

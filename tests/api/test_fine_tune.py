@@ -242,6 +242,9 @@ BAD_ROWS = {
     "a text number": (lambda t, y: ([7, *t[1:]], y), "texts has 7 at 0, it must be a string"),
     "a surrogate": (lambda t, y: (["\ud800", *t[1:]], y), "texts at 0 is not UTF-8"),
     "a fraction": (lambda t, y: (t, [0.5, *y[1:]]), "labels has 0.5 at 0, it must be a whole number or a word"),
+    "an array as a label": (lambda t, y: (t, [np.array([0, 1])] * len(t)), "labels has array([0, 1]) at 0, it must be"),
+    "a tensor as a label": (lambda t, y: (t, [torch.ones(2)] * len(t)), "labels has tensor([1., 1.]) at 0, it must be"),
+    "a surrogate as a label": (lambda t, y: (t, ["\ud800", *words(y[1:])]), "labels at 0 is not UTF-8"),
     "two types": (lambda t, y: (t, ["neg", *y[1:]]), "labels has 'neg' at 0 and"),
     "one class": (lambda t, y: (t, ["pos"] * len(t)), "all 40 labels are 'pos': there must be two"),
     "no labels": (lambda t, y: (t,), "labels are missing: pass one for each of the texts, or a table"),
@@ -270,6 +273,12 @@ def test_wrong_rows_are_named(tune, rows, case, tmp_path):
         ({"xyzzy": 2}, "there is no setting xyzzy; help(ft.fine_tune) lists all"),
         ({"batch_size": 0}, "batch_size is 0, it must be at least 1"),
         ({"batch_size": "8"}, "batch_size is '8', it must be a whole number"),
+        ({"batch_size": np.array([1, 2])}, "batch_size is array([1, 2]), it must be a whole number"),
+        ({"resume": 3}, "resume is 3, it must be a string"),
+        ({"text_column": "\ud800"}, "it must be valid UTF-8"),
+        ({"lora_rank": 2, "lora_alpha": 1e308}, "lora_alpha is 1e+308, it must be above 0 and at most 1e+09"),
+        ({"class_weights": "1e39,1"}, "class_weights is '1e39,1', it must be balanced, or one number from 1e-09 to"),
+        ({"profile": "\udcff"}, "profile is '\\udcff', it must be valid UTF-8"),
         ({"dataset": "x"}, "dataset is 'x', and rows are given too: leave one out"),
         ({"validation": ["a"]}, "validation is ['a']: pass lists of texts and labels"),
         ({"validation": (["a", "b"], [0])}, "there are 2 texts of validation and 1 labels"),
@@ -315,6 +324,13 @@ def test_the_run_predicts_evaluates_and_shows_itself(tune, rows):
     with pytest.raises(ft.FtError, match="labels has 'good' at 0, the model has neg, pos"):
         run.evaluate(["a"], ["good"])
     assert "has not begun" in repr(ft.Run("nowhere"))
+
+
+@pytest.mark.parametrize("line", ["[1]", "5", '{"a": 1}', '{"step": null}', "x"])
+def test_a_history_of_other_lines_is_an_error(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ft.FtError, match=r"metrics\.jsonl"):
+        repr(ft.Run(tmp_path))
 
 
 def test_the_signature_has_every_setting():

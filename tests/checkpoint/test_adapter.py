@@ -1,6 +1,7 @@
 """Runs with LoRA: what they write against the files that `peft` writes, and adapters of `peft` that they continue."""
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -528,3 +529,18 @@ def test_a_base_can_be_elsewhere(run, inputs, tmp_path, capsys):
     assert "was trained on another base" in capsys.readouterr().err
     assert main(["predict", str(run / "final"), "text", "--device", "cpu", "--base", str(moved)]) == 2
     assert "is not an adapter: leave it out" in capsys.readouterr().err
+
+
+def test_weights_that_are_a_fifo_do_not_block(run, inputs, tmp_path, capsys):
+    path = run / "adapter" / WEIGHTS
+    path.unlink()
+    os.mkfifo(path)
+    flags = ["--adapter", str(run / "adapter"), "--output-dir", str(tmp_path / "new")]
+    for command in ([*inputs, *flags], ["predict", str(run / "adapter"), "text", "--device", "cpu"]):
+        assert main(command) == 1
+        assert f"{WEIGHTS} is not a file" in capsys.readouterr().err
+
+
+def test_a_run_in_place_of_its_adapter_is_wrong_usage(run, inputs, tmp_path, capsys):
+    assert main([*inputs, "--adapter", str(run), "--output-dir", str(tmp_path / "new")]) == 2
+    assert f"which has no {CONFIG}: it is in {run / 'adapter'}" in capsys.readouterr().err

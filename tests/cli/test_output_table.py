@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import datasets
@@ -322,3 +323,22 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, c
     flag = "--file" if command == "predict" else "--dataset"
     assert main([command, str(tmp_path / "run"), flag, str(path), "--output", str(tmp_path / output)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run/metrics.jsonl", "run/config.json", "model/config.json", "model/tokenizer.json"])
+@pytest.mark.parametrize("command", [["predict", "m", "text"], ["evaluate", "m", "--dataset", "d"]])
+def test_files_of_a_run_or_model_are_not_written_over(tmp_path, capsys, command, name):
+    for file in ("run/metrics.jsonl", "run/config.json", "model/model.safetensors", name):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("old")
+    assert main([*command, "--output", str(tmp_path / name)]) == 2
+    assert "a file of the run or model in that directory: name another" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "old"
+
+
+@pytest.mark.parametrize("command", [["predict", "m", "text"], ["evaluate", "m", "--dataset", "d"]])
+def test_a_fifo_is_not_replaced(tmp_path, capsys, command):
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert main([*command, "--output", str(tmp_path / "pipe.csv")]) == 2
+    assert "which is not a regular file" in capsys.readouterr().err
+    assert (tmp_path / "pipe.csv").is_fifo()

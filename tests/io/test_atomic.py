@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ft.errors import FtError
 from ft.io import atomic, lock, manifest
-from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
+from ft.io.atomic import StagedDirectory, atomic_directory, atomic_file, remove_stale_staging
 from ft.io.lock import locked
 from ft.io.manifest import MANIFEST, verify_manifest
 from ft.io.plain_files import read_json
@@ -398,3 +398,18 @@ def test_what_is_no_json_object_is_refused_by_name(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(FtError, match=r"x\.json"):
         read_json(tmp_path / "x.json")
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_without_a_name_names_the_file(tmp_path):
+    def fail():
+        yield b"x"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"x\.bin"), atomic_directory(tmp_path / "d") as staged:
+        staged.write("x.bin", fail())
+    with pytest.raises(OSError, match=r"y\.txt"), atomic_file(tmp_path / "y.txt"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

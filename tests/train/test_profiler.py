@@ -72,9 +72,10 @@ def test_a_run_of_one_step_says_that_it_is_too_short(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["missing/trace.json", ".", "pipe"])
+@pytest.mark.parametrize("name", ["missing/trace.json", ".", "pipe", "dangling", "x" * 300])
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_done(name, inputs, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("absent")
     run = tmp_path / "run"
     assert main([*inputs, "--output-dir", str(run), "--profile", str(tmp_path / name)]) == 2
     assert re.match(r"error: --profile is '.*', (which cannot be written|it must be a file)", capsys.readouterr().err)
