@@ -86,9 +86,9 @@ class Config:
     )
 
     epochs: float = setting(1.0, LENGTH, "passes over the training examples")
-    """Steps of a run: epochs x examples / (batch_size x gradient_accumulation_steps), rounded up. The learning rate
-    decays over all of them: one epoch is not the first third of three. Too few: the loss still falls at the end. Too
-    many: the training loss keeps falling while the validation loss rises, as examples are memorized.
+    """Steps of a run: epochs x ceil(examples / (batch_size x gradient_accumulation_steps x processes)), rounded up. The
+    learning rate decays over all of them: one epoch is not the first third of three. Too few: the loss still falls at
+    the end. Too many: the training loss falls while the validation loss rises, as examples are memorized.
     """
     max_steps: int | None = setting(
         None, LENGTH, "stop after this many optimizer steps, overriding --epochs", minimum=1
@@ -211,9 +211,10 @@ class Config:
         "LoRA: train a change of this rank of the linear layers, and none of their weights; --train-only adds biases",
         minimum=1,
     )
-    """W x becomes W x + (lora_alpha / lora_rank) B A x, with A and B trained and W frozen (ft/model/lora.py). Too
-    small: the change cannot hold what the task needs. Large: more memory and larger checkpoints, up to the model's
-    width. Adapters learn with a larger learning_rate than all weights do, such as 2e-4.
+    """y = x W + b becomes y = x W + b + (lora_alpha / lora_rank) x A^T B^T, with A (lora_rank, in) and B (out,
+    lora_rank) trained and W frozen (ft/model/lora.py). Too small: the change cannot hold what the task needs. Large:
+    more memory and larger checkpoints, up to the model's width. Adapters learn with a larger learning_rate than all
+    weights do, such as 2e-4.
     """
     lora_alpha: float | None = setting(
         None, PARAMETERS, "LoRA: the change is scaled by alpha / rank (default: twice the rank)"

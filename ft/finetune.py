@@ -3,7 +3,7 @@
 The parts of the tutorial that this program reproduces, and where each is:
 
     data               ft/data/load.py: files to rows              model               ft/model/gpt2.py
-    tokenizer          ft/checkpoint/tokenizer_files.py            hyper-parameters    ft/config.py
+    tokenizer          ft/checkpoint/tokenizer_files.py            hyperparameters     ft/config.py
     examples           ft/data/examples.py `encode`                loop                ft/train/loop.py
     collate function   ft/data/batches.py `collate`                training            `fine_tune`, below
 """
@@ -52,6 +52,7 @@ def fine_tune(
         # 2. Lock the run directory, and find the checkpoint to resume from, if any.
         open_run_directory(config, ranks, write_rows) as run,
     ):
+        # A resumed run keeps its settings, but for those that flags change, and its precision.
         config, precision = run.config, precision_of_run(run, precision, ranks)
         # 3. Read the data set and the tokenizer, and encode the rows as examples.
         inputs = read_inputs(run, ranks)

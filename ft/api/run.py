@@ -84,6 +84,7 @@ class Run:
         """Predict the label of each text, in order.
 
         Raises:
+            UsageError: `texts` is one string, or holds something else than strings.
             FtError: the run is on completions, or a text is not valid UTF-8.
         """
         return self.model.predict(texts, batch_size)

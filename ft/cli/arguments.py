@@ -13,7 +13,7 @@ from typing import Any
 from ft.checks import FILES, field_types, flag
 from ft.cli.parsers import CommandParser, describe_unknown_flag, find_meant_flag, without_values
 from ft.config import NEWEST, NO_FLAGS, Config
-from ft.errors import UsageError, shown
+from ft.errors import UsageError, quoted, shown
 from ft.io.paths import SETTINGS, expand_home
 from ft.settings import base_settings, build_config, field_groups, field_help, parse_value, read_config_file
 
@@ -21,7 +21,7 @@ EXAMPLES = """\
 examples:
   python run.py --demo     no network: generated reviews, a small model
   python run.py            the published recipe, on the best device
-  python run.py --resume   continue the last run
+  python run.py --resume   continue the run in runs/rotten_tomatoes
   python run.py --dataset ./my-reviews.csv --output-dir runs/mine
   python run.py predict runs/rotten_tomatoes "a gorgeous , witty film"
 """
@@ -322,6 +322,8 @@ def _describe_unknown(argument: str) -> str:
         return describe_unknown_flag(argument, known)
     near = difflib.get_close_matches(argument, [*COMMANDS, *RUN_FLAG_COMMANDS, "help"], n=1)
     answer = f"; is it the command {near[0]}?" if near else ""
+    if Path(argument).is_dir():
+        answer = f", a directory: --resume {quoted(argument)} continues the run in it, predict uses its model"
     name, equals, value = argument.partition("=")
     if equals and (meant := find_meant_flag(name, known)):  # torchtune's form
         answer = f"; is it --{meant} {shown(value)[1:-1]}?" if " " not in meant else f"; is it --{meant}?"

@@ -137,8 +137,12 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
     if options.skip_empty:
         settings["skip_empty"] = True
     if "dataset" not in settings:
-        missing = "" if Path(options.model).is_dir() else ", which is not a directory here,"
-        problems.append(f"{options.model}{missing} does not record its training data: pass a --dataset")
+        problems.append(
+            f"{options.model} does not record its training data: pass a --dataset"
+            if Path(options.model).is_dir()
+            else f"{options.model} is not a directory here, and a model on the Hub does not record its training data: "
+            "correct the name, or pass a --dataset"
+        )
     if settings.get("completion_column") is not None:
         problems += [
             f"{flag(name)} is for labels, but the completions of {shown(settings['completion_column'])} are evaluated: "

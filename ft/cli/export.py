@@ -58,7 +58,9 @@ def export(arguments: Sequence[str]) -> None:
     parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
     if options.to is None:
-        parser.error(f"--to is missing, it must be {' or '.join(EXPORTED_FILES)}")
+        is_known = any(problem.startswith("--to is ") for problem in parser.problems)  # a wrong one
+        missing = [] if is_known else [f"--to is missing, it must be {' or '.join(EXPORTED_FILES)}"]
+        raise UsageError(*parser.problems, *missing)
     output = options.output or _default_output(Path(options.model), options.to)
     problems = [*parser.problems, *find_flag_problems(options), *_find_format_problems(options)]
     if output is None:
@@ -83,7 +85,8 @@ def export(arguments: Sequence[str]) -> None:
             card = export_card(Path(model.source), gguf_usage(model, dtype), GGUF_METADATA)
         staged.write(CARD, [card.encode()])
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(printable(f"{output}: {options.to}, {size / 1e6:,.1f} MB, from {model.source}; {CARD} shows how to use it"))
+    use = f"its {CARD} shows how to use it"
+    print(printable(f"{output}: {options.to}, {size / 1e6:,.1f} MB, from {model.source}; {use}"))
 
 
 def _default_output(source: Path, format_name: str) -> Path | None:

@@ -55,7 +55,7 @@ def generate(arguments: Sequence[str]) -> None:
         "--top-p", metavar="X", type=float, help="sample from the fewest tokens whose probabilities sum to X"
     )
     parser.add_argument("--seed", metavar="N", type=int, help="seed for sampling (default: a new one each time)")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best present)")
     parser.add_argument("--quiet", action="store_true", help="print the text alone: no speed")
     options = parser.parse_args(arguments)
     problems = list(parser.problems)
@@ -85,7 +85,7 @@ def generate(arguments: Sequence[str]) -> None:
         for piece in generation:
             print(printable(piece, keep="\n\t") if on_terminal else piece, end="", flush=True)
     seconds = time.perf_counter() - started
-    print()
+    print(flush=True)  # before the figures, where both streams are one file
     if options.quiet:
         return
     count = len(generation.token_ids)

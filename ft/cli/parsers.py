@@ -190,9 +190,11 @@ class CommandParser(argparse.ArgumentParser):
             return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as error:
             message = str(error)
-        # For an invalid number the words of `ft.settings.parse_value`.
+        # The words of `ft.settings.parse_value` and `ft.checks.find_problems`, not those of argparse.
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{found[1]} is {found[3]}, it must be {'a whole number' if found[2] == 'int' else 'a number'}"
+        if found := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from .*\)", message, re.DOTALL):
+            message = f"{found[1]} is {found[2]}, it must be one of {', '.join(action.choices or ())}"
         if message not in self.problems:  # positional arguments are parsed twice
             self.problems.append(message)
         return action.default

@@ -59,7 +59,7 @@ class ModelParser(CommandParser):
         )
         self.add_argument("--max-length", metavar="N", type=int, help="tokens per example (default: that of the run)")
         self.add_argument("--batch-size", metavar="N", type=int, default=64, help="examples per batch (default: 64)")
-        self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best available)")
+        self.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best present)")
         self.add_argument("--quiet", action="store_true", help="print the results alone: no bar, notes or speed")
 
 

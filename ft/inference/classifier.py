@@ -21,7 +21,7 @@ from ft.config import Config
 from ft.data.batches import by_length, in_batches
 from ft.data.examples import encode, label_tokens, require_utf8
 from ft.data.splits import Split
-from ft.errors import UsageError
+from ft.errors import UsageError, shown
 from ft.inference.language_model import LanguageModel, load_language_model
 from ft.io.hub import is_path
 from ft.io.plain_files import read_regular
@@ -65,13 +65,16 @@ class Classifier(LanguageModel):
         """Predict the label of each text, in order. `progress` is called with the number of texts of each batch.
 
         Raises:
+            UsageError: `texts` is one string, or holds something else than strings.
             FtError: the label names are unknown, or a text is not valid UTF-8.
         """
         names = self.label_names
+        if isinstance(texts, str):  # whose characters would be the texts
+            raise UsageError(f"texts is {shown(texts)}, it must be a list: pass [{shown(texts)}]")
         rows = predict(
             self.model,
             self.tokenizer,
-            texts,
+            list(texts),  # an array or a column of a frame has no truth value
             self.label_ids,
             max_length=self.max_length,
             batch_size=batch_size,
@@ -156,11 +159,14 @@ def predict(
         (len(texts), len(label_ids)) probabilities in fp32 on the CPU.
 
     Raises:
+        UsageError: a text is not a string.
         FtError: a text is not valid UTF-8.
     """
     if not texts:
         return torch.empty(0, len(label_ids))
     for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise UsageError(f"text {number:,} is {shown(text)}, it must be a string")
         require_utf8(text, f"text {number:,}")
     device = model.wte.weight.device
     # The label of an example is only its target and never an input: any label will do.

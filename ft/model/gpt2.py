@@ -316,7 +316,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initialize all parameters as GPT-2 does (section 2.3 of the paper; 0.02 is from its released code).
+        """Initialize all parameters as `transformers` does, after section 2.3 of the paper.
 
         Weights and embeddings are drawn from a normal distribution with standard deviation `initializer_range`. The
         2 n_layer projections that add to the residual stream are scaled by 1/sqrt(2 n_layer), which keeps the variance

@@ -84,10 +84,10 @@ def test_a_link_or_a_file_is_not_replaced(run, tmp_path, capsys):
     ("arguments", "status", "message"),
     [
         (["runs/it"], 2, "--to is missing, it must be classifier or gguf"),
-        (["runs/it", "--to", "onnx"], 2, "argument --to: invalid choice: 'onnx' (choose from"),
+        (["runs/it", "--to", "onnx"], 2, "error: --to is 'onnx', it must be one of classifier, gguf\n"),
         (["runs/it", "--to", "classifier", "--dtype", "f16"], 2, "--dtype does not apply to --to classifier"),
         (["runs/it", "--to", "gguf", "--max-length", "9"], 2, "--max-length does not apply to --to gguf"),
-        (["runs/it", "--to", "gguf", "--dtype", "q4"], 2, "argument --dtype: invalid choice: 'q4'"),
+        (["runs/it", "--to", "gguf", "--dtype", "q4"], 2, "--dtype is 'q4', it must be one of f32, f16"),
         (["runs/it", "--to", "classifier", "--max-length", "1"], 2, "--max-length is 1, it must be at least 2"),
         (["runs/it", "--to", "classifier", "--label-names", "good,good ones"], 2, "begin with the same token"),
         (["runs/it/checkpoint-4", "--to", "gguf"], 2, "is not a run directory: name a directory to write by --output"),

@@ -225,6 +225,13 @@ def test_a_misspelt_command_is_told_with_the_nearest(word, command, capsys):
     assert f"error: unexpected argument {word!r}; is it the command {command}?\n" in capsys.readouterr().err
 
 
+def test_a_run_without_a_command_is_told_with_what_takes_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs/demo"]) == 2
+    assert "'runs/demo', a directory: --resume runs/demo continues the run in it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_misspelt_flag_of_a_command_is_told_with_the_nearest(command, capsys):
     assert main([command, "runs/x", "--jsonn"]) == 2

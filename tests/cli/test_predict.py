@@ -63,6 +63,15 @@ def test_three_lines_of_python(finished):
         assert prediction.label == ("neg", "pos")[int(row.argmax())]
     assert classifier.max_length == 20, "that of the run"
     assert classifier.predict([]) == []
+    assert classifier.predict(pandas.Series(["a film", "the cast"])) == classifier.predict(["a film", "the cast"])
+    for wrong, message in (
+        ("a film", "texts is 'a film', it must be a list: pass ['a film']"),
+        (["a film", None], "text 2 is None, it must be a string"),
+        ([3], "text 1 is 3, it must be a string"),
+    ):
+        with pytest.raises(ft.UsageError) as caught:
+            classifier.predict(wrong)
+        assert message in str(caught.value)
 
 
 def test_a_long_text_is_read_as_in_training(finished):
@@ -328,9 +337,9 @@ def test_evaluate_prints_tables(finished, capsys):
     ("arguments", "status", "message"),
     [
         (["{moved}"], 2, "does not record its training data: pass a --dataset"),
-        (["{run}x"], 2, "x, which is not a directory here, does not record its training data: pass a --dataset"),
+        (["{run}x"], 2, "x is not a directory here, and a model on the Hub does not record"),
         (["{run}x", "--dataset", "{two}"], 2, "there is no run "),
-        (["{run}", "--split", "dev"], 2, "invalid choice: 'dev'"),
+        (["{run}", "--split", "dev"], 2, "--split is 'dev', it must be one of train, validation, test, all"),
         (["{run}", "--mistakes", "-1"], 2, "--mistakes is -1"),
         (["{run}", "--dataset", "{two}", "--split", "test"], 2, "has no test split; it has train"),
         (["{run}", "--dataset", "{two}"], 0, ""),

@@ -183,7 +183,7 @@ def test_a_hundred_runs_do_not_wait_for_pytorch(tmp_path):
     [
         (["nowhere"], 2, "DIR is 'nowhere', there is no such directory"),
         ([".", "--json", "--csv"], 2, "--json and --csv are two formats: give one of them"),
-        ([".", "--sort", "speed"], 2, "invalid choice: 'speed'"),
+        ([".", "--sort", "speed"], 2, "--sort is 'speed', it must be one of best, "),
         (["."], 1, "there is no run in or below"),
     ],
 )

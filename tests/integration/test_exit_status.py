@@ -102,7 +102,7 @@ SLIPS = [
     ("evaluate ./absent --dataset {data}", 2, ["./absent"]),
     ("evaluate {run} --dataset absent.csv", 2, ["there is no file 'absent.csv'"]),
     ("evaluate {run} --dataset several --dataset-config a --split test", 2, ["has no test split"]),
-    ("evaluate {run} --split dev --mistakes -1 --batch-size x", 2, ["invalid choice: 'dev'", "--mistakes", "--batch"]),
+    ("evaluate {run} --split dev --mistakes -1 --batch-size x", 2, ["--split is 'dev'", "--mistakes", "--batch"]),
     ("evaluate {run} --dataset table.csv", 2, ["has no column 'text'"]),
     ("evaluate {run} --prompt-column x --xyzzy", 2, ["--prompt-column is 'x'", "--xyzzy"]),
     ("evaluate {run} --dataset damaged.parquet", 1, ["damaged.parquet"]),
