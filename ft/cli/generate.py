@@ -85,7 +85,7 @@ def generate(arguments: Sequence[str]) -> None:
         for piece in generation:
             print(printable(piece, keep="\n\t") if on_terminal else piece, end="", flush=True)
     seconds = time.perf_counter() - started
-    print()
+    print(flush=True)  # before the line on standard error
     if options.quiet:
         return
     count = len(generation.token_ids)
