@@ -10,6 +10,7 @@ from ft.checkpoint.model_description import ModelDescription, find_model, read_d
 from ft.checkpoint.run_dir import RunDirectory
 from ft.checkpoint.snapshot import load_training_state, read_state
 from ft.config import Config
+from ft.data.dataset_files import check_local_file
 from ft.data.load import Data, read_data
 from ft.device import Precision, choose_precision, disable_malloc_trim, use_device
 from ft.distributed.launch import local_rank, rank, world_size
@@ -105,6 +106,7 @@ def read_inputs(run: RunDirectory, ranks: Ranks) -> Inputs:
         UsageError: the ranks read different data, or --class-weights does not fit the labels.
     """
     config = run.config
+    check_local_file(config.dataset)  # before a model is downloaded
     needs_weights = config.uses_lora or (config.init == "pretrained" and run.resume_from is None)
     with ranks.local_rank_zero_first():  # it downloads, the other ranks read its cache
         files = find_model(config.model, config.model_revision, with_weights=needs_weights)

@@ -45,6 +45,7 @@ LABEL_SETTINGS = ("text_column", "label_column", "label_names")
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 FORMAT_SETTINGS = ("delimiter", "encoding")
 CONFUSIONS = 15  # pairs of labels that are printed if there are too many labels for a matrix
+WIDEST_MATRIX = 120  # characters of a row with the names of the columns; in a wider one they are numbered
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -273,9 +274,13 @@ def _tables(result: "Scores", names: Sequence[str]) -> str:
         lines.append("  ".join([name.ljust(width), *cells]))
     lines.append("")
     if len(names) <= MOST_COLUMNS:
-        lines.append("  ".join(["true \\ predicted".ljust(width + 7), *(name.rjust(width) for name in names)]))
+        heads, cell = names, width
+        if width + 7 + (cell + 2) * len(names) > WIDEST_MATRIX:  # number the columns, in the order of the rows
+            heads, cell = [f"({number})" for number in range(1, len(names) + 1)], 7
+            names = [f"{head} {name}" for head, name in zip(heads, names, strict=True)]
+        lines.append("  ".join(["true \\ predicted".ljust(width + 7), *(head.rjust(cell) for head in heads)]))
         for name, counts in zip(names, result.confusion, strict=True):
-            lines.append("  ".join([name.ljust(width + 7), *(f"{count:{width},}" for count in counts)]))
+            lines.append("  ".join([name.ljust(width + 7), *(f"{count:{cell},}" for count in counts)]))
     else:
         lines.append("  ".join(["true".ljust(width), "predicted".ljust(width), " examples"]))
         for true, predicted, examples in most_confused(result.confusion, CONFUSIONS):

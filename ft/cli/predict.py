@@ -164,6 +164,7 @@ def _predict_all(
     prints_to_terminal = not options.output and sys.stdout.isatty()  # where the predictions show the progress
     count, seconds = 0, 0.0
     missing: list[int] = []
+    blank: list[int] = []
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total, "example", quiet=options.quiet or prints_to_terminal))
         write = stack.enter_context(_open_answers(options, table, names))
@@ -174,10 +175,12 @@ def _predict_all(
             seconds += time.perf_counter() - started
             write(count, texts, [None if text is None else next(predictions) for text in texts])
             missing += [row for row, text in enumerate(texts, start=count) if text is None]
+            blank += [row for row, text in enumerate(texts, start=count) if text is not None and not text.strip()]
             count += len(texts)
             bar.update(len(texts))
-    if missing and table is not None and not options.quiet:
-        print(f"Note: the text in {table.where(missing)} is missing: no prediction.", file=sys.stderr)
+    for rows, what in ((missing, "missing: no prediction"), (blank, "blank: the label there is that of no text")):
+        if rows and table is not None and not options.quiet:
+            print(f"Note: the text in {table.where(rows)} is {what}.", file=sys.stderr)
     return count, seconds
 
 
@@ -293,6 +296,11 @@ def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", int | Non
         table, texts = read_table(path, column, form)
     except OSError as error:
         raise FtError(f"cannot read {path}: {error.strerror}") from error
+    except UsageError as error:
+        if options.text_column is not None or Path(options.model).is_dir():
+            raise
+        unknown = f"{options.model} is not a directory here, so its text column is unknown: check RUN, or --text-column"
+        raise UsageError(*error.problems, unknown) from error
     for note in () if options.quiet else table.notes:
         print(f"Note: {note}.", file=sys.stderr)
     step = CHUNK_OF_BATCHES * options.batch_size

@@ -50,6 +50,19 @@ class SeveralDataSetsError(LayoutError, UsageError):
         )
 
 
+def check_local_file(dataset: str) -> None:
+    """Check that a --dataset that is named like a file exists, and that its format is supported if it is one.
+
+    Raises:
+        UsageError: it does not, or it is not.
+    """
+    path = Path(os.path.expanduser(dataset))
+    if path.is_file():
+        _single_file(path)
+    elif not path.exists() and suffix_of(dataset):
+        raise UsageError(f"there is no file {shown(dataset)}: check --dataset.")
+
+
 def dataset_files(
     dataset: str, revision: str | None = None, part: str | None = None, *, first_of: Sequence[str] = ()
 ) -> dict[str, list[Path]]:
@@ -76,8 +89,7 @@ def dataset_files(
             flags = " and ".join(f"--dataset-{name}" for name in given)
             raise UsageError(f"--dataset is the file {path}, where {flags} has no meaning: leave it out")
         return {"train": [_single_file(path)]}
-    if not path.exists() and suffix_of(dataset):
-        raise UsageError(f"there is no file {shown(dataset)}: check --dataset.")
+    check_local_file(dataset)
     try:
         return _dataset_files(Source("dataset", dataset, revision), part, first_of)
     except NoSplitError as error:

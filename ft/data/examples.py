@@ -86,9 +86,15 @@ def label_tokens(names: Sequence[str], tokenizer: Tokenizer, *, or_numbers: bool
                 with suppress(FtError):  # of the numbers: the user knows only the names
                     return label_tokens(numbers, tokenizer)
             other = names[tokens.index(ids[0])]
+            remedy = "give them names that differ from the start by --label-names"
+            if or_numbers:  # they may be words of the data, which --label-names cannot rename
+                remedy = (
+                    f"as {len(names):,} labels, they cannot be numbered by single tokens of this tokenizer either: "
+                    "rename words in the data, name numbers by --label-names, or check --label-column"
+                )
             raise UsageError(
                 f"the labels {shown(other)} and {shown(name)} begin with the same token "
-                f"{shown(tokenizer.id_to_token(ids[0]))}; give them names that differ from the start by --label-names"
+                f"{shown(tokenizer.id_to_token(ids[0]))}; {remedy}"
             )
         tokens.append(ids[0])
     return tokens

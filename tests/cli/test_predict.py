@@ -17,6 +17,7 @@ import transformers
 
 import ft
 from ft.checkpoint.store import checkpoints
+from ft.cli.evaluate import _tables
 from ft.cli.main import main
 from ft.data.examples import END_OF_TEXT
 from ft.errors import FtError
@@ -563,3 +564,33 @@ def test_flags_of_tables_are_refused_for_lines_of_text(finished, tmp_path, capsy
     (tmp_path / "x.txt").write_text("text\tlabel\na film\t1\n", encoding="utf-8")
     assert main(["predict", str(finished), "--file", str(tmp_path / "x.txt"), flag, "text"]) == 2
     assert f"{flag} is of tables" in capsys.readouterr().err
+
+
+def test_of_a_table_blank_texts_are_noted(finished, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text('id,text\n1,a good film\n2,\n3," "\n')
+    arguments = ["predict", str(finished), "--device", "cpu", "--file", str(tmp_path / "t.csv")]
+    assert main([*arguments, "--output", str(tmp_path / "o.csv")]) == 0
+    assert "(lines 3, 4) is blank: the label there is that of no text." in capsys.readouterr().err
+
+
+def test_a_run_that_is_absent_is_named_with_the_column_that_is_missing(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("body\na good film\n")
+    assert main(["predict", "runs/absent", "--file", str(tmp_path / "t.csv")]) == 2
+    assert "runs/absent is not a directory here, so its text column is unknown" in capsys.readouterr().err
+    assert main(["predict", "runs/absent", "--file", str(tmp_path / "t.csv"), "--text-column", "x"]) == 2
+    assert "is not a directory here" not in capsys.readouterr().err
+
+
+def test_columns_of_a_matrix_with_long_names_are_numbered():
+    result = scores(torch.eye(3).softmax(dim=-1), torch.arange(3))
+    names = ["a" * 40, "b" * 40, "c" * 40]
+    lines = _tables(result, names).splitlines()
+    head = next(line for line in lines if line.startswith("true"))
+    assert head.split() == ["true", "\\", "predicted", "(1)", "(2)", "(3)"]
+    rows = lines[lines.index(head) + 1 :][:3]
+    assert [row.split() for row in rows] == [
+        [f"({i + 1})", name, *("1" if i == j else "0" for j in range(3))] for i, name in enumerate(names)
+    ]
+    assert len({len(line) for line in (head, *rows)}) == 1
+    assert "true \\ predicted" in _tables(result, ["a", "b", "c"])
+    assert "(1)" not in _tables(result, ["a", "b", "c"])

@@ -55,6 +55,7 @@ SLIPS = [
     (TRAIN + " --model ./absent --dataset {data}", 2, ["./absent", "check --model"]),
     (TRAIN + " --model {model} --dataset ./absent", 2, ["./absent", "check --dataset"]),
     (TRAIN + " --model {model} --dataset absent.csv", 2, ["there is no file 'absent.csv'"]),
+    (TRAIN + " --model ./absent --dataset absent.csv", 2, ["there is no file 'absent.csv'"]),  # before the model
     (TRAIN + " --model {model} --dataset lines.txt", 2, ["whose format is not supported"]),
     (TRAIN + " --model {here}/lines.txt --dataset {data}", 2, ["is a file"]),
     (TRAIN + " --model {model} --dataset table.csv --dataset-revision v1", 2, ["--dataset-revision has no meaning"]),
