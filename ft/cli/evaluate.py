@@ -22,14 +22,12 @@ from ft.cli.predict import (
 from ft.config import Config
 from ft.data.table import listed
 from ft.errors import FtError, counted, one_line, printable, shown
-from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.io.paths import expand_home
 from ft.io.progress import progress_bar
 from ft.settings import build_config
 
 if TYPE_CHECKING:
     from ft.data.splits import Split
-    from ft.evaluation.classification import Scores
     from ft.evaluation.completions import CompletionScores
     from ft.inference.classifier import Classifier
 
@@ -44,8 +42,6 @@ examples:
 LABEL_SETTINGS = ("text_column", "label_column", "label_names")
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 FORMAT_SETTINGS = ("delimiter", "encoding")
-CONFUSIONS = 15  # pairs of labels that are printed if there are too many labels for a matrix
-WIDEST_MATRIX = 120  # characters of a row with the names of the columns; in a wider one they are numbered
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -168,7 +164,7 @@ def _evaluate_labels(
     import torch
 
     from ft.cli.output_table import evaluation_rows
-    from ft.evaluation.classification import majority_label, read_majority_label, score_record, scores
+    from ft.evaluation.classification import majority_label, read_majority_label, score_record, score_tables, scores
 
     names = classifier.label_names
     split = _renumber_labels(classifier, split, were_given=options.label_names is not None, quiet=options.quiet)
@@ -200,7 +196,7 @@ def _evaluate_labels(
         f"Majority baseline, always {one_line(names[majority])}: accuracy {baseline:.2%}"
         + ("\n" if result.accuracy > baseline else ", which the model does not beat\n")
     )
-    print(_tables(result, names))
+    print(score_tables(result, names))
     if mistakes:
         print("\nmost confident errors:")
     for mistake in mistakes:
@@ -260,34 +256,6 @@ def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bo
             known = f"0 to {len(names) - 1} ({listed(names)})"
             raise FtError(f"the label in {split.where(row)} is {label}, the model has {known}")
     return split
-
-
-def _tables(result: "Scores", names: Sequence[str]) -> str:
-    """The scores of each label, the confusion matrix, and the calibration."""
-    names = [one_line(name) for name in names]
-    width = max(9, *map(len, names))
-    lines = ["  ".join(["label".ljust(width), "precision", "   recall", "       F1", " examples"])]
-    for i, name in enumerate(names):
-        figures = (result.precision[i], result.recall[i])
-        count = sum(result.confusion[i])
-        cells = (*(f"{x:9.2%}" for x in figures), f"{result.f1[i]:9.4f}", f"{count:9,}")
-        lines.append("  ".join([name.ljust(width), *cells]))
-    lines.append("")
-    if len(names) <= MOST_COLUMNS:
-        heads, cell = names, width
-        if width + 7 + (cell + 2) * len(names) > WIDEST_MATRIX:  # number the columns, in the order of the rows
-            heads, cell = [f"({number})" for number in range(1, len(names) + 1)], 7
-            names = [f"{head} {name}" for head, name in zip(heads, names, strict=True)]
-        lines.append("  ".join(["true \\ predicted".ljust(width + 7), *(head.rjust(cell) for head in heads)]))
-        for name, counts in zip(names, result.confusion, strict=True):
-            lines.append("  ".join([name.ljust(width + 7), *(f"{count:{cell},}" for count in counts)]))
-    else:
-        lines.append("  ".join(["true".ljust(width), "predicted".ljust(width), " examples"]))
-        for true, predicted, examples in most_confused(result.confusion, CONFUSIONS):
-            lines.append("  ".join([names[true].ljust(width), names[predicted].ljust(width), f"{examples:9,}"]))
-    lines.append("\nmean probability  accuracy   examples")
-    lines += [f"{mean:16.2%}  {accuracy:8.2%}  {count:9,}" for mean, accuracy, count in result.bins]
-    return "\n".join(lines)
 
 
 # --- completions ------------------------------------------------------------------------------------------------------

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from ft.data.splits import Split
+from ft.errors import one_line
 from ft.io.atomic import atomic_write_text
 from ft.io.plain_files import read_regular
 
 MOST_COLUMNS = 12  # classes up to which a table with a column per class is easy to read
+CONFUSIONS = 15  # pairs of labels that are printed if there are too many labels for a matrix
+WIDEST_MATRIX = 120  # characters of a row with the names of the columns; in a wider one they are numbered
 BINS = 10  # of probability, for the calibration error
 MISTAKES = 20  # most confident errors that scores.json lists
 
@@ -214,3 +217,31 @@ def read_majority_label(run: Path, label_names: Sequence[str]) -> int | None:
         return list(label_names).index(name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def score_tables(result: Scores, names: Sequence[str]) -> str:
+    """The scores of each label, the confusion matrix, and the calibration."""
+    names = [one_line(name) for name in names]
+    width = max(9, *map(len, names))
+    lines = ["  ".join(["label".ljust(width), "precision", "   recall", "       F1", " examples"])]
+    for i, name in enumerate(names):
+        figures = (result.precision[i], result.recall[i])
+        count = sum(result.confusion[i])
+        cells = (*(f"{x:9.2%}" for x in figures), f"{result.f1[i]:9.4f}", f"{count:9,}")
+        lines.append("  ".join([name.ljust(width), *cells]))
+    lines.append("")
+    if len(names) <= MOST_COLUMNS:
+        heads, cell = names, width
+        if width + 7 + (cell + 2) * len(names) > WIDEST_MATRIX:  # number the columns, in the order of the rows
+            heads, cell = [f"({number})" for number in range(1, len(names) + 1)], 7
+            names = [f"{head} {name}" for head, name in zip(heads, names, strict=True)]
+        lines.append("  ".join(["true \\ predicted".ljust(width + 7), *(head.rjust(cell) for head in heads)]))
+        for name, counts in zip(names, result.confusion, strict=True):
+            lines.append("  ".join([name.ljust(width + 7), *(f"{count:{cell},}" for count in counts)]))
+    else:
+        lines.append("  ".join(["true".ljust(width), "predicted".ljust(width), " examples"]))
+        for true, predicted, examples in most_confused(result.confusion, CONFUSIONS):
+            lines.append("  ".join([names[true].ljust(width), names[predicted].ljust(width), f"{examples:9,}"]))
+    lines.append("\nmean probability  accuracy   examples")
+    lines += [f"{mean:16.2%}  {accuracy:8.2%}  {count:9,}" for mean, accuracy, count in result.bins]
+    return "\n".join(lines)
