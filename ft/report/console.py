@@ -92,7 +92,9 @@ def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: D
         + _forgotten(state, is_demo=config.demo)
         + f"The model is saved to {run / 'final'}, "
         + (f"the adapter to {run / 'adapter'}, " if config.uses_lora else "")
-        + f"the newest checkpoints beside it, all metrics in {run / 'metrics.jsonl'}. To use it: {program()} "
+        + "the newest checkpoints beside it, "
+        + (f"that of the best evaluation is checkpoint-{state.best_step}, " if config.keep_best else "")
+        + f"all metrics in {run / 'metrics.jsonl'}. To use it: {program()} "
         + (f'predict {command} "an example"' if config.completion_column is None else f'generate {command} "a prompt"')
     )
 

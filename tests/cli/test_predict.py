@@ -17,11 +17,10 @@ import transformers
 
 import ft
 from ft.checkpoint.store import checkpoints
-from ft.cli.evaluate import _tables
 from ft.cli.main import main
 from ft.data.examples import END_OF_TEXT
 from ft.errors import FtError
-from ft.evaluation.classification import confident_mistakes, scores
+from ft.evaluation.classification import confident_mistakes, score_tables, scores
 from ft.inference.classifier import load
 from tests.conftest import write_parquet
 
@@ -584,7 +583,7 @@ def test_a_run_that_is_absent_is_named_with_the_column_that_is_missing(tmp_path,
 def test_columns_of_a_matrix_with_long_names_are_numbered():
     result = scores(torch.eye(3).softmax(dim=-1), torch.arange(3))
     names = ["a" * 40, "b" * 40, "c" * 40]
-    lines = _tables(result, names).splitlines()
+    lines = score_tables(result, names).splitlines()
     head = next(line for line in lines if line.startswith("true"))
     assert head.split() == ["true", "\\", "predicted", "(1)", "(2)", "(3)"]
     rows = lines[lines.index(head) + 1 :][:3]
@@ -592,5 +591,5 @@ def test_columns_of_a_matrix_with_long_names_are_numbered():
         [f"({i + 1})", name, *("1" if i == j else "0" for j in range(3))] for i, name in enumerate(names)
     ]
     assert len({len(line) for line in (head, *rows)}) == 1
-    assert "true \\ predicted" in _tables(result, ["a", "b", "c"])
-    assert "(1)" not in _tables(result, ["a", "b", "c"])
+    assert "true \\ predicted" in score_tables(result, ["a", "b", "c"])
+    assert "(1)" not in score_tables(result, ["a", "b", "c"])
