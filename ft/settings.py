@@ -155,7 +155,7 @@ def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = {name: expand_home(value) for name, value in settings.items()}
     resume = settings.get("resume")
-    if not all(isinstance(settings.get(name) or "", str) for name in ("output_dir", "resume")):
+    if not (isinstance(settings.get("output_dir", ""), str) and isinstance(settings.get("resume") or "", str)):
         return {}  # `Config` raises for it
     if resume is not None and resume != NEWEST:
         run = run_directory_of(Path(resume))
