@@ -77,10 +77,10 @@ def main() -> None:
 
 def measure_in_turns(size: str, turns: int) -> dict[str, dict[str, Any]]:
     """Seconds of each part of a step, peak memory and checkpoint of each case; every round begins with another one."""
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
+    names = [name for name in CASES if SIZES[size]["n_layer"] >= 4 or name != "last four blocks"]
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in CASES}
-        names = list(CASES)
+        workers = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in names}
         for turn in range(1 + turns):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -95,7 +95,7 @@ def measure_in_turns(size: str, turns: int) -> dict[str, dict[str, Any]]:
                 "parts": {part: statistics.median(step[part] for step in steps[name]) for part in PARTS},
                 "step_seconds": [sum(step.values()) for step in steps[name]],
             }
-            for name in CASES
+            for name in names
         }
 
 

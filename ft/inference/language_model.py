@@ -84,7 +84,7 @@ def load_language_model(
             if directory is not None and is_adapter(directory):
                 return _load_adapter(directory, base, chosen_device, revision)
             if base is not None:
-                raise UsageError(f"--base is {shown(str(base))}, but {source} is not an adapter: leave it out")
+                raise UsageError(f"the base is {shown(str(base))}, but {source} is not an adapter: leave the base out")
             return _load(directory or source, chosen_device, revision)
         except (FtError, OSError):
             # A run in progress may have deleted or replaced the checkpoint while it was read, and has a newer one then.
@@ -107,13 +107,15 @@ def _load_adapter(
     """Load the base of an adapter, and the adapter into it."""
     recorded, recorded_revision = read_base(directory)
     if base is None and recorded is None:
-        raise FtError(f"{directory} is an adapter, and does not name its base: name it by --base")
+        raise FtError(f"{directory} is an adapter, and does not name its base: name it by --base, in Python by base=")
     named = expand_home(str(base or recorded))
     try:
         place = model_directory(Path(named)) or named
         loaded = _load(place, torch.device("cpu"), revision or (None if base else recorded_revision))
     except FtError as error:
-        where = "" if base else f", which {directory / ADAPTER_CONFIG} names; --base names another place"
+        where = (
+            "" if base else f", which {directory / ADAPTER_CONFIG} names; --base, in Python base=, names another place"
+        )
         raise FtError(f"cannot load the base of the adapter {directory}{where}: {error}") from error
     add_saved_adapter(loaded.model, directory)
     loaded.model.to(device).eval()

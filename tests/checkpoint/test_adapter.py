@@ -518,7 +518,7 @@ def test_a_base_can_be_elsewhere(run, inputs, tmp_path, capsys):
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "cannot load the base of the adapter" in error
-    assert "adapter_config.json names; --base names another place" in error
+    assert "adapter_config.json names; --base, in Python base=, names another place" in error
     assert main([*command, "--base", str(moved)]) == 0
     path.write_text(json.dumps({**config, "base_model_name_or_path": None}))
     assert main(command) == 1
@@ -529,7 +529,7 @@ def test_a_base_can_be_elsewhere(run, inputs, tmp_path, capsys):
     assert main([*command, "--base", str(moved)]) == 1
     assert "was trained on another base" in capsys.readouterr().err
     assert main(["predict", str(run / "final"), "text", "--device", "cpu", "--base", str(moved)]) == 2
-    assert "is not an adapter: leave it out" in capsys.readouterr().err
+    assert "is not an adapter: leave the base out" in capsys.readouterr().err
 
 
 def test_weights_that_are_a_fifo_do_not_block(run, inputs, tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_epoch_runs_the_program(monkeypatch, tmp_path, demo_inputs, inputs):
 
 
 def test_freeze_measures_every_case(monkeypatch, tmp_path):
-    kept = {name: freeze.CASES[name] for name in ("all", "biases")}
+    kept = {name: freeze.CASES[name] for name in ("all", "biases", "LoRA")}
     monkeypatch.setattr(freeze, "CASES", kept)
     monkeypatch.setattr(freeze, "measure_demo", lambda folder: {})
     monkeypatch.setattr(freeze, "demo_table", lambda demo: "")

@@ -78,7 +78,8 @@ def installed(wheel):
     if find_spec("pip") is None:
         pytest.skip("pip is not installed")
     prefix = wheel.parents[1] / "installed"
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--prefix", str(prefix), str(wheel)]
+    where = ["--prefix", str(prefix), "--ignore-installed"]  # or pip would uninstall that of this environment
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", *where, str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return prefix
