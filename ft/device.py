@@ -42,7 +42,7 @@ def use_device(name: str | None, local_rank: int | None = None) -> torch.device:
     return device
 
 
-SMALL_MODEL = 2**20  # parameters below which one thread is faster
+SMALL_MODEL = 2**20  # parameters below which one thread, and fp32 on a CPU, are faster
 
 
 def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:

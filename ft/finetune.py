@@ -52,8 +52,7 @@ def fine_tune(
         # 2. Lock the run directory, and find the checkpoint to resume from, if any.
         open_run_directory(config, ranks, write_rows) as run,
     ):
-        # A resumed run keeps its settings, but for those that flags change, and its precision.
-        config, precision = run.config, precision_of_run(run, precision, ranks)
+        config = run.config  # a resumed run keeps its settings, but for those that flags change
         # 3. Read the data set and the tokenizer, and encode the rows as examples.
         inputs = read_inputs(run, ranks)
         examples = inputs.data.examples["train"]
@@ -62,6 +61,7 @@ def fine_tune(
         model = build_model(config, inputs.files, inputs.model_config, run.resume_from)
         num_parameters, num_trained = count_parameters(model), num_trainable_parameters(model)
         # 5. Move the model to the device, build the optimizer, and restore the training state if the run is resumed.
+        precision = precision_of_run(run, precision, num_parameters, ranks)
         components = build_components(model, config, inputs, precision, ranks)
         state = restore_state(run, inputs, model, components)
         if run.resume_from is not None and _is_complete(run, inputs, state):

@@ -125,10 +125,23 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(small, monkeypatch, c
     assert main([*arguments, "--max-steps", "2"]) == 0
     assert " on cpu in fp32 (" in capsys.readouterr().out
     monkeypatch.setattr(device, "has_amx", lambda: True)
+    monkeypatch.setattr("ft.setup.SMALL_MODEL", 0)
     assert main([*arguments, "--max-steps", "4", "--resume"]) == 0
     assert " on cpu in fp32 (as the run began)" in capsys.readouterr().out
     assert main([*arguments, "--max-steps", "2", "--overwrite"]) == 0
     assert " on cpu in bf16 (this processor has AMX" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(device, "has_amx", lambda: True)
+    assert main([*arguments, "--max-steps", "4", "--resume"]) == 0
+    assert " on cpu in bf16 (as the run began)" in capsys.readouterr().out
+
+
+def test_with_amx_a_small_model_takes_fp32(small, monkeypatch, capsys):
+    monkeypatch.setattr(device, "has_amx", lambda: True)
+    assert main([*command({**small, "--precision": "auto"}), "--max-steps", "1"]) == 0
+    assert " on cpu in fp32 (the faster one for so small a model)" in capsys.readouterr().out
+    assert main([*command({**small, "--precision": "bf16"}), "--max-steps", "1", "--overwrite"]) == 0
+    assert " on cpu in bf16 (set by --precision)" in capsys.readouterr().out
 
 
 def test_label_names_from_the_command_line_and_labels_of_several_tokens(small, capsys):
