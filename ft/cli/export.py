@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ft.cli.parsers import CommandParser, to_path
-from ft.cli.predict import BASE_HELP, find_flag_problems, load_classifier, read_run_settings
+from ft.cli.predict import add_model, find_flag_problems, load_classifier, read_run_settings
 from ft.errors import FtError, UsageError, printable, shown
 from ft.export.card import export_card
 from ft.io.atomic import atomic_directory
 from ft.io.model_layout import CARD, CLASSIFIER, CONFIG, EXPORTED_FILES, GGUF, WEIGHTS
-from ft.io.paths import expand_home
 from ft.io.plain_files import read_json
 
 EXAMPLES = """\
@@ -30,13 +29,7 @@ def export(arguments: Sequence[str]) -> None:
         FtError: the model cannot be read, or the format cannot represent it.
     """
     parser = CommandParser("export", "Write a trained model in the files of another program.", EXAMPLES)
-    parser.add_argument(
-        "model",
-        metavar="RUN",
-        type=expand_home,
-        help="a run, a checkpoint, a LoRA adapter, or a directory or Hub id of a GPT-2",
-    )
-    parser.add_argument("--base", metavar="TEXT", type=expand_home, help=BASE_HELP)
+    add_model(parser)
     parser.add_argument(
         "--to",
         choices=tuple(EXPORTED_FILES),

@@ -5,10 +5,9 @@ import time
 from collections.abc import Sequence
 
 from ft.cli.parsers import CommandParser
-from ft.cli.predict import BASE_HELP
+from ft.cli.predict import add_model
 from ft.errors import FtError, UsageError, counted, printable
 from ft.inference.sampling import Sampling
-from ft.io.paths import expand_home
 from ft.io.standard_streams import LOADING, waiting_line
 
 EXAMPLES = """\
@@ -27,13 +26,7 @@ def generate(arguments: Sequence[str]) -> None:
         FtError: the model cannot be read, or the prompt is too long for it.
     """
     parser = CommandParser("generate", "Continue a prompt, by greedy decoding or sampling.", EXAMPLES)
-    parser.add_argument(
-        "model",
-        metavar="RUN",
-        type=expand_home,
-        help="a run, a checkpoint, a LoRA adapter, or a directory or Hub id of a GPT-2",
-    )
-    parser.add_argument("--base", metavar="TEXT", type=expand_home, help=BASE_HELP)
+    add_model(parser)
     parser.add_argument(
         "prompt",
         metavar="PROMPT",

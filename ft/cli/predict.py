@@ -42,18 +42,23 @@ CHUNK_OF_BATCHES = 16  # batches of a table that are predicted, sorted by length
 BLOCK = 2**16  # bytes of lines that are predicted together, at most
 
 
+def add_model(parser: CommandParser) -> None:
+    """Add the argument that names a model, and that for the base of an adapter."""
+    parser.add_argument(
+        "model",
+        metavar="RUN",
+        type=expand_home,
+        help="a run, a checkpoint, a LoRA adapter, or a directory or Hub id of a GPT-2",
+    )
+    parser.add_argument("--base", metavar="TEXT", type=expand_home, help=BASE_HELP)
+
+
 class ModelParser(CommandParser):
     """A parser with the flags that select a model and its device, batch size and length."""
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(command, description, examples)
-        self.add_argument(
-            "model",
-            metavar="RUN",
-            type=expand_home,
-            help="a run, a checkpoint, a LoRA adapter, or a directory or Hub id of a GPT-2",
-        )
-        self.add_argument("--base", metavar="TEXT", type=expand_home, help=BASE_HELP)
+        add_model(self)
         self.add_argument(
             "--label-names", metavar="TEXT", help="label names, comma-separated (default: those saved with the model)"
         )
