@@ -65,7 +65,8 @@ def quoted(path: object) -> str:
 def one_line(text: str, width: int = 60) -> str:
     """A text for a table or a list: printable, on one line, shortened at the end if it is long."""
     words = " ".join(text.split())
-    return printable(words if len(words) <= width else words[: width - 4] + " ...")
+    line = printable(words[: width + 1])  # escapes are up to ten times as long
+    return line if len(line) <= width else line[: width - 4] + " ..."
 
 
 def counted(number: int, noun: str) -> str:

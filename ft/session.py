@@ -302,6 +302,7 @@ class Session:
             accuracy=result.accuracy,
             macro_f1=result.macro_f1,
             baseline=self._baselines.get(split),
+            rows_sha256=self._inputs.data.splits[split].sha256,
             split="eval" if split == "validation" else split,
         )
 

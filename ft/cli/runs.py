@@ -31,10 +31,13 @@ def runs(arguments: Sequence[str]) -> None:
         metavar="KEY",
         choices=SORT_KEYS,
         default="best",
-        help=f"by which figure: {', '.join(SORT_KEYS)} (default: best, the best validation by --best-metric)",
+        help=f"by which figure: {', '.join(SORT_KEYS)} (default: best, the best validation by --best-metric, for each "
+        "data set in turn)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    parser.add_argument("--csv", action="store_true", help="print CSV instead of a table")
+    parser.add_argument(
+        "--csv", action="store_true", help="print CSV instead of a table; control characters are escaped"
+    )
     options = parser.parse_args(arguments)
     problems = list(parser.problems)
     if options.json and options.csv:

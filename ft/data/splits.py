@@ -1,7 +1,10 @@
 """The rows of one split, and stratified samples of them."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +88,14 @@ class Split:
     in_words: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
     files: tuple[FileRows, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the rows as they are before tokenization, by which runs with the same split are recognized."""
+        digest = hashlib.sha256()
+        for row in zip(self.texts, self.labels, self.completions or repeat(None)):  # noqa: B905, repeat has no end
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
 
     def number_in_files(self, row: int) -> int:
         """The number, from 0, that a row of the split has over all rows of its files."""

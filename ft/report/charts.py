@@ -81,8 +81,19 @@ def line_chart(
     percent: bool = False,
     logarithmic: bool = False,
     from_zero: bool = False,
+    is_share: bool = False,
 ) -> str:
-    """Curves over steps or epochs as an SVG element, with `description` as its aria-label."""
+    """Curves over steps or epochs as an SVG element, with `description` as its aria-label.
+
+    Args:
+        curves: the lines.
+        axis: what x is.
+        description: of the chart, in words.
+        percent: label the y axis in percent.
+        logarithmic: use a logarithmic y axis.
+        from_zero: begin the y axis at 0.
+        is_share: the values are between 0 and 1, beyond which the y axis does not go.
+    """
     with _style(description):
         figure, axes = _figure(2.3)
         for curve in curves:
@@ -95,6 +106,7 @@ def line_chart(
                 linewidth=1.7 if curve.marked else 1.2,
                 marker="o" if curve.marked or len(curve.x) == 1 else None,  # a single point makes no line
                 markersize=3.2,
+                clip_on=not is_share,  # a dot at the end of the axis is not cut in half
             )
         axes.set_xlabel(axis)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=axis == "step"))
@@ -104,6 +116,9 @@ def line_chart(
         axes.yaxis.set_major_locator(LogLocator(numticks=6) if logarithmic else MaxNLocator(5))
         if from_zero:
             axes.set_ylim(bottom=0)
+        if is_share:
+            low, high = axes.get_ylim()  # with a margin
+            axes.set_ylim(max(low, 0), min(high, 1))
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None) if percent else FuncFormatter(_tick))
         return _svg(figure, description)

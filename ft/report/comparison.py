@@ -6,7 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from ft.report.markup import bdi, section, swatch, table, text
-from ft.report.run_record import IGNORED_SETTINGS, Recorded, common_metric, is_number, rank_of
+from ft.report.run_record import (
+    IGNORED_SETTINGS,
+    Recorded,
+    best_runs,
+    common_metric,
+    formatted,
+    is_number,
+    number_data_sets,
+)
 
 HEADLINES = (
     ("eval_accuracy", "validation accuracy", "{:.2%}"),
@@ -23,23 +31,24 @@ HEADLINES = (
 
 def compared(runs: Sequence[Recorded]) -> str:
     """The legend, the newest metrics and the best evaluation of each run, and the settings in which they differ."""
-    best = _best_run(runs)
+    data_sets = number_data_sets(runs)
+    best = best_runs(runs, data_sets)
     heads = [(key, words, form) for key, words, form in HEADLINES if any(run.last(key) is not None for run in runs)]
     rows = []
     for number, run in enumerate(runs):
         values = [(run.last(key), form) for key, _, form in heads]
-        badge = ' <span class="state best">best</span>' if run is best else ""
+        badge = ' <span class="state best">best</span>' if any(run is each for each in best) else ""
         rows.append(
             [
                 swatch(number) + bdi(run.name) + badge,
+                *([str(data_sets[number] or "")] if len(best) > 1 else []),
                 _best_evaluation(run),
-                *("" if value is None else form.format(value) for value, form in values),
+                *("" if value is None else formatted(value, form) for value, form in values),
                 state_badge(run),
             ]
         )
-    head = ["run", "best validation", *(words for _, words, _ in heads), ""]
-    metric = text(common_metric(run.best_metric for run in runs).replace("_", " "))
-    note = f'<p class="note">The best run has the best validation {metric}. Other figures are the newest.</p>'
+    head = ["run", *(["data set"] if len(best) > 1 else []), "best validation", *(words for _, words, _ in heads), ""]
+    note = f'<p class="note">{_note_on_best(runs, data_sets)} Other figures are the newest.</p>'
     result = table(head, rows, "The runs and their newest metrics", "by-run") + f"\n{note if best else ''}"
     names = dict.fromkeys(name for run in runs for name in run.config if name not in IGNORED_SETTINGS)
     different = [name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1]
@@ -64,11 +73,19 @@ def with_short_names(runs: Sequence[Recorded]) -> list[Recorded]:
     return [replace(run, name=str(path.relative_to(common))) for run, path in zip(runs, directories, strict=True)]
 
 
-def _best_run(runs: Sequence[Recorded]) -> Recorded | None:
-    """The run with the best evaluation by the metric that they have in common; None if none was evaluated."""
-    metric = common_metric(run.best_metric for run in runs)
-    evaluated = [(run, best) for run in runs if (best := run.best_evaluation()) is not None]
-    return max(evaluated, key=lambda pair: rank_of(pair[1], metric))[0] if evaluated else None
+def _note_on_best(runs: Sequence[Recorded], data_sets: Sequence[int | None]) -> str:
+    """What the best run is, and that only figures of the same validation rows can be compared."""
+    metrics: dict[int, set[str]] = {}
+    for run, number in zip(runs, data_sets, strict=True):
+        if number is not None:
+            metrics.setdefault(number, set()).add(run.best_metric)
+    metric = text(" or ".join(dict.fromkeys(map(common_metric, metrics.values()))).replace("_", " "))
+    if len(metrics) < 2:
+        return f"The best run has the best validation {metric}."
+    return (
+        f"The best run of each data set has the best validation {metric}; figures on the rows of different data sets "
+        "cannot be compared."
+    )
 
 
 def _best_evaluation(run: Recorded) -> str:
@@ -78,9 +95,9 @@ def _best_evaluation(run: Recorded) -> str:
         return ""
     macro_f1, step = best.get("eval_macro_f1"), best.get("step")
     return (
-        f"{best['eval_accuracy']:.2%}"
-        + (f", F1 {macro_f1:.4f}" if is_number(macro_f1) else "")
-        + (f' <span class="soft">step {step:,}</span>' if is_number(step) else "")
+        formatted(best["eval_accuracy"], "{:.2%}")
+        + (f", F1 {formatted(macro_f1, '{:.4f}')}" if is_number(macro_f1) else "")
+        + (f' <span class="soft">step {formatted(step, "{:,}")}</span>' if is_number(step) else "")
     )
 
 
@@ -95,5 +112,7 @@ def state_badge(run: Recorded) -> str:
         return '<span class="state done">finished</span>'
     step, epoch = run.last("step"), run.last("epoch")
     planned = run.config.get("max_steps"), run.config.get("epochs")
-    of = f" of {planned[0]:,}" if is_number(planned[0]) else f", epoch {epoch or 0:.2f} of {text(planned[1])}"
-    return f'<span class="state">not finished: step {step or 0:,.0f}{of}</span>'
+    of = f", epoch {formatted(epoch or 0, '{:.2f}')} of {text(planned[1])}"
+    if is_number(planned[0]):
+        of = f" of {formatted(planned[0], '{:,}')}"
+    return f'<span class="state">not finished: step {formatted(step or 0, "{:,.0f}")}{of}</span>'

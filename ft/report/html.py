@@ -1,7 +1,8 @@
 """The HTML report of one or more runs, in one file. Everything that comes from files is escaped by `text`."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ft.evaluation.classification import MOST_COLUMNS, most_confused
 from ft.report.charts import Curve, calibration_chart, line_chart, spans_magnitudes
 from ft.report.comparison import HEADLINES, compared, setting_value, state_badge, with_short_names
 from ft.report.markup import bdi, card, section, swatch, table, text
-from ft.report.run_record import Recorded, command_of, is_number, predicted_label, settings_given
+from ft.report.run_record import Recorded, command_of, formatted, is_number, predicted_label, settings_given
 from ft.report.times import times_of_one, times_of_several
 
 LONGEST_TEXT = 1000  # characters of a mistake's text that are shown
@@ -32,6 +33,7 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], str, bool], ...] = (
     ("Throughput", (("samples_per_second", ""),), "examples per second of training", False),
     ("Forgetting", (("general_perplexity", "general text"),), "perplexity on general text; higher is worse", False),
 )
+SHARES = ("Accuracy", "Macro F1")  # the charts of values from 0 to 1
 
 
 def page(runs: Sequence[Recorded]) -> str:
@@ -78,7 +80,7 @@ def _header(runs: Sequence[Recorded], title: str) -> str:
 
 def _headlines(run: Recorded) -> str:
     tiles = [
-        f"<div><dt>{words}</dt><dd>{form.format(value)}</dd></div>"
+        f"<div><dt>{words}</dt><dd>{formatted(value, form)}</dd></div>"
         for key, words, form in HEADLINES
         if (value := run.last(key)) is not None
     ]
@@ -101,14 +103,21 @@ def _charts(runs: Sequence[Recorded], axis: str) -> str:
                 x, y = run.curve(key, axis)
                 if x:
                     curves.append(Curve(x, y, position if len(runs) == 1 else number, marked))
-                    form: Callable[[float], str] = "{:.2%}".format if percent else "{:.4g}".format
+                    form = partial(formatted, form="{:.2%}" if percent else "{:.4g}")
                     about = f"{words} " * bool(words) + (f"of run {number + 1} " if len(runs) > 1 else "")
                     summaries.append(f"{about}{form(y[0])} at {axis} {x[0]:,g}, {form(y[-1])} at {axis} {x[-1]:,g}")
         if curves:
             logarithmic = title == "Forgetting" and spans_magnitudes(curves)
+            is_share = title in SHARES and all(0 <= y <= 1 for curve in curves for y in curve.y)
             description = f"{title} by {axis}{' (logarithmic)' * logarithmic}: {'; '.join(summaries)}."
             svg = line_chart(
-                curves, axis, description, percent=percent, logarithmic=logarithmic, from_zero=title == "Throughput"
+                curves,
+                axis,
+                description,
+                percent=percent and is_share,
+                logarithmic=logarithmic,
+                from_zero=title == "Throughput",
+                is_share=is_share,
             )
             unit += "; logarithmic" * logarithmic
             cards.append(card(title, unit, f'<p class="legend">{"".join(legend)}</p>\n{svg}'))

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -12,12 +12,24 @@ from ft.checks import field_types, flag
 from ft.config import Config
 from ft.errors import UsageError, program, shown
 from ft.io.plain_files import read_regular
-from ft.settings import DEMO_SETTINGS, NOT_RECORDED
+from ft.settings import DEMO_SETTINGS, NOT_RECORDED, rows_of_run
 from ft.train.state import evaluation_rank
 
 Events = list[dict[str, Any]]
 IGNORED_SETTINGS = (*NOT_RECORDED, "output_dir")  # by which runs are not compared
+MOST_SHOWN = 1e9  # above which a figure is shown by its exponent
 METRICS = ("accuracy", "macro_f1", "loss")  # of --best-metric
+# The settings that name the validation rows of a run whose events do not (`eval_rows_sha256`).
+ROWS_SETTINGS = (
+    "dataset",
+    "dataset_revision",
+    "dataset_config",
+    "text_column",
+    "label_column",
+    "prompt_column",
+    "completion_column",
+    "skip_empty",
+)
 PARTS = ("data", "forward", "backward", "update", "training", "evaluating", "saving")  # in the order of a step
 
 
@@ -67,6 +79,11 @@ class Recorded:
             filter(_is_evaluation, self.events), key=lambda event: rank_of(event, self.best_metric), default=None
         )
 
+    def rows_sha256(self) -> str | None:
+        """The SHA-256 of the rows of the validation split; None if the run has not recorded it."""
+        found = (event.get("eval_rows_sha256") for event in reversed(self.events))
+        return next((digest for digest in found if isinstance(digest, str)), None)
+
     def seconds_by_part(self) -> dict[str, float]:
         """Seconds of the run by part (ft/train/timing.py), in the order of a step; empty if not recorded."""
         total: dict[str, float] = {}
@@ -94,6 +111,64 @@ def common_metric(metrics: Iterable[str]) -> str:
     """The `--best-metric` by which runs are compared: theirs if it is the same for all, else accuracy."""
     different = set(metrics)
     return different.pop() if len(different) == 1 else Config.best_metric
+
+
+def number_data_sets(runs: Sequence[Recorded]) -> list[int | None]:
+    """Number the validation rows of runs, from 1: only evaluations of the same rows can be compared.
+
+    Rows are the same if their SHA-256 is. A run of an earlier version has not recorded it: its rows are those that its
+    settings name.
+
+    Returns:
+        The number of each run; None for a run without an evaluation.
+    """
+    digests = [run.rows_sha256() for run in runs]
+    names = [_name_of_rows(run.config) for run in runs]
+    known: dict[object, set[str]] = {}
+    for name, digest in zip(names, digests, strict=True):
+        known.setdefault(name, set()).update({digest} if digest else ())
+    keys: list[object] = []
+    for name, digest in zip(names, digests, strict=True):
+        keys.append(digest or (next(iter(known[name])) if len(known[name]) == 1 else name))
+    numbers: dict[object, int] = {}
+    return [
+        None if run.best_evaluation() is None else numbers.setdefault(key, len(numbers) + 1)
+        for run, key in zip(runs, keys, strict=True)
+    ]
+
+
+def _name_of_rows(config: dict[str, Any]) -> str:
+    """The settings that name the validation rows; those of --demo and of `ft.fine_tune` wherever their run is."""
+    if not config:
+        return ""
+    settings = {name: config.get(name, getattr(Config, name)) for name in ROWS_SETTINGS}
+    settings["dataset"] = (
+        "demo" if config.get("demo") is True else rows_of_run(config.get("dataset")) or settings["dataset"]
+    )
+    return repr(settings)
+
+
+def best_runs(runs: Sequence[Recorded], data_sets: Sequence[int | None]) -> list[Recorded]:
+    """The run with the best evaluation of each data set, by the `--best-metric` that the runs on it have in common.
+
+    Args:
+        runs: the runs.
+        data_sets: of each the number by `number_data_sets`.
+    """
+    evaluated: dict[int, list[tuple[Recorded, dict[str, Any]]]] = {}
+    for run, number in zip(runs, data_sets, strict=True):
+        if number is not None and (best := run.best_evaluation()) is not None:
+            evaluated.setdefault(number, []).append((run, best))
+    found = []
+    for pairs in evaluated.values():
+        metric = common_metric(run.best_metric for run, _ in pairs)
+        found.append(max(pairs, key=lambda pair: rank_of(pair[1], metric))[0])
+    return found
+
+
+def formatted(value: float, form: str) -> str:
+    """A figure by its format; of an extreme one, which would be hundreds of digits wide, three digits."""
+    return form.format(value) if abs(value) < MOST_SHOWN else f"{value:.3g}"
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -6,15 +6,26 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ft.config import Config
-from ft.errors import FtError, counted, one_line
+from ft.errors import FtError, one_line, printable
 from ft.io.lock import LOCK, is_locked
 from ft.io.plain_files import read_regular
-from ft.report.run_record import IGNORED_SETTINGS, Recorded, common_metric, is_finished, is_number, read_events
+from ft.report.run_record import (
+    IGNORED_SETTINGS,
+    MOST_SHOWN,
+    Recorded,
+    best_runs,
+    common_metric,
+    formatted,
+    is_finished,
+    is_number,
+    number_data_sets,
+    read_events,
+)
 from ft.train.state import evaluation_rank
 
 SORT_KEYS = ("best", "name", "accuracy", "macro_f1", "loss", "test_accuracy", "test_macro_f1", "step", "seconds")
@@ -31,6 +42,9 @@ class RunRow:
         state: finished, running, interrupted or damaged.
         problem: why it is damaged; None if it is not.
         step: the last step in metrics.jsonl.
+        data_set: the number of the validation rows, the same for runs whose figures can be compared; None without an
+            evaluation.
+        is_best: whether this run has the best evaluation of its data set.
         best_metric: by which the best evaluation is chosen.
         best_step, best_accuracy, best_macro_f1, best_loss: the best evaluation of the validation split.
         accuracy, macro_f1, loss: the last one.
@@ -45,6 +59,8 @@ class RunRow:
     state: str
     problem: str | None = None
     step: int | None = None
+    data_set: int | None = None
+    is_best: bool = False
     best_metric: str = Config.best_metric
     best_step: int | None = None
     best_accuracy: float | None = None
@@ -63,18 +79,28 @@ class RunRow:
 
 def read_table(directory: Path) -> list[RunRow]:
     """The runs in and below a directory, by name; a damaged one has a row with the reason."""
-    rows, configs = [], []
+    rows, runs = [], []
     for path in find_runs(directory):
-        row, config = _read_row(path, str(path.relative_to(directory)) if path != directory else path.resolve().name)
+        row, run = _read_row(path, str(path.relative_to(directory)) if path != directory else path.resolve().name)
         rows.append(row)
-        configs.append(config)
+        runs.append(run)
     defaults = json.loads(json.dumps(asdict(Config())))  # a key that an earlier version did not write has its default
     names = [name for name in defaults if name not in IGNORED_SETTINGS]
-    values = [{name: config.get(name, defaults[name]) for name in names} if config else {} for config in configs]
+    values = [
+        {name: config.get(name, defaults[name]) for name in names} if config else {}
+        for config in (run.config for run in runs)
+    ]
     differ = [name for name in names if len({repr(each[name]) for each in values if each}) > 1]
+    data_sets = number_data_sets(runs)
+    best = set(map(id, best_runs(runs, data_sets)))
     return [
-        RunRow(**{**vars(row), "settings": {name: each[name] for name in differ} if each else {}})
-        for row, each in zip(rows, values, strict=True)
+        replace(
+            row,
+            data_set=data_set,
+            is_best=id(run) in best,
+            settings={name: each[name] for name in differ} if each else {},
+        )
+        for row, run, data_set, each in zip(rows, runs, data_sets, values, strict=True)
     ]
 
 
@@ -87,8 +113,8 @@ def find_runs(directory: Path) -> Iterator[Path]:
         directories.sort()
 
 
-def _read_row(path: Path, name: str) -> tuple[RunRow, dict[str, Any]]:
-    """A run without its settings, and its config.json; empty if that cannot be read."""
+def _read_row(path: Path, name: str) -> tuple[RunRow, Recorded]:
+    """A run without its settings and data set, and its record; without a config.json if that cannot be read."""
     problems, config, events = [], {}, []
     try:
         config = json.loads(read_regular(path / "config.json"))
@@ -126,7 +152,7 @@ def _read_row(path: Path, name: str) -> tuple[RunRow, dict[str, Any]]:
         seconds=_number(seconds),
         peak_memory_bytes=_number(summary.get("peak_memory_bytes")),
     )
-    return row, config
+    return row, run
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -151,16 +177,21 @@ def sorted_rows(rows: Sequence[RunRow], key: str) -> list[RunRow]:
 
     Args:
         rows: the runs.
-        key: one of `SORT_KEYS`; `best` is the best evaluation by the metric of the runs, by accuracy if they differ.
+        key: one of `SORT_KEYS`; `best` is the best evaluation of each data set in turn, by the metric of the runs on
+            it, by accuracy if they differ.
     """
-    metric = common_metric(row.best_metric for row in rows if row.best_step is not None)
+    metrics = {
+        number: common_metric(row.best_metric for row in rows if row.data_set == number)
+        for number in {row.data_set for row in rows}
+    }
 
     def value(row: RunRow) -> Any:  # noqa: ANN401
         if key != "best":
             return getattr(row, key)
         if row.best_loss is None or row.best_accuracy is None:
             return None
-        return evaluation_rank(metric, row.best_loss, row.best_accuracy, row.best_macro_f1)
+        rank = evaluation_rank(metrics[row.data_set], row.best_loss, row.best_accuracy, row.best_macro_f1)
+        return (-(row.data_set or 0), *rank)  # figures of different data sets cannot be compared
 
     known = [row for row in rows if value(row) is not None]
     return sorted(known, key=value, reverse=key not in ASCENDING) + [row for row in rows if value(row) is None]
@@ -172,32 +203,36 @@ def as_json(rows: Sequence[RunRow]) -> str:
 
 
 def as_csv(rows: Sequence[RunRow]) -> str:
-    """The rows as CSV, with a column `setting_NAME` for each setting in which they differ."""
+    r"""The rows as CSV, with a column `setting_NAME` for each setting in which they differ.
+
+    What is not printable in a name or setting is escaped (`\x1b`), so that a terminal can show the file; JSON is exact.
+    """
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     columns = [name for name in RunRow.__dataclass_fields__ if name != "settings"]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*columns, *(f"setting_{name}" for name in settings)])
     for row in rows:
-        writer.writerow([*(getattr(row, name) for name in columns), *(row.settings.get(name) for name in settings)])
+        values = [*(getattr(row, name) for name in columns), *(row.settings.get(name) for name in settings)]
+        writer.writerow([x if x is None or is_number(x) else printable(str(x)) for x in values])
     return file.getvalue()
 
 
 def as_text(rows: Sequence[RunRow]) -> str:
     """The rows as an aligned table for people; a column without a figure is left out."""
     best, final = ("best acc", "at step", "best F1"), ("final acc", "final F1", "final loss", "baseline")
-    heads = ("run", "state", *best, *final, "test acc", "test F1", "time", "memory", "settings that differ")
+    has_several_data_sets = sum(row.is_best for row in rows) > 1
+    heads = ("run", "state", "data set", *best, *final, "test acc", "test F1", "time", "memory", "settings that differ")
     table = [list(heads)]
     for row in rows:
-        state = f"interrupted at step {row.step or 0:,}" if row.state == "interrupted" else row.state
-        if row.state in ("running", "finished") and row.step is not None:
-            state += f", step {row.step:,}" if row.state == "running" else f", {counted(row.step, 'step')}"
+        data_set = f"{row.data_set}{', best' * row.is_best}" if has_several_data_sets and row.data_set else ""
         settings = ", ".join(f"{name} {'not set' if x is None else x}" for name, x in row.settings.items())
         shares = {name: _shown(getattr(row, name), "{:.2%}") for name in ("best_accuracy", "accuracy", "test_accuracy")}
         table.append(
             [
                 one_line(row.name, 40),
-                state,
+                _state(row),
+                data_set,
                 shares["best_accuracy"],
                 _shown(row.best_step, "{:,}"),
                 _shown(row.best_macro_f1, "{:.4f}"),
@@ -208,30 +243,45 @@ def as_text(rows: Sequence[RunRow]) -> str:
                 shares["test_accuracy"],
                 _shown(row.test_macro_f1, "{:.4f}"),
                 _duration(row.seconds),
-                "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e9:.2f} GB",
+                "" if row.peak_memory_bytes is None else _shown(row.peak_memory_bytes / 1e9, "{:.2f}") + " GB",
                 one_line(row.problem or settings, MOST_CHARACTERS),
             ]
         )
     columns = [column for column in zip(*table, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    is_text = [column[0] in ("run", "state", "settings that differ") for column in columns]
-    return "\n".join(
+    is_text = [column[0] in ("run", "state", "data set", "settings that differ") for column in columns]
+    lines = [
         "  ".join(
             cell.ljust(width) if left else cell.rjust(width)
             for cell, width, left in zip(line, widths, is_text, strict=True)
         ).rstrip()
         for line in zip(*columns, strict=True)
-    )
+    ]
+    if has_several_data_sets:
+        lines.append("Figures on the rows of different data sets cannot be compared: each has a best run of its own.")
+    return "\n".join(lines)
+
+
+def _state(row: RunRow) -> str:
+    """The state of a run, with its last step."""
+    step = _shown(row.step or 0, "{:,}")
+    if row.state == "interrupted":
+        return f"interrupted at step {step}"
+    if row.step is None or row.state == "damaged":
+        return row.state
+    return f"running, step {step}" if row.state == "running" else f"finished, {step} step{'s' * (row.step != 1)}"
 
 
 def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+    return "" if value is None else formatted(value, form)
 
 
 def _duration(seconds: float | None) -> str:
     """Hours, minutes and seconds."""
     if seconds is None:
         return ""
+    if seconds >= MOST_SHOWN:
+        return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from ft.report.charts import bar_chart
 from ft.report.markup import bdi, swatch, table, text
-from ft.report.run_record import Recorded
+from ft.report.run_record import Recorded, formatted
 
 NO_TIMES = '<p class="note">{who} no timings.</p>'
 
@@ -16,7 +16,12 @@ def times_of_one(run: Recorded) -> str:
         return NO_TIMES.format(who="This run has")
     total, steps = sum(seconds.values()), run.last("step") or 1
     rows = [
-        [swatch(i) + text(part), f"{value:,.1f} s", f"{value / total:.1%}", f"{1000 * value / steps:,.2f} ms"]
+        [
+            swatch(i) + text(part),
+            formatted(value, "{:,.1f}") + " s",
+            f"{value / total:.1%}",
+            formatted(1000 * value / steps, "{:,.2f}") + " ms",
+        ]
         for i, (part, value) in enumerate(seconds.items())
     ]
     content = table(["part", "total", "share", "per step"], rows, "Time by part")
@@ -34,14 +39,18 @@ def times_of_several(runs: Sequence[Recorded]) -> str:
         total, steps = sum(own.values()), run.last("step") or 1
         cells = [_cell(own[part], steps, total) if part in own else "" for part in parts]
         bar = f'<div class="bar">{_bar(own, parts, number + 1)}</div>' if own else ""
-        time = [f"{total:,.1f} s", f"{1000 * total / steps:,.2f} ms"] if own else ["not recorded", ""]
+        time = (
+            [formatted(total, "{:,.1f}") + " s", formatted(1000 * total / steps, "{:,.2f}") + " ms"]
+            if own
+            else ["not recorded", ""]
+        )
         rows.append([swatch(number) + bdi(run.name), *time, bar, *cells])
     head = ["run", "total", "per step", "shares", *(swatch(i) + text(part) for i, part in enumerate(parts))]
     return table(head, rows, "Time per step by run and part", "by-run")
 
 
 def _cell(seconds: float, steps: float, total: float) -> str:
-    return f'{1000 * seconds / steps:,.2f} ms <span class="soft">{seconds / total:.0%}</span>'
+    return f'{formatted(1000 * seconds / steps, "{:,.2f}")} ms <span class="soft">{seconds / total:.0%}</span>'
 
 
 def _seconds(run: Recorded) -> dict[str, float]:

@@ -187,15 +187,21 @@ class MetricsLogger:
         accuracy: float,
         macro_f1: float | None = None,
         baseline: float | None = None,
+        rows_sha256: str | None = None,
         split: str = "eval",
     ) -> None:
-        """Log loss and accuracy of a split, and for labels the macro F1 and the majority baseline of the accuracy."""
+        """Log loss and accuracy of a split, and for labels the macro F1 and the majority baseline of the accuracy.
+
+        With `rows_sha256` the event names the rows of the split: only figures of the same rows can be compared.
+        """
         figures: dict[str, Any] = {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
         name = "validation" if split == "eval" else split
         line = f"step {step:>6}  epoch {epoch:5.2f}  {name} loss {loss:.4f}, accuracy {accuracy:.2%}"
         if macro_f1 is not None and baseline is not None:
             figures |= {f"{split}_macro_f1": macro_f1, f"{split}_majority_baseline": baseline}
             line += f" (majority baseline {baseline:.2%}), macro F1 {macro_f1:.4f}"
+        if rows_sha256 is not None:
+            figures[f"{split}_rows_sha256"] = rows_sha256
         self.write(step, epoch, figures)
         self.print_line(line)
 

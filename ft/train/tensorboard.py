@@ -42,7 +42,7 @@ class EventFiles:
         for name, value in figures.items():
             if isinstance(value, dict):
                 self.write(step, value, f"{name}/")
-            elif value is not None:
+            elif not isinstance(value, str | None):  # an event file has numbers alone
                 self._writer.add_scalar(prefix + name, value, step)
         self._writer.flush()
 

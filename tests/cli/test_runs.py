@@ -48,14 +48,16 @@ def last(run, key):
     return [line[key] for line in lines if key in line][-1]
 
 
-def write_run(run, accuracies, *, finished=True, **settings):
-    """A run directory with these validation accuracies, after every 10th step."""
+def write_run(run, accuracies, *, finished=True, rows=None, **settings):
+    """A run directory with these validation accuracies, after every 10th step, on the rows with this digest."""
     run.mkdir(parents=True)
     Config(output_dir=str(run), **settings).save(run / "config.json")
     lines = [
         {"step": 10 * i, "epoch": i, "eval_loss": 1 / i, "eval_accuracy": x, "seconds_by_part": {"forward": 2.0}}
         for i, x in enumerate(accuracies, start=1)
     ]
+    for line in lines if rows else ():
+        line["eval_rows_sha256"] = rows
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / ".lock").touch()
     if finished:
@@ -98,6 +100,86 @@ def test_the_order_is_that_of_the_best_evaluation_or_of_a_figure(tmp_path, capsy
     assert "interrupted at step 40" in lines[3]
     assert lines[1].endswith("0:00:04  epochs 2.0")
     assert "F1" not in lines[0], "no run has recorded it"
+
+
+def test_the_best_of_each_data_set_comes_first(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.5], rows="one")
+    write_run(tmp_path / "b", [0.6, 0.5], rows="one", max_length=64)
+    write_run(tmp_path / "held out by another seed", [0.9], rows="two", seed=1)
+    write_run(tmp_path / "of an earlier version", [0.7], dataset="else/where")
+    write_run(tmp_path / "other", [0.8, 0.95], dataset="else/where", best_metric="loss")
+    write_run(tmp_path / "without", [])
+    rows = table(tmp_path, capsys)
+    names = ["b", "a", "held out by another seed", "other", "of an earlier version", "without"]
+    assert list(rows) == names
+    assert [row["data_set"] for row in rows.values()] == [1, 1, 2, 3, 3, None]
+    assert [name for name, row in rows.items() if row["is_best"]] == ["b", "held out by another seed", "other"]
+    assert next(iter(table(tmp_path, capsys, "--sort", "accuracy"))) == "other"
+    assert main(["runs", str(tmp_path)]) == 0
+    head, *lines, note = capsys.readouterr().out.splitlines()
+    at = head.index("data set")
+    marks = [line[at:].split("  ")[0] for line in lines]
+    assert marks == ["1, best", "1", "2, best", "3, best", "3", ""]
+    assert note == "Figures on the rows of different data sets cannot be compared: each has a best run of its own."
+
+
+def test_runs_of_earlier_versions_have_the_rows_that_their_settings_name(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.5], rows="one")
+    write_run(tmp_path / "earlier", [0.9], seed=1)
+    write_run(tmp_path / "demo", [0.6], demo=True, dataset="runs/demo/inputs/dataset")
+    write_run(tmp_path / "moved", [0.7], demo=True, dataset="elsewhere/inputs/dataset")
+    assert [row["data_set"] for row in table(tmp_path, capsys, "--sort", "name").values()] == [1, 2, 1, 2]
+    shutil.rmtree(tmp_path / "demo")
+    shutil.rmtree(tmp_path / "moved")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "data set" not in capsys.readouterr().out, "there is one"
+
+
+def test_a_run_records_the_rows_of_its_validation_split(inputs, trained, tmp_path, capsys):
+    """They are the same whatever the seed, as the data set has a validation split; drawn from it, they differ."""
+    assert {row["data_set"] for row in table(trained, capsys).values()} == {1}
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    (dataset / "train.csv").write_text("text,label\n" + "".join(f"film number {i},{i % 2}\n" for i in range(40)))
+    flags = [*inputs, "--dataset", str(dataset), "--label-names", "neg,pos", "--max-steps", "1"]
+    for name, settings in (("a", ["--seed", "1"]), ("b", ["--seed", "2"]), ("c", ["--seed", "1", "--max-length", "8"])):
+        assert main([*flags, *settings, "--output-dir", str(tmp_path / "runs" / name)]) == 0
+    assert [row["data_set"] for row in table(tmp_path / "runs", capsys, "--sort", "name").values()] == [1, 2, 1]
+
+
+def test_extreme_figures_and_names_make_no_wide_table(tmp_path, capsys):
+    run = tmp_path / ("\x1b[31m" + "\u202e" * 50)
+    write_run(run, [1e299], dataset="x" * 10_000, finished=False)
+    line = {"step": 10**298, "eval_loss": 1e299, "eval_accuracy": 1e299, "eval_macro_f1": 1e299}
+    line |= {"eval_majority_baseline": 1e299, "test_accuracy": 1e299, "test_macro_f1": 1e299}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "summary.json").write_text('{"seconds": 1e299, "peak_memory_bytes": 1e299}')
+    write_run(tmp_path / "other", [0.5], dataset="y" * 10_000)
+    for name, state in (("done", True), ("lacks its configuration", False)):
+        shutil.copytree(run, tmp_path / name)
+        write_run(tmp_path / f"{name} too", [0.5], finished=state)
+    (tmp_path / "done" / "final").mkdir()
+    (tmp_path / "done" / "final" / "model.safetensors").touch()
+    (tmp_path / "lacks its configuration" / "config.json").unlink()
+    assert main(["runs", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "1e+299" in text
+    assert max(map(len, text.splitlines())) < 400
+    assert text.replace("\n", "").isprintable()
+
+
+def test_csv_has_no_control_characters_and_json_is_exact(tmp_path, capsys):
+    name = "\x1b]0;title\x07\x9b\r"
+    write_run(tmp_path / name, [0.5], text_column="a\x1b[31m\nb")
+    write_run(tmp_path / 'quotes", commas', [0.6])
+    assert main(["runs", str(tmp_path), "--csv", "--sort", "loss"]) == 0
+    text = capsys.readouterr().out
+    assert text.replace("\n", "").isprintable()
+    read = {row["name"]: row for row in csv.DictReader(io.StringIO(text))}
+    assert set(read) == {r"\x1b]0;title\x07\x9b\r", 'quotes", commas'}
+    assert read[r"\x1b]0;title\x07\x9b\r"]["setting_text_column"] == r"a\x1b[31m\nb"
+    assert float(read['quotes", commas']["best_accuracy"]) == 0.6
+    assert set(table(tmp_path, capsys)) == {name, 'quotes", commas'}
 
 
 def test_csv_is_read_back(runs, capsys):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import matplotlib.figure
 import pytest
 
 from ft.cli.arguments import read_arguments
@@ -232,6 +233,72 @@ def test_the_axis_of_throughput_begins_at_zero(tmp_path):
     assert ">0<" in throughput
     loss = re.search('<svg[^>]*aria-label="Gradient norm.*?</svg>', markup, re.DOTALL)[0]
     assert ">0<" not in loss
+
+
+@pytest.mark.parametrize(
+    ("values", "lowest", "highest"),
+    [([0.5, 1.0], 0.475, 1), ([1.0], 0.945, 1), ([0.0, 0.5], 0, 0.525), ([0.0], 0, 0.055), ([0.6, 0.7], 0.595, 0.705)],
+)
+def test_the_axis_of_a_share_ends_at_its_limits(tmp_path, monkeypatch, values, lowest, highest):
+    ends = {}
+    draw = matplotlib.figure.Figure.savefig
+
+    def record(figure, *arguments, **settings):
+        ends.setdefault(len(ends), figure.axes[0].get_ylim())
+        return draw(figure, *arguments, **settings)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
+    run = write_run(tmp_path / "run", events=1)
+    lines = [
+        {"step": step, "epoch": step / 10, "eval_loss": 1.0, "eval_accuracy": value, "eval_macro_f1": value}
+        for step, value in enumerate(values, start=1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = charts(Page(report_of(run)))
+    assert names[:3] == ["Loss", "Accuracy", "Macro F1"]
+    for chart in (1, 2):
+        assert ends[chart] == pytest.approx((lowest, highest), abs=1e-6)
+        assert 0 <= ends[chart][0] < ends[chart][1] <= 1
+
+
+def test_the_best_run_of_each_data_set_is_marked(tmp_path):
+    """Figures on other rows are not compared: by the digest of the rows, else by the settings that name them."""
+    cases = {
+        "a": ("one", 0.7, {}),
+        "b": ("one", 0.8, {}),
+        "held out by another seed": ("two", 0.9, {"learning_rate": 1e-5}),
+        "of an earlier version": (None, 0.75, {"dataset": "else/where"}),
+        "c": ("one", 0.6, {"dataset": "a/copy"}),
+    }
+    runs = []
+    for name, (digest, accuracy, settings) in cases.items():
+        runs.append(write_run(tmp_path / name, events=2, **settings))
+        line = {"step": 1, "epoch": 1, "eval_loss": 1.0, "eval_accuracy": accuracy}
+        line |= {} if digest is None else {"eval_rows_sha256": digest}
+        (runs[-1] / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    markup = report_of(*runs, output=tmp_path / "all.html")
+    table = re.search("The runs and their newest metrics(.*?)</table>", markup, re.DOTALL)[1]
+    rows = dict(re.findall(r'<th scope="row">.*?<bdi>([^<]*)</bdi>(.*?)</tr>', table, re.DOTALL))
+    best = [name for name, row in rows.items() if ">best</span>" in row]
+    assert best == ["b", "held out by another seed", "of an earlier version"]
+    numbers = {name: re.search(r"<td>([0-9]*)</td>", row)[1] for name, row in rows.items()}
+    assert list(numbers.values()) == ["1", "1", "2", "3", "1"]
+    assert '<th scope="col">data set</th>' in table
+    assert "figures on the rows of different data sets cannot be compared" in markup
+    markup = report_of(*runs[:2], runs[-1], output=tmp_path / "all.html")
+    assert markup.count(">best</span>") == 1
+    assert "data set" not in markup
+
+
+def test_extreme_figures_are_short(tmp_path):
+    run = write_run(tmp_path / "run", events=1)
+    line = {"step": 10**298, "eval_loss": 1e299, "eval_accuracy": 1e299, "samples_per_second": 1e299}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    write_run(tmp_path / "other", events=1)
+    for runs in ([run], [run, tmp_path / "other"]):
+        page = Page(report_of(*runs, output=tmp_path / "page.html"))
+        assert "1e+299" in page.text
+        assert not re.search("[0-9,]{50}", page.text)
 
 
 def test_scores_of_earlier_versions_are_shown(tmp_path):

@@ -9,13 +9,17 @@ from ft.cli.main import main
 
 
 def figures_of_metrics(run):
-    """(name, step) -> value, of everything in metrics.jsonl, the last one of each step."""
+    """(name, step) -> value, of every number in metrics.jsonl, the last one of each step."""
     found = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         event = json.loads(line)
         for name, value in event.items():
             parts = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
-            found |= {(part, event["step"]): x for part, x in parts.items() if part not in ("step", "epoch")}
+            found |= {
+                (part, event["step"]): x
+                for part, x in parts.items()
+                if part not in ("step", "epoch") and not isinstance(x, str)
+            }
     return found
 
 
