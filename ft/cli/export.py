@@ -12,6 +12,7 @@ from ft.export.card import export_card
 from ft.io.atomic import atomic_directory
 from ft.io.model_layout import CARD, CLASSIFIER, CONFIG, EXPORTED_FILES, GGUF, WEIGHTS
 from ft.io.plain_files import read_json
+from ft.io.standard_streams import LOADING, waiting_line
 
 EXAMPLES = """\
 examples:
@@ -48,6 +49,7 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--max-length", metavar="N", type=int, help="of a classifier: tokens per example (default: that of the run)"
     )
+    parser.add_argument("--quiet", action="store_true", help="print the result alone: no line while it is written")
     parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
     if options.to is None:
@@ -63,12 +65,15 @@ def export(arguments: Sequence[str]) -> None:
     if output is None or problems:
         raise UsageError(*problems)
 
-    # Here, so that --help and usage errors do not wait for torch.
-    from ft.export.classifier import CLASSIFIER_METADATA, CLASSIFIER_USAGE, write_classifier
-    from ft.export.gguf import GGUF_METADATA, gguf_usage, write_gguf
+    with waiting_line(LOADING, quiet=options.quiet):  # only here: --help and usage errors do not wait for torch
+        from ft.export.classifier import CLASSIFIER_METADATA, CLASSIFIER_USAGE, write_classifier
+        from ft.export.gguf import GGUF_METADATA, gguf_usage, write_gguf
 
     model = load_classifier(options)
-    with atomic_directory(Path(os.path.abspath(output))) as staged:  # a name such as `.` has no directory beside it
+    with (
+        waiting_line(printable(f"Writing {output} ..."), quiet=options.quiet),
+        atomic_directory(Path(os.path.abspath(output))) as staged,  # a name such as `.` has no directory beside it
+    ):
         if options.to == "classifier":
             write_classifier(staged, model)
             card = export_card(Path(model.source), CLASSIFIER_USAGE, CLASSIFIER_METADATA)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
@@ -44,6 +45,17 @@ def test_an_export_of_a_run_is_in_the_run(run, capsys, source):
     assert names_in(run / "classifier") == expected
     assert main(["export", source, "--to", "gguf", "--dtype", "f16"]) == 0
     assert names_in(run / "gguf") == ["README.md", "model-f16.gguf"]
+
+
+@pytest.mark.parametrize("to", ["classifier", "gguf"])
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_line_is_shown_while_a_file_is_written(run, capsys, monkeypatch, to, quiet):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["export", "runs/it", "--to", to, *(["--quiet"] if quiet else [])]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"runs/it/{to}: {to}, ")
+    line = f"Writing runs/it/{to} ...\r\x1b[K"
+    assert err == "" if quiet else err.endswith(line)
 
 
 def test_an_earlier_export_is_replaced_only_on_request(run, capsys):
