@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ft import finetune
-from ft.api.process_state import process_state_restored
+from ft.api.process_state import download_bars, process_state_restored
 from ft.api.rows import Rows, digest_of, read_rows, require_two_labels, to_scalar, write_rows
 from ft.api.run import Run, columns_of_rows
 from ft.checkpoint import store
@@ -86,7 +86,7 @@ def fine_tune(
             write = partial(write_rows, rows, columns)
         config = build_config(chosen, ())
         try:
-            with process_state_restored(release_memory=config.release_memory):
+            with process_state_restored(release_memory=config.release_memory), download_bars(hidden=config.quiet):
                 finetune.fine_tune(config, write, exits_on_second_interrupt=False)
         except Stopped:
             raise KeyboardInterrupt(_how_to_continue(config)) from None

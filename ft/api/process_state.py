@@ -49,3 +49,26 @@ def process_state_restored(*, release_memory: bool) -> Iterator[None]:
         torch.set_rng_state(generator)
         if not release_memory:
             restore_malloc_trim()
+
+
+@contextmanager
+def download_bars(*, hidden: bool) -> Iterator[None]:
+    """A context in which huggingface_hub shows no download bars if `hidden`; then its settings are what they were.
+
+    Its functions that show and hide bars forget the settings of single groups of bars, so these are restored here. The
+    variable HF_HUB_DISABLE_PROGRESS_BARS takes precedence over them.
+    """
+    if not hidden:
+        yield
+        return
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+    from huggingface_hub.utils.tqdm import disable_progress_bars, progress_bar_states
+
+    before = dict(progress_bar_states)
+    if HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        progress_bar_states.clear()
+        progress_bar_states.update(before)

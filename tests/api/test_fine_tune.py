@@ -1,5 +1,6 @@
 """`ft.fine_tune` from Python: the losses of the command line, forms of rows, errors, the process left as it was."""
 
+import contextlib
 import ctypes
 import io
 import json
@@ -395,6 +396,37 @@ def test_nothing_in_the_process_stays_changed(tune, rows, fails, monkeypatch, tm
     if fails == "":
         with pytest.raises(ft.UsageError, match="not empty"):  # so the lock is free
             tune(*rows["train"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("variable", [None, False])
+@pytest.mark.parametrize("states", [{}, {"_global": False, "my.group": True}, {"my.group": False}])
+def test_a_quiet_run_shows_no_download_bars_and_restores_them(
+    tune, rows, monkeypatch, capsys, quiet, states, fails, variable
+):
+    """Those of huggingface_hub, which it asks before it shows one; the variable of its environment has precedence."""
+    bars = sys.modules["huggingface_hub.utils.tqdm"]
+    for module in ("constants", "utils.tqdm"):
+        monkeypatch.setattr(sys.modules[f"huggingface_hub.{module}"], "HF_HUB_DISABLE_PROGRESS_BARS", variable)
+    monkeypatch.setattr(bars, "progress_bar_states", dict(states))
+
+    def download(*_, **__):
+        for name in ("huggingface_hub.http_get", "my.group"):
+            list(bars.tqdm(range(3), name=name, desc=f"Fetching {name}"))
+        if fails:
+            raise ft.FtError("there is no network")
+
+    monkeypatch.setattr("ft.finetune.fine_tune", download)
+    with pytest.raises(ft.FtError) if fails else contextlib.nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tune(*rows["train"], quiet=quiet)
+    before = {"huggingface_hub.http_get": states.get("_global", True), "my.group": states.get("my.group", True)}
+    shown = {name: not quiet and is_shown for name, is_shown in before.items()} if variable is None else before
+    text = capsys.readouterr().err
+    assert {name: f"Fetching {name}: " in text for name in before} == shown
+    assert bars.progress_bar_states == states
+    assert {name: not bars.are_progress_bars_disabled(name) for name in before} == before
 
 
 class Mallinfo2(ctypes.Structure):
