@@ -69,7 +69,10 @@ def fine_tune(
         disk_space = run.begin(state, num_parameters, num_trained, ranks)
         notes = [f"Note: {printable(note)}." for note in inputs.notes(config)]
         print(
-            opening(config, model, precision, inputs.data, inputs.general_text, last_step), disk_space, *notes, sep="\n"
+            opening(config, model, precision, inputs.data, inputs.general_text, inputs.class_weights, last_step),
+            disk_space,
+            *notes,
+            sep="\n",
         )
         # 6. Open the metrics file and install signal handlers. The session evaluates, saves and stops.
         with open_session(

@@ -269,6 +269,7 @@ class Session:
             outcome,
             num_parameters=sum(weight.numel() for name, weight in gathered.items() if not is_lora(name)),
             device=f"{precision.device} in {precision.name}",
+            weights=self._inputs.class_weights,
         )
         write_final_model(run.path, self._model, gathered, self._inputs.model_config, self._source, card)
         atomic_write_text(run.path / "summary.json", json.dumps(outcome.summary(), indent=2) + "\n")

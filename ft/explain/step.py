@@ -159,13 +159,14 @@ def _show_step(
     batches = [collate([examples[number] for number in numbers]) for numbers in window]
     embedding = model.wte.weight[target].detach().clone()
     before = _logits(model, batches, precision)
-    figures = _one_step(model, data, config, step, precision)
+    weights = class_weights(config, data)
+    figures = _one_step(model, data, config, step, precision, weights)
     after = _logits(model, batches, precision)
     targets = torch.cat([batch.target_ids for batch in batches])
     show_logits(before[own], after[own], target_ids, data)
     show_losses(before[own], after[own], targets[own], "of this example")
     show_losses(before, after, targets, f"of the {counted(len(read), 'example')} of the step")
-    if (weights := class_weights(config, data)) is not None:
+    if weights is not None:
         show("weights", f"{describe_weights(weights, data.label_names)} Nor are those above.")
     if note := explain_lower_probability(before, after, targets, own, data.label_ids):
         show("note", note)
@@ -201,7 +202,9 @@ def _find_step(examples: Sequence[Example], config: Config, row: int | None) -> 
     raise FtError(f"--row is {row}, which the run's {last_step} steps do not read: use another row, or more --epochs")
 
 
-def _one_step(model: GPT2, data: Data, config: Config, step: int, precision: Precision) -> dict[str, float]:
+def _one_step(
+    model: GPT2, data: Data, config: Config, step: int, precision: Precision, by_label: Sequence[float] | None
+) -> dict[str, float]:
     """Train `model` in place for step number `step` (from 0); returns its loss, learning rate and gradient norm.
 
     Raises:
@@ -209,7 +212,6 @@ def _one_step(model: GPT2, data: Data, config: Config, step: int, precision: Pre
     """
     torch.manual_seed(config.seed)
     hooks = StepRecorder(stop=True)
-    by_label = class_weights(config, data)
     weights = None
     if by_label is not None:
         weights = TargetWeights.of(by_label, data.label_ids, model.config.vocab_size, precision.device)

@@ -18,7 +18,7 @@ from ft.inference.sampling import Sampling
 from ft.model.freeze import num_trainable_parameters
 from ft.model.gpt2 import GPT2
 from ft.report.outcome import Outcome
-from ft.train.class_weights import class_weights, describe_weights
+from ft.train.class_weights import describe_weights
 from ft.train.state import State
 
 SHOWN_TOKENS = 24  # of a completion
@@ -32,13 +32,18 @@ def count_parameters(model: GPT2) -> int:
 
 
 def opening(
-    config: Config, model: GPT2, precision: Precision, data: Data, general_text: GeneralText | None, last_step: int
+    config: Config,
+    model: GPT2,
+    precision: Precision,
+    data: Data,
+    general_text: GeneralText | None,
+    weights: Sequence[float] | None,
+    last_step: int,
 ) -> str:
-    """The summary at the start of a run: model, device, data and plan."""
+    """The summary at the start of a run: model, device, data, the weight of each label in the loss, and plan."""
     sizes = ", ".join(f"{counted(len(each), 'example')} to {VERB[name]}" for name, each in data.examples.items())
     start = "" if config.init == "pretrained" else ", from random weights"
     trained, parameters = num_trainable_parameters(model), count_parameters(model)
-    weights = class_weights(config, data)
     share = "" if trained == parameters else f"{trained:,} of "
     lines = (
         f"Fine-tuning {config.model}{start}: {share}{parameters:,} parameters, on {precision.device} in "

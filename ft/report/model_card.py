@@ -5,6 +5,7 @@ are left out, and so are local paths: models and data sets are named by Hub ids 
 """
 
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,13 +17,21 @@ from ft.evaluation.perplexity import perplexity
 from ft.report.model_usage import usage
 from ft.report.outcome import Outcome
 from ft.settings import field_groups
-from ft.train.class_weights import class_weights, describe_weights
+from ft.train.class_weights import describe_weights
 from ft.train.state import State
 
 SETTINGS = (LENGTH, OPTIMIZER)  # the groups of settings that the card lists
 
 
-def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: int, device: str) -> str:
+def model_card(
+    config: Config,
+    data: Data,
+    outcome: Outcome,
+    *,
+    num_parameters: int,
+    device: str,
+    weights: Sequence[float] | None = None,
+) -> str:
     """The text of README.md.
 
     Args:
@@ -31,6 +40,7 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
         outcome: the results.
         num_parameters: of the model.
         device: on which it was trained, with the precision.
+        weights: of the labels in the training loss; None for none.
     """
     base, dataset = hub_id(config.model), hub_id(config.dataset)
     base_name, dataset_name = _short_name(base, "GPT-2"), _short_name(dataset, "own data")
@@ -40,7 +50,6 @@ def model_card(config: Config, data: Data, outcome: Outcome, *, num_parameters: 
         f"Labels: {', '.join(map(_escaped, data.label_names))}." if data.label_names else "Completions of prompts."
     )
     task = "classifies text" if data.label_names else "completes a prompt"
-    weights = class_weights(config, data)
     return "\n".join(
         [
             "---",

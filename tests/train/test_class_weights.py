@@ -116,12 +116,20 @@ def unequal(tmp_path_factory):
     return ["--dataset", str(folder)]
 
 
-def test_a_run_records_its_weights_and_evaluates_without_them(inputs, unequal, tmp_path, capsys):
+def test_a_run_records_its_weights_and_evaluates_without_them(inputs, unequal, tmp_path, capsys, monkeypatch):
     run, plain = tmp_path / "run", tmp_path / "plain"
+    computed = []
+
+    def recorded(*arguments):
+        computed.append(balanced_weights(*arguments))
+        return computed[-1]
+
+    monkeypatch.setattr("ft.train.class_weights.balanced_weights", recorded)
     flags = [*inputs, *unequal, "--max-steps", "5", "--logging-steps", "1", "--learning-rate", "0"]
     assert main([*flags, "--class-weights", "balanced", "--output-dir", str(run)]) == 0
     weights = "Training losses are weighted by class: neg 5, pos 0.5556; losses of evaluations are not weighted."
     assert weights in capsys.readouterr().out
+    assert len(computed) == 1, "loss, console and model card have the same"
     assert json.loads((run / "config.json").read_text())["class_weights"] == "balanced"
     card = (run / "final" / "README.md").read_text()
     assert "| `--class-weights` | balanced |" in card
