@@ -71,15 +71,21 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="directory with the reviews as parquet")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with GPT-2's tokenizer.json")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="model of the batch and length series")
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=MODELS, help="models of the model series")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=SIZES,
+        help=f"models of the model series (default: {' '.join(MODELS)}; with --size tiny that alone)",
+    )
     add_device_flags(parser)
     options = parser.parse_args()
     precision = precision_of(options)
+    models = options.models or (MODELS if options.size in MODELS else [options.size])
 
     lengths = [length for length in LENGTHS if length <= SIZES[options.size]["n_positions"]]
     plan = [("batch", options.size, batch, 32) for batch in BATCHES]
     plan += [("length", options.size, 2, length) for length in lengths]
-    plan += [("model", size, 8, 32) for size in options.models]
+    plan += [("model", size, 8, 32) for size in models]
     points, skipped = [], []
     for series, size, batch_size, length in plan:
         label = {"batch": str(batch_size), "length": str(length), "model": size}[series]

@@ -188,8 +188,9 @@ def test_memory(gpu, demo_inputs):
 def test_scaling(gpu, monkeypatch, demo_inputs, inputs):
     for name, value in {"BATCHES": (1, 2), "LENGTHS": (8,), "REVIEWS": (5,)}.items():
         monkeypatch.setattr(scaling, name, value)
-    flags = ["--tokenizer", str(demo_inputs[0]), "--dataset", inputs[3], "--models", "tiny"]
+    flags = ["--tokenizer", str(demo_inputs[0]), "--dataset", inputs[3]]
     _, figures = gpu(scaling, "scaling", *flags)
+    assert [point["label"] for point in figures["points"] if point["series"] == "model"] == ["tiny"], "no large one"
     steps = [point for point in figures["points"] if point["series"] != "data"]
     assert {point["bytes"] for point in steps} == {PEAK}
     assert {round(point["seconds"], 6) for point in steps} == {6e-3}
