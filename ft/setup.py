@@ -13,7 +13,7 @@ from ft.config import Config
 from ft.data.dataset_files import check_local_file
 from ft.data.load import Data, read_data
 from ft.device import SMALL_MODEL, Precision, choose_precision, disable_malloc_trim, use_device
-from ft.distributed.launch import local_rank, rank, world_size
+from ft.distributed.launch import local_rank, world_size
 from ft.distributed.ranks import Ranks
 from ft.errors import UsageError
 from ft.evaluation.perplexity import GeneralText, read_general_text
@@ -25,7 +25,6 @@ from ft.train.class_weights import TargetWeights, class_weights
 from ft.train.cuda_graphs import require_cuda
 from ft.train.loop import Components
 from ft.train.optim import build_optimizer
-from ft.train.profiler import require_writable
 from ft.train.state import State
 from ft.train.tensorboard import summary_writer
 
@@ -64,13 +63,11 @@ def prepare_device(config: Config) -> Precision:
     """Choose device and precision, and apply process-wide settings of PyTorch and of the allocator.
 
     Raises:
-        UsageError: the device is not present or does not support the settings; --profile names no file to write.
+        UsageError: the device is not present or does not support the settings.
     """
     device = use_device(config.device, local_rank() if world_size() > 1 else None)
     if config.cuda_graphs:
         require_cuda(device)
-    if config.profile is not None and rank() == 0:
-        require_writable(Path(config.profile))
     if config.tensorboard:
         summary_writer()  # raises now if the package is not installed, not after reading the data
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")

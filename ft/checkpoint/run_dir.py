@@ -18,6 +18,7 @@ from ft.io.lock import LOCK, DirectoryLock, locked
 from ft.io.model_layout import EXPORTED_FILES
 from ft.io.plain_files import remove
 from ft.settings import read_config_file, rows_of_run, run_directory_of
+from ft.train.profiler import require_writable
 from ft.train.state import State
 
 BYTES_PER_WEIGHT, BYTES_PER_TRAINED = 4, 8  # in a checkpoint: the weight, and AdamW's two moments if it is trained
@@ -105,7 +106,8 @@ def open_run_directory(
 
     Raises:
         FtError: another process uses the directory, or the given checkpoint is damaged.
-        UsageError: the directory is not empty, or the settings are not those of the run that is resumed.
+        UsageError: the directory is not empty, the settings are not those of the run that is resumed, or --profile is
+            not a file that can be written.
     """
     started = time.perf_counter()
     ranks.require_same({flag(name): repr(value) for name, value in asdict(config).items() if name != "device"})
@@ -117,6 +119,8 @@ def open_run_directory(
         lock = resume_from = None
         with ranks.rank_zero_first() as first:
             if first:
+                if config.profile is not None:
+                    require_writable(Path(config.profile))
                 lock = stack.enter_context(lock_run_directory(config))
         with ranks.rank_zero_first() as first:
             if first:

@@ -44,6 +44,8 @@ def trace_steps(
 ) -> Iterator[Callable[[], None]]:
     """A context that writes a trace of `ACTIVE` steps after `WAIT + WARM_UP` others; of fewer in a shorter run.
 
+    If the context ends before these steps, by a stop or an error, the trace has those that are complete, if any is.
+
     Args:
         path: the file, in Chrome's JSON format, compressed if its name ends in .gz; None for no trace.
         first_step: steps that are done already.
@@ -53,19 +55,26 @@ def trace_steps(
     Yields:
         A function to call after each step.
     """
+    if path is None:
+        yield lambda: None
+        return
     steps = last_step - first_step
-    if path is None or steps < WARM_UP + 1:
-        if path is not None and steps > 0:
-            report(f"WARNING: --profile needs a run of at least {WARM_UP + 1} steps: no trace is written.")
+    earlier = "; the file there is an earlier one" if path.exists() else ""
+    if steps < WARM_UP + 1:
+        needs = f"--profile needs at least {WARM_UP + 1} steps, and the run has {max(steps, 0)} to do"
+        report(f"WARNING: {needs}: no trace is written to {path}{earlier}.")
         yield lambda: None
         return
     active = min(ACTIVE, steps - WARM_UP)
     wait = min(WAIT, steps - WARM_UP - active)
     first = first_step + wait + WARM_UP + 1
+    step = first_step  # the last that is complete
     finished = False
 
     def write(profiler: profile) -> None:
         nonlocal finished
+        if step < first:
+            return
         finished = True
         try:
             profiler.export_chrome_trace(str(path))
@@ -73,16 +82,27 @@ def trace_steps(
         except (OSError, RuntimeError) as error:
             report(f"WARNING: the trace cannot be written to {path}: {error}")
             return
+        is_cut = step < first + active - 1
         report(
-            f"Trace of the steps {first:,} to {first + active - 1:,} written to {path} ({size / 1e6:.1f} MB): open it "
-            "at https://ui.perfetto.dev or chrome://tracing."
+            f"{'WARNING: the run ended while the trace was recorded. ' * is_cut}Trace of "
+            f"{f'the steps {first:,} to {step:,}' if step > first else f'step {first:,}'} written to {path} "
+            f"({size / 1e6:.1f} MB): open it at https://ui.perfetto.dev or chrome://tracing."
         )
 
+    def after_step() -> None:
+        nonlocal step
+        step += 1
+        if not finished:
+            profiler.step()
+
     plan = schedule(wait=wait, warmup=WARM_UP, active=active, repeat=1)
-    with profile(schedule=plan, on_trace_ready=write) as profiler:
-
-        def after_step() -> None:
-            if not finished:
-                profiler.step()
-
-        yield after_step
+    try:
+        with profile(schedule=plan, on_trace_ready=write) as profiler:
+            yield after_step
+    finally:
+        if not finished:
+            steps_to_trace = f"the steps {first:,} to {first + active - 1:,}" if active > 1 else f"step {first:,}"
+            report(
+                f"WARNING: the run ended after step {step:,}, and --profile traces {steps_to_trace}: no trace is "
+                f"written to {path}{earlier}."
+            )

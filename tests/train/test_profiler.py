@@ -1,9 +1,13 @@
 """--profile: a trace that other tools read, of the steps that the message names; a file that cannot be written."""
 
+import contextlib
 import gzip
 import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ import torch
 from ft.cli.main import main
 from ft.errors import UsageError
 from ft.train.profiler import ACTIVE, WAIT, WARM_UP, require_writable, trace_steps
+
+ROOT = Path(__file__).parents[2]
 
 
 def events_of(path):
@@ -42,7 +48,8 @@ def test_the_trace_has_the_steps_that_the_message_names(first, last, traced, tmp
     names = [event["name"] for event in events_of(path)]
     assert [name for name in names if re.fullmatch(r"step \d+", name)] == [f"step {step}" for step in traced]
     assert names.count("aten::add_") == len(traced)
-    assert lines[0].startswith(f"Trace of the steps {traced[0]} to {traced[-1]} written to {path} (")
+    steps = f"the steps {traced[0]} to {traced[-1]}" if len(traced) > 1 else f"step {traced[0]}"
+    assert lines[0].startswith(f"Trace of {steps} written to {path} (")
     assert len(lines) == 1
     assert len(traced) <= ACTIVE
     assert WAIT + WARM_UP + ACTIVE == 14
@@ -64,12 +71,76 @@ def test_without_the_flag_nothing_is_traced(tmp_path, monkeypatch):
         after_step()
 
 
-def test_a_run_of_one_step_says_that_it_is_too_short(tmp_path):
-    lines = []
-    with trace_steps(tmp_path / "trace.json", 0, 1, lines.append) as after_step:
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (5, 6), (7, 7)])
+def test_a_run_of_one_step_says_that_it_is_too_short(tmp_path, first, last):
+    lines, path = [], tmp_path / "trace.json"
+    with trace_steps(path, first, last, lines.append) as after_step:
         after_step()
-    assert lines == ["WARNING: --profile needs a run of at least 2 steps: no trace is written."]
+    needs = f"--profile needs at least 2 steps, and the run has {last - first} to do"
+    assert lines == [f"WARNING: {needs}: no trace is written to {path}."]
     assert list(tmp_path.iterdir()) == []
+
+
+class ItEndsError(Exception):
+    """Whatever ends a run."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("done", "traced"), [(0, []), (9, []), (10, []), (11, []), (12, [12]), (13, [12, 13])])
+def test_a_run_that_ends_early_says_which_steps_the_trace_has(tmp_path, done, traced, fails):
+    """Stopped between two steps, or by an error in the middle of one."""
+    path, lines = tmp_path / "trace.json", []
+    ending = pytest.raises(ItEndsError) if fails else contextlib.nullcontext()
+    with ending, trace_steps(path, 0, 100, lines.append) as after_step:
+        for step in range(1, done + 1):
+            with torch.profiler.record_function(f"step {step}"):
+                torch.zeros(3).add_(1)
+            after_step()
+        if fails:
+            raise ItEndsError
+    assert path.exists() == bool(traced)
+    if traced:
+        names = [event["name"] for event in events_of(path) if re.fullmatch(r"step \d+", event["name"])]
+        assert names == [f"step {step}" for step in traced]
+        words = "step 12" if traced == [12] else "the steps 12 to 13"
+        ended = "WARNING: the run ended while the trace was recorded. "
+        assert lines[0].startswith(f"{ended}Trace of {words} written to {path} (")
+        assert len(lines) == 1
+    else:
+        ended = f"WARNING: the run ended after step {done}, and --profile traces the steps 12 to 14"
+        assert lines == [f"{ended}: no trace is written to {path}."]
+
+
+def test_an_earlier_trace_is_not_taken_for_one_of_this_run(tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text("{}")
+    for last in (1, 100):
+        lines = []
+        with trace_steps(path, 0, last, lines.append):
+            pass
+        assert lines[0].endswith(f": no trace is written to {path}; the file there is an earlier one.")
+    assert path.read_text() == "{}"
+
+
+def test_a_run_that_is_stopped_says_that_there_is_no_trace(inputs, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "trace.json"
+    monkeypatch.setattr("ft.session.Session.should_stop", lambda self, state: state.step == 3)
+    assert main([*inputs, "--output-dir", str(tmp_path / "run"), "--profile", str(path), "--quiet"]) == 0
+    assert "WARNING: the run ended after step 3, and --profile traces the steps 8 to 10" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_the_profiler_prints_nothing_of_its_own(inputs, tmp_path):
+    """Kineto writes to the file descriptor, unless its level is set before PyTorch is imported."""
+    path = tmp_path / "trace.json"
+    command = [*inputs, "--output-dir", str(tmp_path / "run"), "--profile", str(path), "--max-steps", "3"]
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ft", *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"written to {path}" in done.stdout
+    assert events_of(path)
 
 
 @pytest.mark.parametrize("name", ["missing/trace.json", ".", "pipe", "dangling", "x" * 300])
