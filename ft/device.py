@@ -155,9 +155,39 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
+def require_format(name: str, device: torch.device, what: str, remedy: str) -> None:
+    """Check that PyTorch computes a format on a device, in hardware or, more slowly, by emulation.
+
+    CPUs compute all formats, and MPS computes bf16 from macOS 14 on.
+
+    Args:
+        name: of the format.
+        device: the device.
+        what: the start of the message, with the setting and its value.
+        remedy: its end.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if name != "bf16" or device.type == "cpu":
+        return
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # the query is about the current device
+            is_computed, since = torch.cuda.is_bf16_supported(), ""
+    else:
+        is_computed, since = torch.backends.mps.is_macos_or_newer(14, 0), " before macOS 14"
+    if not is_computed:
+        raise UsageError(f"{what}, which {device} does not compute{since}: {remedy}, or another --device")
+
+
 def choose_precision(setting: str, device: torch.device) -> Precision:
-    """The precision of `--precision`; for `auto` the fastest that the device computes in hardware."""
+    """The precision of `--precision`; for `auto` the fastest that the device computes in hardware.
+
+    Raises:
+        UsageError: the device does not compute the given one at all.
+    """
     if setting != "auto":
+        require_format(setting, device, f"--precision is {shown(setting)}", "use --precision fp32")
         return Precision(setting, "set by --precision", device)
     if device.type == "cuda":
         with torch.cuda.device(device):  # the query is about the current device

@@ -12,7 +12,7 @@ from ft.checkpoint.snapshot import load_training_state, read_state
 from ft.config import Config
 from ft.data.dataset_files import check_local_file
 from ft.data.load import Data, read_data
-from ft.device import SMALL_MODEL, Precision, choose_precision, disable_malloc_trim, use_device
+from ft.device import SMALL_MODEL, Precision, choose_precision, disable_malloc_trim, require_format, use_device
 from ft.distributed.launch import local_rank, world_size
 from ft.distributed.ranks import Ranks
 from ft.errors import UsageError
@@ -84,13 +84,17 @@ def precision_of_run(run: RunDirectory, precision: Precision, num_parameters: in
 
     Raises:
         FtError: the checkpoint is damaged.
-        UsageError: the machines of several ranks choose different ones, or --shard does not work with it.
+        UsageError: the device does not compute it, the machines of several ranks choose different ones, or --shard
+            does not work with it.
     """
     if run.config.precision == "auto":
         if precision.device.type == "cpu" and precision.name != "fp32" and num_parameters < SMALL_MODEL:
             precision = replace(precision, name="fp32", reason="the faster one for so small a model")
         began = "" if run.resume_from is None else read_state(run.resume_from)[0].precision
         if began not in ("", precision.name):
+            require_format(
+                began, precision.device, f"the run began in {began}", "resume it on the device where it began"
+            )
             precision = replace(precision, name=began, reason="as the run began")
     ranks.require_same(
         {"the format that --precision auto selects": precision.name}, "name one that all compute, such as fp32"

@@ -30,7 +30,7 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps
 def pretend(monkeypatch):
     """Pretend that the machine has so many CUDA devices, MPS or not, and such a processor."""
 
-    def pretend(*, cuda=0, mps=False, bf16=True, cpuinfo=None, current=0):
+    def pretend(*, cuda=0, mps=False, bf16=True, cpuinfo=None, current=0, emulates=True, macos=14):
         class FakePath:
             def __init__(self, path):
                 assert path == "/proc/cpuinfo"
@@ -42,7 +42,7 @@ def pretend(monkeypatch):
                 return cpuinfo
 
         def is_bf16_supported(including_emulation=True):
-            return bf16 or including_emulation  # PyTorch computes bf16 on every GPU, on old ones slowly
+            return bf16 or (including_emulation and emulates)  # PyTorch computes bf16 on every GPU, on old ones slowly
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
@@ -50,6 +50,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= major)
         monkeypatch.setattr(device, "Path", FakePath)
         monkeypatch.setattr(device, "has_amx", device.has_amx.__wrapped__)  # not what the real processor has
 
@@ -160,6 +161,21 @@ def test_auto_asks_the_gpu_that_is_meant_not_the_current_one(pretend, monkeypatc
 def test_a_format_given_is_taken_as_it_is(pretend, setting, device):
     pretend(cuda=1, mps=True, bf16=False, cpuinfo=AVX512)
     assert choose_precision(setting, device) == Precision(setting, "set by --precision", device)
+
+
+@pytest.mark.parametrize(
+    ("device", "machine_has", "message"),
+    [
+        (CUDA, {"cuda": 1, "bf16": False, "emulates": False}, "which cuda:0 does not compute: use --precision fp32"),
+        (MPS, {"mps": True, "macos": 13}, "which mps does not compute before macOS 14: use --precision fp32"),
+    ],
+)
+def test_a_format_that_the_device_does_not_compute_is_refused(pretend, device, machine_has, message):
+    pretend(**machine_has)
+    with pytest.raises(UsageError, match=f"--precision is 'bf16', {message}, or another --device"):
+        choose_precision("bf16", device)
+    for setting in ("fp32", "fp16", "auto"):
+        assert choose_precision(setting, device).name != "bf16"
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])

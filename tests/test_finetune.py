@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import transformers
 
 from ft import device
@@ -134,6 +135,20 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(small, monkeypatch, c
     monkeypatch.setattr(device, "has_amx", lambda: True)
     assert main([*arguments, "--max-steps", "4", "--resume"]) == 0
     assert " on cpu in bf16 (as the run began)" in capsys.readouterr().out
+
+
+def test_a_resumed_run_whose_format_the_device_does_not_compute_is_refused(small, monkeypatch, capsys):
+    arguments = command({**small, "--precision": "auto", "--save-steps": "2"})
+    monkeypatch.setattr(device, "has_amx", lambda: True)
+    monkeypatch.setattr("ft.setup.SMALL_MODEL", 0)
+    assert main([*arguments, "--max-steps", "2"]) == 0
+    monkeypatch.setattr(device, "has_amx", lambda: False)
+    mac = torch.device("mps")  # before macOS 14, as this PyTorch has no MPS
+    monkeypatch.setattr("ft.setup.choose_precision", lambda *_: device.Precision("fp32", "pretended", mac))
+    capsys.readouterr()
+    assert main([*arguments, "--max-steps", "4", "--resume"]) == 2
+    message = "the run began in bf16, which mps does not compute before macOS 14: resume it on the device where it "
+    assert capsys.readouterr().err == f"error: {message}began, or another --device\n"
 
 
 def test_with_amx_a_small_model_takes_fp32(small, monkeypatch, capsys):
