@@ -113,7 +113,8 @@ def line_chart(
         if logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(numticks=6) if logarithmic else MaxNLocator(5))
+        steps = (1, 2, 5, 10) if is_share else None  # round ones, of which one is at 1
+        axes.yaxis.set_major_locator(LogLocator(numticks=6) if logarithmic else MaxNLocator(5, steps=steps))
         if from_zero:
             axes.set_ylim(bottom=0)
         if is_share:
