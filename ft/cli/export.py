@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ft.cli.parsers import CommandParser, to_path
 from ft.cli.predict import add_model, find_flag_problems, load_classifier, read_run_settings
-from ft.errors import FtError, UsageError, printable, shown
+from ft.errors import FtError, UsageError, one_line, printable, shown
 from ft.export.card import export_card
 from ft.io.atomic import atomic_directory
 from ft.io.model_layout import CARD, CLASSIFIER, CONFIG, EXPORTED_FILES, GGUF, WEIGHTS
@@ -71,7 +71,7 @@ def export(arguments: Sequence[str]) -> None:
 
     model = load_classifier(options)
     with (
-        waiting_line(printable(f"Writing {output} ..."), quiet=options.quiet),
+        waiting_line(f"Writing {one_line(str(output))} ...", quiet=options.quiet),
         atomic_directory(Path(os.path.abspath(output))) as staged,  # a name such as `.` has no directory beside it
     ):
         if options.to == "classifier":
