@@ -30,6 +30,8 @@ from ft.model.lora import (
     add_lora,
     is_lora,
     linear_layers,
+    lora_settings,
+    recorded_biases,
     weights_sha256,
 )
 from ft.model.pretrained import copy_tensor, first_problems, read_tensors
@@ -292,21 +294,33 @@ def load_adapter(model: GPT2, directory: Path) -> None:
     """Copy an adapter into a model to which `add_lora` has added one of the same settings.
 
     Raises:
-        FtError: a tensor is missing, unexpected, of another shape, or holds NaN or inf.
+        FtError: a tensor is missing, unexpected, of another shape, or holds NaN or inf; a bias counts as either by
+            `bias` of the settings.
     """
     path = directory / ADAPTER_WEIGHTS
     parameters = dict(model.named_parameters())
-    targets = {name.rpartition(".")[0] for name in parameters if is_lora(name)}
-    by_name = {_peft_name(name, targets): name for name in parameters if is_lora(name) or name.endswith(".bias")}
-    missing = {name for name in by_name if name.endswith((f".{LORA_A}.weight", f".{LORA_B}.weight"))}
+    settings = lora_settings(model)
+    assert settings is not None, "add_lora was called"
+    biases = recorded_biases(parameters, settings)
+    by_bias = f"and bias in {ADAPTER_CONFIG} is {shown(settings.bias)}"
+    by_name = {
+        _peft_name(name, settings.targets): name for name in parameters if is_lora(name) or name.endswith(".bias")
+    }
+    # PEFT ignores a bias that is missing, and applies one that its configuration does not name.
+    missing = {peft_name for peft_name, name in by_name.items() if is_lora(name) or name in biases}
     problems = []
     with torch.no_grad():
         for name, tensor in read_tensors([path]):
-            missing.discard(name)
-            if name not in by_name:
+            own_name = by_name.get(name)
+            if own_name is None:
                 problems.append(f"{name} is not a tensor of a LoRA adapter of this GPT-2")
+            elif name not in missing:
+                problems.append(f"{name} is in the file, {by_bias}")
             else:
-                problems += copy_tensor(parameters[by_name[name]], tensor, name)
-    problems += [f"{name} is missing" for name in sorted(missing)]
+                missing.remove(name)
+                problems += copy_tensor(parameters[own_name], tensor, name)
+    problems += [
+        f"{name} is missing" + ("" if is_lora(by_name[name]) else f", {by_bias}") for name in sorted(missing)
+    ]
     if problems:
         raise FtError(f"{path}: the adapter does not fit the model: " + first_problems(problems))

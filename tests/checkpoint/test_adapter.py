@@ -394,6 +394,39 @@ def test_damage_is_named(damage, problem, run, inputs, tmp_path, capsys):
     assert re.search(problem, error), error
 
 
+def bias_names(folder):
+    return sorted(name for name in load_file(folder / WEIGHTS) if name.endswith(".bias"))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_missing_bias_is_named(bias, trained_by_peft, inputs, tmp_path, capsys):
+    adapter, _ = trained_by_peft(bias=bias)
+    name = bias_names(adapter)[1]
+    damage_tensors(adapter, lambda tensors: tensors.pop(name))
+    peft.PeftModel.from_pretrained(transformers_base(inputs), adapter)  # keeps the bias of the base
+    flags = ["--adapter", str(adapter), "--output-dir", str(tmp_path / "new")]
+    labels = ["--label-names", "neg,pos"]
+    for command in ([*inputs, *flags], ["predict", str(adapter), "text", "--device", "cpu", *labels]):
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert f"{name} is missing, and bias in adapter_config.json is '{bias}'" in error, error
+        assert error.count(".bias") == 1, "the others are there"
+
+
+@pytest.mark.parametrize(("trained", "recorded"), [("all", "none"), ("lora_only", "none"), ("all", "lora_only")])
+def test_a_bias_beyond_the_configuration_is_named(trained, recorded, trained_by_peft, inputs, tmp_path, capsys):
+    adapter, _ = trained_by_peft(bias=trained)
+    path = adapter / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": recorded}))
+    extra = [name for name in bias_names(adapter) if recorded == "none" or ".base_layer." not in name]
+    assert main([*inputs, "--adapter", str(adapter), "--output-dir", str(tmp_path / "new")]) == 1
+    error = capsys.readouterr().err
+    named = re.findall(r"(\S+) is in the file, and bias in adapter_config.json is '(\w+)'", error)
+    assert named, error
+    assert {name for name, _ in named} <= set(extra)
+    assert {bias for _, bias in named} == {recorded}
+
+
 def test_flags_that_differ_from_the_adapter_are_refused(finished, inputs, tmp_path, capsys):
     flags = ["--lora-rank", "8", "--lora-alpha", "3", "--lora-targets", "c_fc"]
     adapter = ["--adapter", str(finished / "adapter"), "--output-dir", str(tmp_path / "new")]
