@@ -13,11 +13,14 @@ from dataclasses import Field, dataclass, fields
 from typing import Any, Literal
 
 from ft.errors import is_utf8, shown
+from ft.io import paths
 
 _NO_CLASSES = "--class-weights are of labels, and with --completion-column there are none: leave it out"
 BALANCED = "balanced"  # the value of --class-weights for weights by inverse frequency
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9  # of a class: losses and their sums are fp32
 LARGEST_ALPHA = 1e9  # of LoRA, in flags and in adapter_config.json
+
+TOO_LONG = "which is too long a path for this system: name a shorter one"
 
 # Settings that other libraries write or open as UTF-8: tokenizers, PyArrow and the profiler.
 _UTF8 = ("label_names", "output_dir", "text_column", "label_column", "prompt_column", "completion_column", "profile")
@@ -168,6 +171,10 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             problems.append(f"{flag(name)} is empty")
         elif kind is str and "\0" in value:
             problems.append(f"{flag(name)} is {shown(value)}, it must not hold a NUL character")
+        elif name in paths.SETTINGS and paths.is_too_long(value):
+            problems.append(f"{flag(name)} is {shown(value)}, {TOO_LONG}")
+        elif name == "encoding" and not is_encoding(value):
+            problems.append(f"--encoding is {shown(value)}, it must be an encoding of text, such as cp1252")
         elif name in _UTF8 and not is_utf8(value):
             problems.append(f"{flag(name)} is {shown(value)}, it must be valid UTF-8")
     if config.resume and config.overwrite:
@@ -209,6 +216,15 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
     if config.init == "random" and (config.lora_rank is not None or config.adapter is not None):
         problems.append("--init random trains all weights anew, and LoRA changes pretrained ones: leave one out")
     return problems
+
+
+def is_encoding(name: str) -> bool:
+    """Whether Python has an encoding of text of this name."""
+    try:
+        b"text".decode(name, errors="ignore")
+    except (LookupError, ValueError):  # unknown, not of text, or not a possible name
+        return False
+    return True
 
 
 def weights_given(class_weights: str) -> list[float]:

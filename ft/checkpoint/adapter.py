@@ -8,6 +8,7 @@ PEFT (https://github.com/huggingface/peft) wraps the `transformers` model, and n
 program `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight`. The layouts are the same.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from ft.io.safetensors_file import safetensors_chunks
 from ft.model.gpt2 import GPT2
 from ft.model.lora import (
     LORA_A,
-    LORA_B,
     LoRASettings,
     add_lora,
     is_lora,
@@ -47,6 +47,7 @@ _READ = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "u
 _READ |= {"base_model_name_or_path", "revision", "init_lora_weights"}
 _WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
 _WITHOUT_EFFECT |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_NAME = "a string without NUL characters and lone surrogates"
 # Initializations of PEFT that leave the base as it is; the others, such as pissa, also change the weights of the base.
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -234,8 +235,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         "lora_dropout": ("a number from 0 to below 1", type(dropout) in (int, float) and 0 <= dropout < 1),
         "use_rslora": ("true or false", type(config["use_rslora"]) is bool),
         "bias": ("none, all or lora_only", config["bias"] in ("none", "all", "lora_only")),
-        "base_model_name_or_path": ("a string", type(config["base_model_name_or_path"]) in (str, type(None))),
-        "revision": ("a string", type(config["revision"]) in (str, type(None))),
+        "base_model_name_or_path": (_NAME, _is_name(config["base_model_name_or_path"])),
+        "revision": (_NAME, _is_name(config["revision"])),
     }
     problems = [
         f"{name} is {shown(config[name])}, it must be {wanted}" if name in config else f"{name} is missing"
@@ -245,6 +246,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if problems:
         raise FtError(f"{path}: " + "; ".join(problems))
     return config
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value can be the name of a file or of something on the Hub, or is None."""
+    if type(value) is not str:
+        return value is None
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _selected_layers(config: Mapping[str, Any], layers: Sequence[str]) -> set[str]:
@@ -319,8 +330,6 @@ def load_adapter(model: GPT2, directory: Path) -> None:
             else:
                 missing.remove(name)
                 problems += copy_tensor(parameters[own_name], tensor, name)
-    problems += [
-        f"{name} is missing" + ("" if is_lora(by_name[name]) else f", {by_bias}") for name in sorted(missing)
-    ]
+    problems += [f"{name} is missing" + ("" if is_lora(by_name[name]) else f", {by_bias}") for name in sorted(missing)]
     if problems:
         raise FtError(f"{path}: the adapter does not fit the model: " + first_problems(problems))

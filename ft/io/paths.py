@@ -1,5 +1,6 @@
 """Expansion of `~` in paths, wherever they come from: a flag, a config.json, a positional argument or a call."""
 
+import errno
 import os
 from typing import TypeVar
 
@@ -15,3 +16,14 @@ def expand_home(path: T) -> T:
     A shell expands `~` only at the start of a word, so not in `--output-dir=~/x` and not in a config.json.
     """
     return os.path.expanduser(path) if isinstance(path, str) else path  # type: ignore[return-value]
+
+
+def is_too_long(path: object) -> bool:
+    """Whether the system refuses a path for its length: on Linux above 4,095 bytes, or 255 between two slashes."""
+    try:
+        os.lstat(str(path))
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    except ValueError:  # NUL or a lone surrogate
+        return False
+    return False

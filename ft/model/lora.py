@@ -194,8 +194,7 @@ def recorded_biases(names: Collection[str], settings: LoRASettings) -> set[str]:
     return {
         name
         for name in names
-        if name.endswith(".bias")
-        and (settings.bias == "all" or (settings.bias == "lora_only" and name in of_targets))
+        if name.endswith(".bias") and (settings.bias == "all" or (settings.bias == "lora_only" and name in of_targets))
     }
 
 

@@ -339,6 +339,12 @@ REFUSED = {
     "alpha 0": ({"lora_alpha": 0}, "lora_alpha is 0, it must be a number above 0"),
     "dropout 1": ({"lora_dropout": 1.0}, "lora_dropout is 1.0, it must be a number from 0 to below 1"),
     "bias": ({"bias": "some"}, "bias is 'some', it must be none, all or lora_only"),
+    "a surrogate in the base": (
+        {"base_model_name_or_path": "a\ud800"},
+        r"base_model_name_or_path is 'a\\ud800', it must",
+    ),
+    "NUL in the base": ({"base_model_name_or_path": "a\0"}, r"base_model_name_or_path is 'a\\x00', it must be a str"),
+    "NUL in the revision": ({"revision": "a\0"}, r"revision is 'a\\x00', it must be a string without NUL"),
     "wrong rank": ({"r": 5}, r"r is 5, and lora_A of h.0.attn.c_attn in adapter_model.safetensors has shape \(4, 64\)"),
 }
 
@@ -392,6 +398,20 @@ def test_damage_is_named(damage, problem, run, inputs, tmp_path, capsys):
     assert main([*inputs, "--adapter", str(run / "adapter"), "--output-dir", str(tmp_path / "new")]) == status
     error = capsys.readouterr().err
     assert re.search(problem, error), error
+
+
+def test_a_revision_of_a_local_base_is_named_by_its_field(run, inputs, capsys):
+    path = run / "adapter" / CONFIG
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({**recorded, "revision": "main"}))
+    assert main(["predict", str(run / "adapter"), "text", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert f"{path} names" in error
+    assert "its revision is 'main', and " in error
+    assert "remove the field revision" in error
+    assert "--model-revision" not in error
+    base = ["--base", recorded["base_model_name_or_path"]]
+    assert main(["predict", str(run / "adapter"), "text", "--device", "cpu", *base]) == 0
 
 
 def bias_names(folder):
