@@ -174,7 +174,8 @@ class CommandParser(argparse.ArgumentParser):
         """Parse a command line. Unknown flags and values of a wrong type are added to `problems`.
 
         Raises:
-            UsageError: an argument or the value of a flag is missing; has all problems that were found before.
+            UsageError: an argument or the value of a flag is missing, or a path is too long; has all problems that were
+                found before.
         """
         positionals = [action for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *map(_usage_of, positionals), "[FLAG ...]"])
@@ -278,11 +279,11 @@ def _find_long_paths(action: argparse.Action, options: argparse.Namespace) -> li
     """A message for each path of an argument that is too long."""
     value = getattr(options, action.dest, None)
     values = value if isinstance(value, list) else [value]
-    name = action.option_strings[-1] if action.option_strings else action.metavar
+    name = action.option_strings[0] if action.option_strings else action.metavar
     return [
         f"{name} is {shown(str(each))}, {TOO_LONG}"
         for each in values
-        if (isinstance(each, Path) or action.dest in IDS_OR_PATHS) and each is not None and is_too_long(each)
+        if (isinstance(each, Path) or action.dest in IDS_OR_PATHS) and each is not None and is_too_long(str(each))
     ]
 
 

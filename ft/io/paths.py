@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,12 +19,14 @@ def expand_home(path: T) -> T:
     return os.path.expanduser(path) if isinstance(path, str) else path  # type: ignore[return-value]
 
 
-def is_too_long(path: object) -> bool:
+def is_too_long(path: str) -> bool:
     """Whether the system refuses a path for its length: on Linux above 4,095 bytes, or 255 between two slashes."""
-    try:
-        os.lstat(str(path))
-    except OSError as error:
-        return error.errno == errno.ENAMETOOLONG
-    except ValueError:  # NUL or a lone surrogate
-        return False
+    for part in (path, *Path(path).parts):  # each by itself too, as the directory before it may not exist yet
+        try:
+            os.lstat(part)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return True
+        except ValueError:  # NUL or a lone surrogate
+            return False
     return False
