@@ -186,12 +186,14 @@ def _configured_names(config: Config) -> list[str] | None:
 def _require_name_for_each(train: Split, names: Sequence[str]) -> None:
     """Check that --label-names names each number of the training split: 0, 1, ..., or as many others.
 
+    A single name is left for `label_tokens`.
+
     Raises:
         UsageError: there are fewer or more names than other numbers.
     """
     numbers = sorted(set(train.labels))
     row = next((row for row, label in enumerate(train.labels) if not 0 <= label < len(names)), None)
-    if row is not None and len(names) != len(numbers):
+    if row is not None and 1 < len(names) != len(numbers):
         raise UsageError(
             f"--label-names has {counted(len(names), 'name')}, {listed(names)}, and the training rows have "
             f"{counted(len(numbers), 'label')}, {listed(list(map(str, numbers)))}, such as {train.labels[row]} in "
