@@ -317,7 +317,7 @@ def load_adapter(model: GPT2, directory: Path) -> None:
     by_name = {
         _peft_name(name, settings.targets): name for name in parameters if is_lora(name) or name.endswith(".bias")
     }
-    # PEFT ignores a bias that is missing, and applies one that its configuration does not name.
+    # PEFT loads without `strict`: a bias that is missing goes unnoticed, and so does one too many.
     missing = {peft_name for peft_name, name in by_name.items() if is_lora(name) or name in biases}
     problems = []
     with torch.no_grad():
