@@ -1,6 +1,7 @@
-"""What a setting is, and what makes settings wrong: types, limits, and combinations that cannot work.
+"""What a setting is, the settings of files, and what makes settings wrong: types, limits, impossible combinations.
 
-`Config` is made of these settings and calls `find_problems` on itself, so this module does not import it.
+`Config` (ft/config.py) adds the settings of training to those of files, and calls `find_problems` on itself, so this
+module does not import it.
 """
 
 import dataclasses
@@ -8,15 +9,18 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, Literal
 
 from ft.errors import is_utf8, shown
+from ft.io import paths
 
 _NO_CLASSES = "--class-weights are of labels, and with --completion-column there are none: leave it out"
 BALANCED = "balanced"  # the value of --class-weights for weights by inverse frequency
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9  # of a class: losses and their sums are fp32
 LARGEST_ALPHA = 1e9  # of LoRA, in flags and in adapter_config.json
+
+TOO_LONG = "which is too long a path for this system: name a shorter one"
 
 # Settings that other libraries write or open as UTF-8: tokenizers, PyArrow and the profiler.
 _UTF8 = ("label_names", "output_dir", "text_column", "label_column", "prompt_column", "completion_column", "profile")
@@ -34,6 +38,76 @@ LOGGING = "Logging and checkpoints, in optimizer steps"
 def setting(default: Any, group: str, help_text: str, *, minimum: float | None = None) -> Any:  # noqa: ANN401
     """A field of `Config`: its default, its heading in the help, its help text, and its minimum."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help_text, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """The settings of input and output: which model, which data, how they are read, and where the run is written."""
+
+    model: str = setting(
+        "openai-community/gpt2",
+        FILES,
+        "Hub id or local directory of the GPT-2 to fine-tune: config.json, tokenizer.json, model.safetensors",
+    )
+    model_revision: str | None = setting(None, FILES, "branch, tag or commit of the model on the Hub (default: main)")
+    init: Literal["pretrained", "random"] = setting(
+        "pretrained", FILES, "start from the pretrained weights, or train from scratch with GPT-2's initialization"
+    )
+    dataset: str = setting(
+        "cornell-movie-review-data/rotten_tomatoes",
+        FILES,
+        "Hub id, directory with train, validation and test as .parquet, .csv, .tsv, .json or .jsonl, or one such file",
+    )
+    dataset_config: str | None = setting(
+        None, FILES, "the subdirectory of one of several data sets that are side by side in --dataset"
+    )
+    dataset_revision: str | None = setting(
+        None, FILES, "branch, tag or commit of the data set on the Hub (default: main, or its conversion to parquet)"
+    )
+    save_dataset: str | None = setting(
+        None, FILES, "also write a copy of the data to this directory, which --dataset can read"
+    )
+    text_column: str = setting("text", FILES, "column of the text that the model reads")
+    label_column: str = setting("label", FILES, "column of the label: whole numbers, or words")
+    label_names: str | None = setting(
+        None,
+        FILES,
+        "words for the labels 0, 1, ... (or for other numbers, in ascending order), separated by commas (default: "
+        "those of the data set, or the numbers)",
+    )
+    skip_empty: bool = setting(
+        False, FILES, "leave out rows without a text, label or completion, or in which it is blank, and count them"
+    )
+    delimiter: str | None = setting(
+        None,
+        FILES,
+        "separator of the columns of .csv and .tsv files: a character, or tab (default: found in the first line)",
+    )
+    encoding: str | None = setting(
+        None, FILES, "encoding of text files, such as cp1252 (default: that of the byte order mark, else UTF-8)"
+    )
+    prompt_column: str = setting("prompt", FILES, "with --completion-column: column of the text that the model reads")
+    completion_column: str | None = setting(
+        None,
+        FILES,
+        "train on completions instead of labels: column of the text to be generated; the loss is on its tokens alone",
+    )
+    train_fraction: float = setting(
+        1.0, FILES, "fraction of the training rows to use, for a quick try; drawn by --seed, each label in proportion"
+    )
+    max_train_samples: int | None = setting(
+        None, FILES, "use at most this many training rows, drawn in the same way (default: all)", minimum=1
+    )
+    output_dir: str = setting("runs/rotten_tomatoes", FILES, "directory for metrics.jsonl, the checkpoints and final/")
+    overwrite: bool = setting(False, FILES, "delete what an earlier run left in --output-dir")
+    resume: str | None = setting(
+        None,
+        FILES,
+        "resume an interrupted run: from the newest checkpoint in --output-dir, or from the run or checkpoint PATH",
+    )
+    demo: bool = setting(
+        False, FILES, "run on generated reviews and a small GPT-2: no network needed, about half a minute"
+    )
 
 
 def flag(name: str) -> str:
@@ -97,6 +171,10 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             problems.append(f"{flag(name)} is empty")
         elif kind is str and "\0" in value:
             problems.append(f"{flag(name)} is {shown(value)}, it must not hold a NUL character")
+        elif name in paths.SETTINGS and paths.is_too_long(value):
+            problems.append(f"{flag(name)} is {shown(value)}, {TOO_LONG}")
+        elif name == "encoding" and not is_encoding(value):
+            problems.append(f"--encoding is {shown(value)}, it must be an encoding of text, such as cp1252")
         elif name in _UTF8 and not is_utf8(value):
             problems.append(f"{flag(name)} is {shown(value)}, it must be valid UTF-8")
     if config.resume and config.overwrite:
@@ -138,6 +216,15 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
     if config.init == "random" and (config.lora_rank is not None or config.adapter is not None):
         problems.append("--init random trains all weights anew, and LoRA changes pretrained ones: leave one out")
     return problems
+
+
+def is_encoding(name: str) -> bool:
+    """Whether Python has an encoding of text of this name."""
+    try:
+        b"text".decode(name, errors="ignore")
+    except (LookupError, ValueError):  # unknown, not of text, or not a possible name
+        return False
+    return True
 
 
 def weights_given(class_weights: str) -> list[float]:

@@ -1,5 +1,7 @@
 """Every setting of a run: its default, its help text, its minimum, and what it does.
 
+Those of input and output, which need no formula, are in `FileSettings` (ft/checks.py), and `Config` inherits them.
+
 The command line is generated from this class: `batch_size` is the flag `--batch-size`. The text under a field explains
 its formula, and the effect of a value that is too large or too small. The defaults are the recipe of the tutorial that
 this program reproduces.
@@ -10,80 +12,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ft.checks import FILES, LENGTH, LOGGING, MACHINE, OPTIMIZER, PARAMETERS, PROCESSES, find_problems, setting
+from ft.checks import (
+    LENGTH,
+    LOGGING,
+    MACHINE,
+    OPTIMIZER,
+    PARAMETERS,
+    PROCESSES,
+    FileSettings,
+    find_problems,
+    setting,
+)
 from ft.errors import UsageError
 from ft.io import paths
 from ft.io.atomic import atomic_write_text
 
 
 @dataclass(frozen=True)
-class Config:
-    """The settings of one run. Frozen, so that no part of a run changes them."""
-
-    model: str = setting(
-        "openai-community/gpt2",
-        FILES,
-        "Hub id or local directory of the GPT-2 to fine-tune: config.json, tokenizer.json, model.safetensors",
-    )
-    model_revision: str | None = setting(None, FILES, "branch, tag or commit of the model on the Hub (default: main)")
-    init: Literal["pretrained", "random"] = setting(
-        "pretrained", FILES, "start from the pretrained weights, or train from scratch with GPT-2's initialization"
-    )
-    dataset: str = setting(
-        "cornell-movie-review-data/rotten_tomatoes",
-        FILES,
-        "Hub id, directory with train, validation and test as .parquet, .csv, .tsv, .json or .jsonl, or one such file",
-    )
-    dataset_config: str | None = setting(
-        None, FILES, "the subdirectory of one of several data sets that are side by side in --dataset"
-    )
-    dataset_revision: str | None = setting(
-        None, FILES, "branch, tag or commit of the data set on the Hub (default: main, or its conversion to parquet)"
-    )
-    save_dataset: str | None = setting(
-        None, FILES, "also write a copy of the data to this directory, which --dataset can read"
-    )
-    text_column: str = setting("text", FILES, "column of the text that the model reads")
-    label_column: str = setting("label", FILES, "column of the label: whole numbers, or words")
-    label_names: str | None = setting(
-        None,
-        FILES,
-        "words for the labels 0, 1, ... (or for other numbers, in ascending order), separated by commas (default: "
-        "those of the data set, or the numbers)",
-    )
-    skip_empty: bool = setting(
-        False, FILES, "leave out rows without a text, label or completion, or in which it is blank, and count them"
-    )
-    delimiter: str | None = setting(
-        None,
-        FILES,
-        "separator of the columns of .csv and .tsv files: a character, or tab (default: found in the first line)",
-    )
-    encoding: str | None = setting(
-        None, FILES, "encoding of text files, such as cp1252 (default: that of the byte order mark, else UTF-8)"
-    )
-    prompt_column: str = setting("prompt", FILES, "with --completion-column: column of the text that the model reads")
-    completion_column: str | None = setting(
-        None,
-        FILES,
-        "train on completions instead of labels: column of the text to be generated; the loss is on its tokens alone",
-    )
-    train_fraction: float = setting(
-        1.0, FILES, "fraction of the training rows to use, for a quick try; drawn by --seed, each label in proportion"
-    )
-    max_train_samples: int | None = setting(
-        None, FILES, "use at most this many training rows, drawn in the same way (default: all)", minimum=1
-    )
-    output_dir: str = setting("runs/rotten_tomatoes", FILES, "directory for metrics.jsonl, the checkpoints and final/")
-    overwrite: bool = setting(False, FILES, "delete what an earlier run left in --output-dir")
-    resume: str | None = setting(
-        None,
-        FILES,
-        "resume an interrupted run: from the newest checkpoint in --output-dir, or from the run or checkpoint PATH",
-    )
-    demo: bool = setting(
-        False, FILES, "run on generated reviews and a small GPT-2: no network needed, about half a minute"
-    )
+class Config(FileSettings):
+    """The settings of one run: those of `FileSettings`, and these. Frozen, so that no part of a run changes them."""
 
     epochs: float = setting(1.0, LENGTH, "passes over the training examples")
     """Steps of a run: epochs x ceil(examples / (batch_size x gradient_accumulation_steps x processes)), rounded up. The

@@ -11,7 +11,7 @@ from typing import Any
 from ft.checks import field_types, flag
 from ft.config import NEWEST, Config
 from ft.errors import UsageError, shown
-from ft.io.paths import expand_home
+from ft.io.paths import expand_home, is_too_long
 from ft.io.plain_files import read_regular
 
 # How a run was started: not part of the configuration that a file sets.
@@ -155,7 +155,8 @@ def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = {name: expand_home(value) for name, value in settings.items()}
     resume = settings.get("resume")
-    if not (isinstance(settings.get("output_dir", ""), str) and isinstance(settings.get("resume") or "", str)):
+    places = [settings.get(name) or "" for name in ("output_dir", "resume")]
+    if not all(isinstance(place, str) and not is_too_long(place) for place in places):
         return {}  # `Config` raises for it
     if resume is not None and resume != NEWEST:
         run = run_directory_of(Path(resume))

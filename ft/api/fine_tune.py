@@ -69,14 +69,14 @@ def fine_tune(
     with _errors_for_python():
         given: dict[str, Any] = {"output_dir": output_dir, "overwrite": overwrite, "resume": resume, **settings}
         has_rows = texts is not None
+        chosen, problems = _to_settings(given, has_rows=has_rows, has_completions=completions is not None)
         if not has_rows and not all(rows is None for rows in (labels, completions, validation, test)):
-            raise UsageError("texts are missing: pass them, or a table as the first argument")
-        chosen = _to_settings(given, has_rows=has_rows, has_completions=completions is not None)
+            problems.append("texts are missing: pass them, or a table as the first argument")
         if labels is not None and completions is not None:
-            raise UsageError("labels and completions are both given: leave one out")
+            problems.append("labels and completions are both given: leave one out")
+        preview = build_config(chosen, problems)
         write: Callable[[Path], None] | None = None
         if has_rows:
-            preview = build_config(chosen, ())
             columns, is_completion = columns_of_rows(preview), preview.completion_column is not None
             answers = completions if is_completion and labels is None else labels
             rows = read_rows(texts, answers, validation, test, **columns, is_completion=is_completion)
@@ -93,11 +93,13 @@ def fine_tune(
     return Run(config.output_dir, device=config.device)
 
 
-def _to_settings(given: Mapping[str, Any], *, has_rows: bool, has_completions: bool) -> dict[str, Any]:
+def _to_settings(
+    given: Mapping[str, Any], *, has_rows: bool, has_completions: bool
+) -> tuple[dict[str, Any], list[str]]:
     """The settings for `Config`, from the values that Python has for them, and those of a run that is resumed.
 
-    Raises:
-        UsageError: a setting is unknown, or contradicts the rows.
+    Returns:
+        The settings, and what is wrong with them before `Config` has checked them, one sentence each.
     """
     known = [field.name for field in fields(Config) if field.name not in NO_FLAGS]
     unknown = [describe_unknown_flag(flag(name), list(map(flag, known))) for name in given if name not in known]
@@ -105,8 +107,14 @@ def _to_settings(given: Mapping[str, Any], *, has_rows: bool, has_completions: b
         text.replace("there is no flag", "there is no setting").replace("--help lists", "help(ft.fine_tune) lists")
         for text in unknown
     ]
-    chosen = {name: _to_value(name, value) for name, value in given.items() if name in known}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen: dict[str, Any] = {}
+    for name in [name for name in given if name in known]:
+        try:
+            value = _to_value(name, given[name])
+        except UsageError as error:
+            problems += error.problems
+        else:
+            chosen |= {} if value is None else {name: value}
     for name in ("dataset", "dataset_revision", "dataset_config", "demo"):
         if has_rows and chosen.get(name) not in (None, False):
             problems.append(f"{name} is {shown(chosen[name])}, and rows are given too: leave one out")
@@ -122,9 +130,7 @@ def _to_settings(given: Mapping[str, Any], *, has_rows: bool, has_completions: b
         chosen = {**base_settings(chosen), **chosen}
     except UsageError as error:
         problems += error.problems
-    if problems:
-        raise UsageError(*problems)
-    return chosen
+    return chosen, problems
 
 
 def _to_value(name: str, value: object) -> object:

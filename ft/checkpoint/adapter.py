@@ -8,6 +8,7 @@ PEFT (https://github.com/huggingface/peft) wraps the `transformers` model, and n
 program `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight`. The layouts are the same.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,12 @@ from ft.io.safetensors_file import safetensors_chunks
 from ft.model.gpt2 import GPT2
 from ft.model.lora import (
     LORA_A,
-    LORA_B,
     LoRASettings,
     add_lora,
     is_lora,
     linear_layers,
+    lora_settings,
+    recorded_biases,
     weights_sha256,
 )
 from ft.model.pretrained import copy_tensor, first_problems, read_tensors
@@ -45,6 +47,7 @@ _READ = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "u
 _READ |= {"base_model_name_or_path", "revision", "init_lora_weights"}
 _WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
 _WITHOUT_EFFECT |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_NAME = "a string without NUL characters and lone surrogates"
 # Initializations of PEFT that leave the base as it is; the others, such as pissa, also change the weights of the base.
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -232,8 +235,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         "lora_dropout": ("a number from 0 to below 1", type(dropout) in (int, float) and 0 <= dropout < 1),
         "use_rslora": ("true or false", type(config["use_rslora"]) is bool),
         "bias": ("none, all or lora_only", config["bias"] in ("none", "all", "lora_only")),
-        "base_model_name_or_path": ("a string", type(config["base_model_name_or_path"]) in (str, type(None))),
-        "revision": ("a string", type(config["revision"]) in (str, type(None))),
+        "base_model_name_or_path": (_NAME, _is_name(config["base_model_name_or_path"])),
+        "revision": (_NAME, _is_name(config["revision"])),
     }
     problems = [
         f"{name} is {shown(config[name])}, it must be {wanted}" if name in config else f"{name} is missing"
@@ -243,6 +246,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if problems:
         raise FtError(f"{path}: " + "; ".join(problems))
     return config
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value can be the name of a file or of something on the Hub, or is None."""
+    if type(value) is not str:
+        return value is None
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _selected_layers(config: Mapping[str, Any], layers: Sequence[str]) -> set[str]:
@@ -292,21 +305,31 @@ def load_adapter(model: GPT2, directory: Path) -> None:
     """Copy an adapter into a model to which `add_lora` has added one of the same settings.
 
     Raises:
-        FtError: a tensor is missing, unexpected, of another shape, or holds NaN or inf.
+        FtError: a tensor is missing, unexpected, of another shape, or holds NaN or inf; a bias counts as either by
+            `bias` of the settings.
     """
     path = directory / ADAPTER_WEIGHTS
     parameters = dict(model.named_parameters())
-    targets = {name.rpartition(".")[0] for name in parameters if is_lora(name)}
-    by_name = {_peft_name(name, targets): name for name in parameters if is_lora(name) or name.endswith(".bias")}
-    missing = {name for name in by_name if name.endswith((f".{LORA_A}.weight", f".{LORA_B}.weight"))}
+    settings = lora_settings(model)
+    assert settings is not None, "add_lora was called"
+    biases = recorded_biases(parameters, settings)
+    by_bias = f"and bias in {ADAPTER_CONFIG} is {shown(settings.bias)}"
+    by_name = {
+        _peft_name(name, settings.targets): name for name in parameters if is_lora(name) or name.endswith(".bias")
+    }
+    # PEFT loads without `strict`: a bias that is missing goes unnoticed, and so does one too many.
+    missing = {peft_name for peft_name, name in by_name.items() if is_lora(name) or name in biases}
     problems = []
     with torch.no_grad():
         for name, tensor in read_tensors([path]):
-            missing.discard(name)
-            if name not in by_name:
+            own_name = by_name.get(name)
+            if own_name is None:
                 problems.append(f"{name} is not a tensor of a LoRA adapter of this GPT-2")
+            elif name not in missing:
+                problems.append(f"{name} is in the file, {by_bias}")
             else:
-                problems += copy_tensor(parameters[by_name[name]], tensor, name)
-    problems += [f"{name} is missing" for name in sorted(missing)]
+                missing.remove(name)
+                problems += copy_tensor(parameters[own_name], tensor, name)
+    problems += [f"{name} is missing" + ("" if is_lora(by_name[name]) else f", {by_bias}") for name in sorted(missing)]
     if problems:
         raise FtError(f"{path}: the adapter does not fit the model: " + first_problems(problems))

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -322,7 +323,7 @@ def _describe_unknown(argument: str) -> str:
         return describe_unknown_flag(argument, known)
     near = difflib.get_close_matches(argument, [*COMMANDS, *RUN_FLAG_COMMANDS, "help"], n=1)
     answer = f"; is it the command {near[0]}?" if near else ""
-    if Path(argument).is_dir():
+    if os.path.isdir(argument):
         answer = f", a directory: --resume {quoted(argument)} continues the run in it, predict uses its model"
     name, equals, value = argument.partition("=")
     if equals and (meant := find_meant_flag(name, known)):  # torchtune's form

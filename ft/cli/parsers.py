@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
 
+from ft.checks import TOO_LONG
 from ft.errors import IN_REPOSITORY, UsageError, program, shown
-from ft.io.paths import expand_home
+from ft.io.paths import expand_home, is_too_long
 
 DESTRUCTIVE = ("--overwrite",)
 
@@ -20,26 +21,30 @@ _FILES_OF_RUNS = {"metrics.jsonl", "scores.json", "summary.json", "config.json",
 _FILES_OF_RUNS |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "generation_config.json"}
 _FILES_OF_RUNS |= {"special_tokens_map.json", "added_tokens.json", "adapter_config.json", "ft.json", *_WEIGHTS}
 
+IDS_OR_PATHS = ("base", "dataset", "model")  # arguments that are text until it is known which
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
 
 # Our flags, with what other tools call them (transformers, TRL, axolotl, litgpt, torchtune, Lightning, nanoGPT), with
-# dashes for underscores. Of several flags the first counts that the command has. Under the empty name is what has no
-# counterpart here: for it no flag is suggested, though one of ours may have a similar name.
+# dashes for underscores, in alphabetical order. Of several flags the first counts that the command has. Under the empty
+# name, at the end, is what has no counterpart here: for it no flag is suggested, though one of ours may be similar.
 _OTHER_NAMES = {
-    "file": "input input-file",
     "activation-checkpointing": "activation-checkpointing-kwargs gradient-checkpointing-kwargs",
     "activation-checkpointing full": "enable-activation-checkpointing gradient-checkpointing",
+    "adapter": "adapter-dir adapter-name-or-path adapter-path lora-path lora-weights peft-model peft-path",
+    "base": "base-model",
     "batch-size": (
         "auto-find-batch-size batch-size-per-gpu bs global-batch-size micro-batch-size per-device-batch-size "
         "per-device-train-batch-size per-gpu-train-batch-size train-batch-size train-micro-batch-size"
     ),
+    "best-metric": "greater-is-better metric-for-best-model",
+    "class-weights": "class-weight",
     "compile default": "compile-model torch-compile",
     "compile reduce-overhead": "torch-compile-mode",
     "completion-column": "completion response-column",
     "config": "config-file",
     "dataset": (
-        "data data-dir data-path dataset-dir dataset-name dataset-path datasets input input-file test-data "
-        "test-file train train-data train-file val-file valid-data valid-file validation-file"
+        "data data-dir data-path dataset-dir dataset-name dataset-path datasets input input-file test-data test-file "
+        "train train-data train-file val-file valid-data valid-file validation-file"
     ),
     "dataset-config": "dataset-config-name subset",
     "device": "accelerator device-map devices gpu-ids gpus",
@@ -54,14 +59,13 @@ _OTHER_NAMES = {
         "eval-every eval-freq eval-frequency eval-interval eval-strategy eval.interval evals-per-epoch "
         "evaluation-strategy val-check-interval"
     ),
+    "file": "input input-file",
     "freeze": "freeze-layers frozen",
     "gradient-accumulation-steps": (
-        "accumulate-grad-batches accumulation accumulation-steps grad-accum grad-accum-steps "
-        "grad-accumulation-steps gradient-accumulation update-freq"
+        "accumulate-grad-batches accumulation accumulation-steps grad-accum grad-accum-steps grad-accumulation-steps "
+        "gradient-accumulation update-freq"
     ),
     "init": "init-from",
-    "best-metric": "greater-is-better metric-for-best-model",
-    "class-weights": "class-weight",
     "keep-best": "load-best-model-at-end",
     "keep-checkpoints": "save-total-limit",
     "label-column": "label label-column-name label-key target-column",
@@ -69,12 +73,9 @@ _OTHER_NAMES = {
     "learning-rate": "init-lr lr",
     "logging-steps": "log-every log-every-n-steps log-freq log-interval log-steps logging-first-step logging-strategy",
     "logging-steps 1": "v verbose verbosity",
-    "adapter": "adapter-dir adapter-name-or-path adapter-path lora-path lora-weights peft-model peft-path",
-    "base": "base-model",
     "lora-rank": "lora-r r rank",
     "lora-rank 8": "lora peft use-lora use-peft",
     "lora-targets": "lora-modules lora-target lora-target-modules target-modules",
-    "train-only '*.bias'": "lora-bias",
     "lr-schedule": "decay-lr lr-scheduler lr-scheduler-kwargs lr-scheduler-type scheduler",
     "max-grad-norm": "clip grad-clip gradient-clip-val gradient-clipping max-norm",
     "max-length": (
@@ -110,17 +111,18 @@ _OTHER_NAMES = {
     "text-column": "dataset-text-field input-column text text-column-name text-field text-key",
     "train-fraction": "limit-train-batches",
     "train-only": "finetuning-type",
+    "train-only '*.bias'": "lora-bias",
     "warmup-steps": "lr-warmup-steps num-warmup-steps warmup warmup-iters warmup-ratio",
     "weight-decay": "wd",
     "": (
         "adam-beta1 adam-beta2 adam-epsilon beta1 beta2 cache-dir chat-template dataloader-num-workers ddp debug "
         "do-eval do-predict do-train enable-jit-checkpoint eval-accumulation-steps eval-iters eval.max-iters "
         "eval.max-new-tokens flash-attention force fsdp-config full-determinism group-by-length hub-model-id "
-        "hub-revision local-rank label-smoothing label-smoothing-factor load-in-4bit load-in-8bit lr-decay-iters "
+        "hub-revision label-smoothing label-smoothing-factor load-in-4bit load-in-8bit local-rank lr-decay-iters "
         "max-eval-samples min-lr n-layer nproc-per-node num-proc num-processes num-workers optim optimizer "
-        "optimizer-name overwrite-output-dir packing processes push-to-hub sample-packing save-model streaming "
-        "token train-on-inputs trust-remote-code val-set-size val-split validation-split "
-        "validation-split-percentage wandb workers world-size yes"
+        "optimizer-name overwrite-output-dir packing processes push-to-hub sample-packing save-model streaming token "
+        "train-on-inputs trust-remote-code val-set-size val-split validation-split validation-split-percentage wandb "
+        "workers world-size yes"
     ),
 }
 
@@ -172,7 +174,8 @@ class CommandParser(argparse.ArgumentParser):
         """Parse a command line. Unknown flags and values of a wrong type are added to `problems`.
 
         Raises:
-            UsageError: an argument or the value of a flag is missing; has all problems that were found before.
+            UsageError: an argument or the value of a flag is missing, or a path is too long; has all problems that were
+                found before.
         """
         positionals = [action for action in self._actions if not action.option_strings]
         self.usage = " ".join([self.prog, *map(_usage_of, positionals), "[FLAG ...]"])
@@ -182,6 +185,8 @@ class CommandParser(argparse.ArgumentParser):
             describe_unknown_flag(word, known) if word.startswith("-") else f"unexpected argument {shown(word)}"
             for word in without_values(rest)
         ]
+        if too_long := [each for action in self._actions for each in _find_long_paths(action, options)]:
+            raise UsageError(*self.problems, *too_long)  # at once, as looking for such a path raises an error
         return options
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:  # noqa: ANN401
@@ -268,6 +273,18 @@ def find_meant_flag(name: str, known: Sequence[str]) -> str | None:
     if bare in FOREIGN_FLAGS:
         return next((meaning for meaning in FOREIGN_FLAGS[bare] if meaning.split(" ")[0] in by_name), None)
     return next(iter(difflib.get_close_matches(bare, by_name, n=1, cutoff=0.65)), None)
+
+
+def _find_long_paths(action: argparse.Action, options: argparse.Namespace) -> list[str]:
+    """A message for each path of an argument that is too long."""
+    value = getattr(options, action.dest, None)
+    values = value if isinstance(value, list) else [value]
+    name = action.option_strings[0] if action.option_strings else action.metavar
+    return [
+        f"{name} is {shown(str(each))}, {TOO_LONG}"
+        for each in values
+        if (isinstance(each, Path) or action.dest in IDS_OR_PATHS) and each is not None and is_too_long(str(each))
+    ]
 
 
 def _usage_of(action: argparse.Action) -> str:

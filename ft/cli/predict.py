@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft.checks import is_encoding
 from ft.cli.parsers import CommandParser, find_output_problems, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, counted, is_utf8, printable, program, quoted, shown
@@ -143,6 +144,8 @@ def _check_flags(options: argparse.Namespace, parsing_problems: Sequence[str]) -
         ]
     if options.texts and options.encoding is not None:
         problems.append("--encoding is of files, and the examples are arguments: leave it out")
+    elif options.encoding is not None and not is_encoding(options.encoding):
+        problems.append(f"--encoding is {shown(options.encoding)}, it must be an encoding of text, such as cp1252")
     if not options.texts and not options.file and (sys.stdin is None or sys.stdin.isatty()):
         problems.append("there are no examples: pass them as arguments, with --file FILE, or through a pipe")
     if options.label_names is None and read_run_settings(Path(options.model)).get("completion_column") is not None:

@@ -137,6 +137,8 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         # Empty or duplicate names are left for `label_tokens`, whose error gives the reason.
         if train_names is not None and len(set(train_names) - {""}) == len(train_names) > 1:
             splits = {name: renumber(split, train_names) for name, split in splits.items()}
+        if config.label_names is not None:
+            _require_name_for_each(splits["train"], label_names or ())
         splits, numbers_note = _name_numbers(splits, label_names)
         notes += numbers_note
     train = splits["train"]
@@ -179,6 +181,24 @@ def _unused_format(form: TextFormat, files: dict[str, list[Path]]) -> list[str]:
 def _configured_names(config: Config) -> list[str] | None:
     """The label names of --label-names."""
     return None if config.label_names is None else [name.strip() for name in config.label_names.split(",")]
+
+
+def _require_name_for_each(train: Split, names: Sequence[str]) -> None:
+    """Check that --label-names names each number of the training split: 0, 1, ..., or as many others.
+
+    A single name is left for `label_tokens`.
+
+    Raises:
+        UsageError: there are fewer or more names than other numbers.
+    """
+    numbers = sorted(set(train.labels))
+    row = next((row for row, label in enumerate(train.labels) if not 0 <= label < len(names)), None)
+    if row is not None and 1 < len(names) != len(numbers):
+        raise UsageError(
+            f"--label-names has {counted(len(names), 'name')}, {listed(names)}, and the training rows have "
+            f"{counted(len(numbers), 'label')}, {listed(list(map(str, numbers)))}, such as {train.labels[row]} in "
+            f"{train.where(row)}: name each, in ascending order, or correct the data"
+        )
 
 
 def _name_numbers(splits: dict[str, Split], label_names: Sequence[str] | None) -> tuple[dict[str, Split], list[str]]:

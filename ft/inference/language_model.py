@@ -111,6 +111,11 @@ def _load_adapter(
     named = expand_home(str(base or recorded))
     try:
         place = model_directory(Path(named)) or named
+        if isinstance(place, Path) and base is None and revision is None and recorded_revision is not None:
+            raise FtError(
+                f"its revision is {shown(recorded_revision)}, and {place} is a local directory, which has none: remove "
+                "the field revision"
+            )
         loaded = _load(place, torch.device("cpu"), revision or (None if base else recorded_revision))
     except FtError as error:
         where = (

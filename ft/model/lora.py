@@ -16,7 +16,7 @@ layers of `torch.nn.Linear`.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -188,6 +188,16 @@ def is_lora(name: str) -> bool:
     return name.endswith((f".{LORA_A}", f".{LORA_B}"))
 
 
+def recorded_biases(names: Collection[str], settings: LoRASettings) -> set[str]:
+    """The biases among the names of a model's parameters that its adapter has by `settings.bias`."""
+    of_targets = {f"{target}.bias" for target in settings.targets}
+    return {
+        name
+        for name in names
+        if name.endswith(".bias") and (settings.bias == "all" or (settings.bias == "lora_only" and name in of_targets))
+    }
+
+
 def adapter_parameters(model: nn.Module, settings: LoRASettings) -> dict[str, nn.Parameter]:
     """The parameters that the adapter of a model consists of: each A and B, and biases if any of them is trained.
 
@@ -196,8 +206,7 @@ def adapter_parameters(model: nn.Module, settings: LoRASettings) -> dict[str, nn
     parameters = dict(model.named_parameters())
     biases = {name for name in parameters if name.endswith(".bias")}
     of_targets = {f"{target}.bias" for target in settings.targets}
-    changed = {"none": set(), "lora_only": of_targets, "all": biases}[settings.bias]
-    changed = changed | {name for name in biases if parameters[name].requires_grad}
+    changed = recorded_biases(parameters, settings) | {name for name in biases if parameters[name].requires_grad}
     kept = biases if changed - of_targets else of_targets if changed else set()
     return {name: parameter for name, parameter in parameters.items() if is_lora(name) or name in kept}
 

@@ -304,6 +304,24 @@ def test_all_problems_are_reported_at_once(tune, rows):
     assert len(caught.value.problems) == 3
 
 
+def test_unknown_settings_wrong_values_and_limits_are_reported_at_once(tune, rows):
+    with pytest.raises(ft.UsageError) as caught:
+        tune(*rows["train"], epochss=3, batch_size=0, label_names=["a,b", "c"], learning_rate="fast", dataset="x")
+    problems = "\n".join(caught.value.problems)
+    for message in (
+        "there is no setting epochss, is it epochs?",
+        "label_names is ['a,b', 'c'], a name must not contain a comma",
+        "dataset is 'x', and rows are given too",
+        "batch_size is 0, it must be at least 1",
+        "learning_rate is 'fast', it must be a number",
+    ):
+        assert message in problems
+    assert len(caught.value.problems) == 5
+    with pytest.raises(ft.UsageError) as caught:
+        ft.fine_tune(labels=[1], completions=["a"], epochss=3, batch_size=0)
+    assert len(caught.value.problems) == 4
+
+
 # --- the run
 
 

@@ -339,6 +339,12 @@ REFUSED = {
     "alpha 0": ({"lora_alpha": 0}, "lora_alpha is 0, it must be a number above 0"),
     "dropout 1": ({"lora_dropout": 1.0}, "lora_dropout is 1.0, it must be a number from 0 to below 1"),
     "bias": ({"bias": "some"}, "bias is 'some', it must be none, all or lora_only"),
+    "a surrogate in the base": (
+        {"base_model_name_or_path": "a\ud800"},
+        r"base_model_name_or_path is 'a\\ud800', it must",
+    ),
+    "NUL in the base": ({"base_model_name_or_path": "a\0"}, r"base_model_name_or_path is 'a\\x00', it must be a str"),
+    "NUL in the revision": ({"revision": "a\0"}, r"revision is 'a\\x00', it must be a string without NUL"),
     "wrong rank": ({"r": 5}, r"r is 5, and lora_A of h.0.attn.c_attn in adapter_model.safetensors has shape \(4, 64\)"),
 }
 
@@ -392,6 +398,53 @@ def test_damage_is_named(damage, problem, run, inputs, tmp_path, capsys):
     assert main([*inputs, "--adapter", str(run / "adapter"), "--output-dir", str(tmp_path / "new")]) == status
     error = capsys.readouterr().err
     assert re.search(problem, error), error
+
+
+def test_a_revision_of_a_local_base_is_named_by_its_field(run, inputs, capsys):
+    path = run / "adapter" / CONFIG
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({**recorded, "revision": "main"}))
+    assert main(["predict", str(run / "adapter"), "text", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert f"{path} names" in error
+    assert "its revision is 'main', and " in error
+    assert "remove the field revision" in error
+    assert "--model-revision" not in error
+    base = ["--base", recorded["base_model_name_or_path"]]
+    assert main(["predict", str(run / "adapter"), "text", "--device", "cpu", *base]) == 0
+
+
+def bias_names(folder):
+    return sorted(name for name in load_file(folder / WEIGHTS) if name.endswith(".bias"))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_missing_bias_is_named(bias, trained_by_peft, inputs, tmp_path, capsys):
+    adapter, _ = trained_by_peft(bias=bias)
+    name = bias_names(adapter)[1]
+    damage_tensors(adapter, lambda tensors: tensors.pop(name))
+    peft.PeftModel.from_pretrained(transformers_base(inputs), adapter)  # keeps the bias of the base
+    flags = ["--adapter", str(adapter), "--output-dir", str(tmp_path / "new")]
+    labels = ["--label-names", "neg,pos"]
+    for command in ([*inputs, *flags], ["predict", str(adapter), "text", "--device", "cpu", *labels]):
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert f"{name} is missing, and bias in adapter_config.json is '{bias}'" in error, error
+        assert error.count(".bias") == 1, "the others are there"
+
+
+@pytest.mark.parametrize(("trained", "recorded"), [("all", "none"), ("lora_only", "none"), ("all", "lora_only")])
+def test_a_bias_beyond_the_configuration_is_named(trained, recorded, trained_by_peft, inputs, tmp_path, capsys):
+    adapter, _ = trained_by_peft(bias=trained)
+    path = adapter / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": recorded}))
+    extra = [name for name in bias_names(adapter) if recorded == "none" or ".base_layer." not in name]
+    assert main([*inputs, "--adapter", str(adapter), "--output-dir", str(tmp_path / "new")]) == 1
+    error = capsys.readouterr().err
+    named = re.findall(r"(\S+) is in the file, and bias in adapter_config.json is '(\w+)'", error)
+    assert named, error
+    assert {name for name, _ in named} <= set(extra)
+    assert {bias for _, bias in named} == {recorded}
 
 
 def test_flags_that_differ_from_the_adapter_are_refused(finished, inputs, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 
 import ft
 from ft.checks import flag
-from ft.cli.arguments import read_arguments
+from ft.cli.arguments import COMMANDS, read_arguments
 from ft.cli.main import main
-from ft.cli.parsers import DESTRUCTIVE, FOREIGN_FLAGS, describe_unknown_flag
+from ft.cli.parsers import _OTHER_NAMES, DESTRUCTIVE, FOREIGN_FLAGS, describe_unknown_flag
 from ft.config import NO_FLAGS, Config
 from ft.errors import UsageError
 from ft.io.paths import SETTINGS
@@ -210,6 +211,59 @@ def test_a_command_answers_with_its_own_flags(capsys):
     assert "--temp, is it --temperature?" in error
     assert "--max_length, is it --max-new-tokens?" in error
     assert "--lr; --help lists all flags" in error
+
+
+def test_names_of_other_tools_are_in_order_and_those_suggested_exist(capsys):
+    meanings = [meaning for meaning in _OTHER_NAMES if meaning]
+    assert [*_OTHER_NAMES] == [*sorted(meanings), ""]
+    for names in _OTHER_NAMES.values():
+        assert names.split() == sorted(set(names.split()))
+    known = set(FLAGS)
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    assert {meaning for meaning in meanings if f"--{meaning.split(' ')[0]}" not in known} == set()
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 256, "x/" * 2100 + "x", f"here/{'é' * 128}/x"], ids=["name", "path", "bytes of a name"]
+)
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        *(([flag(setting)], flag(setting)) for setting in SETTINGS),
+        (["data", "--dataset"], "--dataset"),
+        (["runs"], "DIR"),
+        (["report"], "RUN"),
+        (["report", "runs", "--output"], "--output"),
+        (["predict"], "RUN"),
+        (["predict", "run", "--file"], "--file"),
+        (["predict", "run", "a", "--base"], "--base"),
+        (["predict", "run", "a", "--output"], "--output"),
+        (["evaluate", "run", "--dataset"], "--dataset"),
+        (["generate"], "RUN"),
+        (["export", "--to", "gguf"], "RUN"),
+        (["export", "run", "--to", "gguf", "--output"], "--output"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_too_long_a_path_is_named_by_its_flag(arguments, name, path, capsys):
+    assert main([*arguments, path]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {name} is 'x" in error or f"error: {name} is 'here/" in error, error
+    assert "too long a path for this system: name a shorter one" in error
+
+
+@pytest.mark.parametrize("arguments", [["data", "--config"], ["--resume", "--output-dir"], ["explain", "--model"]])
+def test_too_long_a_path_of_other_arguments_is_wrong_usage(arguments, capsys):
+    assert main([*arguments, "x" * 300]) == 2
+    assert "too long" in capsys.readouterr().err
+
+
+def test_a_long_word_in_place_of_a_flag_is_no_path(capsys):
+    assert main(["x" * 300]) == 2
+    assert "unexpected argument 'xxx" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("habit", FOREIGN_FLAGS)

@@ -89,10 +89,17 @@ def test_label_names_name_them_in_ascending_order(train, tmp_path, capsys, name,
     assert train(path, "--label-names", "awful,bad,good,superb", "--resume", "--max-steps", "3") == 0
 
 
-def test_label_names_that_are_too_few_name_the_first_row(train, tmp_path, capsys):
-    path = write(tmp_path / "x.csv", STARS * 12)
-    assert train(path, "--label-names", "bad,good") == 1
-    assert f"the label in row 1 of {path} (line 3) is 2, it must be from 0 to 1" in capsys.readouterr().err
+@pytest.mark.parametrize("labels", [[1, 2, 3, 4, 5], [-1, 0, 1], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_too_few_label_names_are_wrong_usage_and_all_labels_named(train, tmp_path, capsys, labels, name):
+    path = write(tmp_path / name, labels * 12)
+    assert train(path, "--label-names", "bad,good") == 2
+    error = capsys.readouterr().err
+    first = next(row for row, label in enumerate(labels) if label not in (0, 1))
+    assert "--label-names has 2 names, bad, good, and the training rows have" in error
+    assert f"{len(labels)} labels, {', '.join(map(str, labels))}, such as {labels[first]} in row {first} of" in error
+    assert "name each, in ascending order, or correct the data" in error
+    assert train(path, "--label-names", ",".join("abcde"[: len(labels)])) == 0
 
 
 def test_a_label_that_the_model_does_not_have_is_named_by_file_and_line(train, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,6 +184,21 @@ def test_a_flag_that_another_leaves_without_effect_is_refused(flags, message, ca
 def test_a_flag_of_text_files_is_said_to_have_no_effect_on_parquet(inputs, tmp_path, capsys, flag, value):
     assert main(["data", *inputs[:4], flag, value]) == 0
     assert f"Note: {flag} has no effect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "hex", "cp1252\0", "undefined"])
+@pytest.mark.parametrize("command", ["train", "data", "evaluate", "predict"])
+def test_an_unknown_encoding_is_refused_whatever_the_file(finished, inputs, tmp_path, capsys, command, encoding):
+    file = next(Path(inputs[3]).rglob("*.parquet"))
+    arguments = {
+        "train": [*inputs, "--output-dir", str(tmp_path / "run")],
+        "data": ["data", *inputs[:4]],
+        "evaluate": ["evaluate", str(finished), "--dataset", str(file)],
+        "predict": ["predict", str(finished), "--file", str(file)],
+    }[command]
+    assert main([*arguments, "--encoding", encoding]) == 2
+    assert "--encoding is " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # --- a run as a model -------------------------------------------------------------------------------------------------
