@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from ft.cli.predict import (
     find_flag_problems,
     inference_memory_advice,
     load_classifier,
+    model_paths,
     read_run_settings,
 )
 from ft.config import Config
+from ft.data.dataset_files import SPLITS, dataset_files
 from ft.data.table import listed
 from ft.errors import FtError, counted, one_line, printable, shown
 from ft.io.paths import expand_home
@@ -122,8 +125,6 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
         UsageError: with one sentence for each problem.
     """
     problems = [*parsing_problems, *find_flag_problems(options)]
-    if options.output is not None:
-        problems += find_output_problems(options.output, [Path(expand_home(options.dataset or ""))])
     if options.mistakes < 0:
         problems.append(f"--mistakes is {options.mistakes}, it must be at least 0")
     settings: dict[str, Any] = read_run_settings(Path(options.model))
@@ -133,6 +134,8 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
     settings |= {name: getattr(options, name) for name in flags if getattr(options, name) is not None}
     if options.skip_empty:
         settings["skip_empty"] = True
+    if options.output is not None:
+        problems += find_output_problems(options.output, [*model_paths(options), *_local_files(settings)])
     if "dataset" not in settings:
         problems.append(
             f"{options.model} does not record its training data: pass a --dataset"
@@ -152,6 +155,17 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
             f"--prompt-column is {shown(options.prompt_column)} without --completion-column: pass both or neither"
         )
     return build_config(settings, problems)
+
+
+def _local_files(settings: Mapping[str, Any]) -> list[Path]:
+    """All files of the data set that the settings name, if it is not on the Hub."""
+    path = Path(expand_home(settings.get("dataset", "")))
+    found = [path] if path.is_file() else []
+    for split in sorted(set(SPLITS.values())) if path.is_dir() else ():
+        with suppress(FtError):  # which reading the data raises again
+            for files in dataset_files(str(path), part=settings.get("dataset_config"), first_of=(split,)).values():
+                found += files
+    return found
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

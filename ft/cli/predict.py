@@ -131,7 +131,7 @@ def _check_flags(options: argparse.Namespace, parsing_problems: Sequence[str]) -
     if options.texts and options.file:
         problems.append("pass examples or --file, not both")
     if options.output:
-        problems += find_output_problems(options.output, [options.file] if options.file else [])
+        problems += find_output_problems(options.output, [*model_paths(options), *filter(None, [options.file])])
         if options.json:
             problems.append("--json prints the predictions that --output writes: leave one out")
     if not is_table:
@@ -239,6 +239,11 @@ def _print_json_lines(first: int, texts: Chunk, predictions: "Sequence[Predictio
         record = {"row": row, "text": text, "label": label, "probabilities": probabilities}
         print(json.dumps(record, ensure_ascii=False))
     sys.stdout.flush()
+
+
+def model_paths(options: argparse.Namespace) -> list[Path]:
+    """The directories that the flags of `ModelParser` read, if they are directories and not on the Hub."""
+    return [Path(name) for name in (options.model, options.base) if name is not None]
 
 
 def find_flag_problems(options: argparse.Namespace) -> list[str]:
