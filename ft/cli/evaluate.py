@@ -205,8 +205,8 @@ def _evaluate_labels(
     mistakes, baseline = record["mistakes"], record["majority_baseline"]
     print(
         f"{split.name}: {counted(len(predictions), 'example')}, accuracy {result.accuracy:.2%}, macro F1 "
-        f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%} "
-        f"({len(predictions) / seconds:,.1f} examples/s, by {printable(classifier.source)})\n"
+        f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%}"
+        f"{_speed(len(predictions) / seconds, classifier.source, quiet=options.quiet)}\n"
         f"Majority baseline, always {one_line(names[majority])}: accuracy {baseline:.2%}"
         + ("\n" if result.accuracy > baseline else ", which the model does not beat\n")
     )
@@ -219,6 +219,11 @@ def _evaluate_labels(
         text = one_line(str(mistake["text"]), 90)
         print(f"  {label} ({mistake['probability']:.1%}, true label {true}, {place}): {text}")
     return record, output
+
+
+def _speed(rate: float, source: str, *, quiet: bool) -> str:
+    """The end of the line with the scores: the examples per second, which are not part of the result."""
+    return "" if quiet else f" ({rate:,.1f} examples/s, by {printable(source)})"
 
 
 def _place(record: Mapping[str, object], *, several_files: bool) -> str:
@@ -315,9 +320,7 @@ def _evaluate_completions(
     ]
     if options.json:
         return record, output
-    print(
-        f"{_summary(split.name, result)} ({len(examples) / seconds:,.1f} examples/s, by {printable(classifier.source)})"
-    )
+    print(_summary(split.name, result) + _speed(len(examples) / seconds, classifier.source, quiet=options.quiet))
     if failures:
         print("\nhighest loss per token:")
     for failure in failures:

@@ -108,9 +108,13 @@ def load(
         base: of an adapter: a directory or Hub id. Default: where the adapter's adapter_config.json says it is.
 
     Raises:
+        UsageError: the model has fewer positions than `max_length`.
         FtError: there is no such model, it is damaged, or two labels begin with the same token.
     """
     loaded = load_language_model(source, device=device, revision=revision, base=base)
+    n_positions = loaded.model.config.n_positions
+    if max_length is not None and max_length > n_positions:
+        raise UsageError(f"--max-length is {max_length}, but {loaded.source} has {n_positions} positions; lower it")
     saved = read_task(loaded.published)
     names = tuple(label_names) if label_names is not None else saved.label_names
     length = max_length or saved.max_length or _max_length_of_run(Path(loaded.source))
@@ -118,7 +122,7 @@ def load(
         **vars(loaded),
         named_labels=names,
         label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=names == saved.label_names),
-        max_length=min(length, loaded.model.config.n_positions),
+        max_length=min(length, n_positions),
     )
 
 

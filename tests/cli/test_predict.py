@@ -81,6 +81,17 @@ def test_a_long_text_is_read_as_in_training(finished):
     assert list(prediction.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("command", [["predict", "{run}", "a film"], ["evaluate", "{run}"]])
+def test_more_tokens_than_positions_are_refused(finished, capsys, command):
+    limit = transformers.AutoConfig.from_pretrained(finished / "final").n_positions
+    words = [word.format(run=finished) for word in command]
+    assert main([*words, "--device", "cpu", "--max-length", str(limit + 1)]) == 2
+    assert f"--max-length is {limit + 1}, but {finished / 'final'} has {limit} positions" in capsys.readouterr().err
+    assert main([*words, "--device", "cpu", "--max-length", str(limit)]) == 0
+    with pytest.raises(ft.UsageError, match=f"has {limit} positions"):
+        load(finished, device="cpu", max_length=limit + 1)
+
+
 def test_every_place_of_a_model_is_found(finished, inputs, tmp_path):
     whole = load(finished, device="cpu").predict(TEXTS)
     newest = checkpoints(finished)[-1]

@@ -126,7 +126,10 @@ def test_a_quiet_run_prints_its_results_alone(inputs, tmp_path, capsys):
     assert (out[:10], out.count("\n"), err) == ('{"row": 0,', 1, "")
     answers = ["--output", str(tmp_path / "answers.csv")]
     assert main(["evaluate", str(tmp_path / "run"), "--quiet", "--device", "cpu", *answers]) == 0
-    assert capsys.readouterr().err == ""
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("test: ")
+    assert "examples/s" not in out
     assert main(["generate", str(tmp_path / "run"), "a", "--quiet", "--device", "cpu", "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().err == ""
 
