@@ -186,6 +186,8 @@ def _evaluate_labels(
     with progress_bar(len(split.texts), "example", quiet=options.quiet) as bar:
         predictions = classifier.predict(split.texts, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
+    for note in () if options.quiet else classifier.describe_cut(classifier.count_tokens(split.texts)):
+        print(f"Note: {note}.", file=sys.stderr)
     rows = [list(prediction.probabilities.values()) for prediction in predictions]
     probabilities = torch.tensor(rows, dtype=torch.float64)
     result = scores(probabilities, torch.tensor(split.labels))

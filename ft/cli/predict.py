@@ -170,6 +170,7 @@ def _predict_all(
     count, seconds = 0, 0.0
     missing: list[int] = []
     blank: list[int] = []
+    lengths: list[int] = []
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total, "example", quiet=options.quiet or prints_to_terminal))
         write = stack.enter_context(_open_answers(options, table, names))
@@ -178,11 +179,14 @@ def _predict_all(
             started = time.perf_counter()
             predictions = iter(classifier.predict(present, options.batch_size))
             seconds += time.perf_counter() - started
+            lengths += [] if options.quiet else classifier.count_tokens(present)
             write(count, texts, [None if text is None else next(predictions) for text in texts])
             missing += [row for row, text in enumerate(texts, start=count) if text is None]
             blank += [row for row, text in enumerate(texts, start=count) if text is not None and not text.strip()]
             count += len(texts)
             bar.update(len(texts))
+    for note in classifier.describe_cut(lengths):
+        print(f"Note: {note}.", file=sys.stderr)
     for rows, what in ((missing, "missing: no prediction"), (blank, "blank: the label there is that of no text")):
         if rows and table is not None and not options.quiet:
             print(f"Note: the text in {table.where(rows)} is {what}.", file=sys.stderr)

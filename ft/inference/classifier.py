@@ -19,7 +19,7 @@ from torch import Tensor
 from ft.checkpoint.saved_task import read_task
 from ft.config import Config
 from ft.data.batches import by_length, in_batches
-from ft.data.examples import encode, label_tokens, require_utf8
+from ft.data.examples import describe_cut, encode, label_tokens, require_utf8
 from ft.data.splits import Split
 from ft.errors import UsageError, shown
 from ft.inference.language_model import LanguageModel, load_language_model
@@ -60,6 +60,15 @@ class Classifier(LanguageModel):
         if self.named_labels is None:
             raise UsageError(f"{self.source} does not name its labels: name them by --label-names neg,pos")
         return self.named_labels
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text with end-of-text and label, as `max_length` counts them, before a text is cut."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [len(encoding.ids) + 2 for encoding in encodings]
+
+    def describe_cut(self, lengths: Sequence[int]) -> list[str]:
+        """A note on the texts of these `count_tokens` that lose their beginning; none if none does."""
+        return describe_cut(lengths, self.max_length, self.model.config.n_positions)
 
     def predict(self, texts: Sequence[str], batch_size: int = 64, progress: Count = no_progress) -> list[Prediction]:
         """Predict the label of each text, in order. `progress` is called with the number of texts of each batch.
