@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from ft.cli.predict import (
     find_flag_problems,
     inference_memory_advice,
     load_classifier,
+    model_paths,
     read_run_settings,
 )
 from ft.config import Config
+from ft.data.dataset_files import SPLITS, dataset_files
 from ft.data.table import listed
 from ft.errors import FtError, counted, one_line, printable, shown
 from ft.io.paths import expand_home
@@ -122,8 +125,6 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
         UsageError: with one sentence for each problem.
     """
     problems = [*parsing_problems, *find_flag_problems(options)]
-    if options.output is not None:
-        problems += find_output_problems(options.output, [Path(expand_home(options.dataset or ""))])
     if options.mistakes < 0:
         problems.append(f"--mistakes is {options.mistakes}, it must be at least 0")
     settings: dict[str, Any] = read_run_settings(Path(options.model))
@@ -133,6 +134,8 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
     settings |= {name: getattr(options, name) for name in flags if getattr(options, name) is not None}
     if options.skip_empty:
         settings["skip_empty"] = True
+    if options.output is not None:
+        problems += find_output_problems(options.output, [*model_paths(options), *_local_files(settings)])
     if "dataset" not in settings:
         problems.append(
             f"{options.model} does not record its training data: pass a --dataset"
@@ -154,6 +157,17 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
     return build_config(settings, problems)
 
 
+def _local_files(settings: Mapping[str, Any]) -> list[Path]:
+    """All files of the data set that the settings name, if it is not on the Hub."""
+    path = Path(expand_home(settings.get("dataset", "")))
+    found = [path] if path.is_file() else []
+    for split in sorted(set(SPLITS.values())) if path.is_dir() else ():
+        with suppress(FtError):  # which reading the data raises again
+            for files in dataset_files(str(path), part=settings.get("dataset_config"), first_of=(split,)).values():
+                found += files
+    return found
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +186,8 @@ def _evaluate_labels(
     with progress_bar(len(split.texts), "example", quiet=options.quiet) as bar:
         predictions = classifier.predict(split.texts, options.batch_size, bar.update)
     seconds = time.perf_counter() - started
+    for note in () if options.quiet else classifier.describe_cut(classifier.count_tokens(split.texts)):
+        print(f"Note: {note}.", file=sys.stderr)
     rows = [list(prediction.probabilities.values()) for prediction in predictions]
     probabilities = torch.tensor(rows, dtype=torch.float64)
     result = scores(probabilities, torch.tensor(split.labels))
@@ -191,8 +207,8 @@ def _evaluate_labels(
     mistakes, baseline = record["mistakes"], record["majority_baseline"]
     print(
         f"{split.name}: {counted(len(predictions), 'example')}, accuracy {result.accuracy:.2%}, macro F1 "
-        f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%} "
-        f"({len(predictions) / seconds:,.1f} examples/s, by {printable(classifier.source)})\n"
+        f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%}"
+        f"{_speed(len(predictions) / seconds, classifier.source, quiet=options.quiet)}\n"
         f"Majority baseline, always {one_line(names[majority])}: accuracy {baseline:.2%}"
         + ("\n" if result.accuracy > baseline else ", which the model does not beat\n")
     )
@@ -205,6 +221,11 @@ def _evaluate_labels(
         text = one_line(str(mistake["text"]), 90)
         print(f"  {label} ({mistake['probability']:.1%}, true label {true}, {place}): {text}")
     return record, output
+
+
+def _speed(rate: float, source: str, *, quiet: bool) -> str:
+    """The end of the line with the scores: the examples per second, which are not part of the result."""
+    return "" if quiet else f" ({rate:,.1f} examples/s, by {printable(source)})"
 
 
 def _place(record: Mapping[str, object], *, several_files: bool) -> str:
@@ -301,9 +322,7 @@ def _evaluate_completions(
     ]
     if options.json:
         return record, output
-    print(
-        f"{_summary(split.name, result)} ({len(examples) / seconds:,.1f} examples/s, by {printable(classifier.source)})"
-    )
+    print(_summary(split.name, result) + _speed(len(examples) / seconds, classifier.source, quiet=options.quiet))
     if failures:
         print("\nhighest loss per token:")
     for failure in failures:

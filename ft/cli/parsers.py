@@ -5,7 +5,7 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Never
 
@@ -20,6 +20,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.
 _FILES_OF_RUNS = {"metrics.jsonl", "scores.json", "summary.json", "config.json", "state.json", "manifest.json"}
 _FILES_OF_RUNS |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "generation_config.json"}
 _FILES_OF_RUNS |= {"special_tokens_map.json", "added_tokens.json", "adapter_config.json", "ft.json", *_WEIGHTS}
+_DIRECTORIES_OF_RUNS = re.compile(r"inputs|final|adapter|classifier|gguf|checkpoint-[0-9]+")
 
 IDS_OR_PATHS = ("base", "dataset", "model")  # arguments that are text until it is known which
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
@@ -214,8 +215,40 @@ def _is_run_or_model(directory: Path) -> bool:
     return any((directory / name).exists() for name in ("metrics.jsonl", *_WEIGHTS))
 
 
+def _is_of_a_run_or_model(path: Path) -> bool:
+    """Whether a path is that of a file that a run or a model has or reads, or is in one of a run's own directories.
+
+    Links in the path are followed first. What a user keeps beside these files, such as earlier predictions, is not one.
+    """
+    path = path.resolve()
+    if path.name in _FILES_OF_RUNS and path.exists() and _is_run_or_model(path.parent):
+        return True
+    return any(
+        _DIRECTORIES_OF_RUNS.fullmatch(directory.name) and (directory.parent / "metrics.jsonl").exists()
+        for directory in path.parents
+    )
+
+
+def _files_of(source: Path) -> Iterator[Path]:
+    """The files of an input: the file itself, or the files of a run or model and those in the run's directories."""
+    if not source.is_dir():
+        yield source
+        return
+    runs = [directory for directory in (source, source.parent) if _is_run_or_model(directory)]
+    for directory in runs:
+        yield from (directory / name for name in sorted(_FILES_OF_RUNS))
+        for child in directory.iterdir():
+            if _DIRECTORIES_OF_RUNS.fullmatch(child.name):
+                yield from child.rglob("*")
+
+
 def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
-    """A message for an --output that cannot be written as a table, or that is one of the `inputs`."""
+    """A message for an --output that cannot be written as a table, or that would replace what is read.
+
+    Args:
+        path: the value of --output.
+        inputs: the files that the command reads, and directories of runs and models.
+    """
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
         known = f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}"
         return [f"--output is {shown(str(path))}, it must end in {known}"]
@@ -228,10 +261,12 @@ def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
         ]
     if path.exists() and not path.is_file():
         return [f"--output is {shown(str(path))}, which is not a regular file: name another"]
-    if path.name in _FILES_OF_RUNS and path.exists() and _is_run_or_model(path.parent):
+    if _is_of_a_run_or_model(path):
         return [f"--output is {shown(str(path))}, a file of the run or model in that directory: name another"]
-    if any(source.exists() and path.exists() and path.samefile(source) for source in inputs):
-        return [f"--output is {shown(str(path))}, the file that is read: name another"]
+    if path.exists():  # also as a hard link, or under a name with other capitals
+        for source in (file for given in inputs for file in _files_of(given)):
+            if source.exists() and path.samefile(source):
+                return [f"--output is {shown(str(path))}, the file that is read: name another"]
     return []
 
 

@@ -132,7 +132,7 @@ def _check_flags(options: argparse.Namespace, parsing_problems: Sequence[str]) -
     if options.texts and options.file:
         problems.append("pass examples or --file, not both")
     if options.output:
-        problems += find_output_problems(options.output, [options.file] if options.file else [])
+        problems += find_output_problems(options.output, [*model_paths(options), *filter(None, [options.file])])
         if options.json:
             problems.append("--json prints the predictions that --output writes: leave one out")
     if not is_table:
@@ -173,6 +173,7 @@ def _predict_all(
     count, seconds = 0, 0.0
     missing: list[int] = []
     blank: list[int] = []
+    lengths: list[int] = []
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total, "example", quiet=options.quiet or prints_to_terminal))
         write = stack.enter_context(_open_answers(options, table, names))
@@ -181,11 +182,14 @@ def _predict_all(
             started = time.perf_counter()
             predictions = iter(classifier.predict(present, options.batch_size))
             seconds += time.perf_counter() - started
+            lengths += [] if options.quiet else classifier.count_tokens(present)
             write(count, texts, [None if text is None else next(predictions) for text in texts])
             missing += [row for row, text in enumerate(texts, start=count) if text is None]
             blank += [row for row, text in enumerate(texts, start=count) if text is not None and not text.strip()]
             count += len(texts)
             bar.update(len(texts))
+    for note in classifier.describe_cut(lengths):
+        print(f"Note: {note}.", file=sys.stderr)
     for rows, what in ((missing, "missing: no prediction"), (blank, "blank: the label there is that of no text")):
         if rows and table is not None and not options.quiet:
             print(f"Note: the text in {table.where(rows)} is {what}.", file=sys.stderr)
@@ -242,6 +246,11 @@ def _print_json_lines(first: int, texts: Chunk, predictions: "Sequence[Predictio
         record = {"row": row, "text": text, "label": label, "probabilities": probabilities}
         print(json.dumps(record, ensure_ascii=False))
     sys.stdout.flush()
+
+
+def model_paths(options: argparse.Namespace) -> list[Path]:
+    """The directories that the flags of `ModelParser` read, if they are directories and not on the Hub."""
+    return [Path(name) for name in (options.model, options.base) if name is not None]
 
 
 def find_flag_problems(options: argparse.Namespace) -> list[str]:

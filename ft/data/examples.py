@@ -113,6 +113,30 @@ def keep_end(example: Example, max_length: int) -> Example:
     return Example(input_ids, example.target_ids[-len(input_ids) :])
 
 
+def describe_cut(lengths: Sequence[int], max_length: int, limit: int) -> list[str]:
+    """A note on the examples that are longer than `max_length`, and the lengths that keep more; none if none is.
+
+    Args:
+        lengths: the tokens of each example, as `length_of` counts them.
+        max_length: the tokens that are kept.
+        limit: the most that the model can read.
+    """
+    ranked = sorted(lengths)
+    cut = sum(length > max_length for length in ranked)
+    if not cut:
+        return []
+    wanted = {"95%": ranked[(len(ranked) * 95 - 1) // 100], "all": ranked[-1]}
+    better = [f"{length:,} {share}" for share, length in wanted.items() if max_length < length <= limit]
+    advice = f"the model reads at most {limit:,}"
+    if better:
+        advice = f"--max-length {better[0].replace(' ', ' keeps ')} of them complete" + "".join(
+            f", {each}" for each in better[1:]
+        )
+    return [
+        f"{cut:,} of {len(ranked):,} examples are longer than --max-length {max_length:,} and keep their end; {advice}"
+    ]
+
+
 def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_length: int) -> list[Example]:
     """Tokenize the rows of a split: the input is [tokens of the text, end-of-text], the target the token of the label.
 

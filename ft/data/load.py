@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ft.config import Config
 from ft.data import dataset_files
 from ft.data.demo import write_demo
-from ft.data.examples import Example, encode, keep_end, label_tokens, length_of
+from ft.data.examples import Example, describe_cut, encode, keep_end, label_tokens, length_of
 from ft.data.splits import Split, stratified
 from ft.data.table import NoLabelsError, listed
 from ft.data.tables import WHOLE_NUMBER, Columns, read_split
@@ -52,21 +52,7 @@ class Data:
             max_length: the tokens that are kept.
             limit: the most that the model can read.
         """
-        lengths = sorted(length for lengths in self.lengths.values() for length in lengths)
-        cut = sum(length > max_length for length in lengths)
-        if not cut:
-            return []
-        wanted = {"95%": lengths[(len(lengths) * 95 - 1) // 100], "all": lengths[-1]}
-        better = [f"{length:,} {share}" for share, length in wanted.items() if max_length < length <= limit]
-        advice = f"the model reads at most {limit:,}"
-        if better:
-            advice = f"--max-length {better[0].replace(' ', ' keeps ')} of them complete" + "".join(
-                f", {each}" for each in better[1:]
-            )
-        return [
-            f"{cut:,} of {len(lengths):,} examples are longer than --max-length {max_length:,} and keep their end; "
-            f"{advice}"
-        ]
+        return describe_cut([length for lengths in self.lengths.values() for length in lengths], max_length, limit)
 
     def sha256(self) -> str:
         """The SHA-256 of all examples, by which a resumed run recognizes its data."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ft.checkpoint.saved_task import read_task
 from ft.config import Config
 from ft.data.batches import by_length, in_batches
-from ft.data.examples import encode, label_tokens, require_utf8
+from ft.data.examples import describe_cut, encode, label_tokens, require_utf8
 from ft.data.splits import Split
 from ft.errors import UsageError, shown
 from ft.inference.language_model import LanguageModel, load_language_model
@@ -60,6 +60,15 @@ class Classifier(LanguageModel):
         if self.named_labels is None:
             raise UsageError(f"{self.source} does not name its labels: name them by --label-names neg,pos")
         return self.named_labels
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text with end-of-text and label, as `max_length` counts them, before a text is cut."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [len(encoding.ids) + 2 for encoding in encodings]
+
+    def describe_cut(self, lengths: Sequence[int]) -> list[str]:
+        """A note on the texts of these `count_tokens` that lose their beginning; none if none does."""
+        return describe_cut(lengths, self.max_length, self.model.config.n_positions)
 
     def predict(self, texts: Sequence[str], batch_size: int = 64, progress: Count = no_progress) -> list[Prediction]:
         """Predict the label of each text, in order. `progress` is called with the number of texts of each batch.
@@ -108,9 +117,13 @@ def load(
         base: of an adapter: a directory or Hub id. Default: where the adapter's adapter_config.json says it is.
 
     Raises:
+        UsageError: the model has fewer positions than `max_length`.
         FtError: there is no such model, it is damaged, or two labels begin with the same token.
     """
     loaded = load_language_model(source, device=device, revision=revision, base=base)
+    n_positions = loaded.model.config.n_positions
+    if max_length is not None and max_length > n_positions:
+        raise UsageError(f"--max-length is {max_length}, but {loaded.source} has {n_positions} positions; lower it")
     saved = read_task(loaded.published)
     names = tuple(label_names) if label_names is not None else saved.label_names
     length = max_length or saved.max_length or _max_length_of_run(Path(loaded.source))
@@ -118,7 +131,7 @@ def load(
         **vars(loaded),
         named_labels=names,
         label_ids=[] if names is None else label_tokens(names, loaded.tokenizer, or_numbers=names == saved.label_names),
-        max_length=min(length, loaded.model.config.n_positions),
+        max_length=min(length, n_positions),
     )
 
 

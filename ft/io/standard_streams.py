@@ -1,5 +1,6 @@
 """Standard output and standard error that may be closed or full: errors name the stream, and a run continues."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,10 +29,11 @@ class _Stream(FileIO):
             return super().write(data)
         except OSError as error:
             self._failed = True
+            reason = "Closed" if error.errno == errno.EBADF else error.strerror
             if not self.is_optional:
-                raise OSError(error.errno, error.strerror, self.label) from error
+                raise OSError(error.errno, reason, self.label) from error
             if sys.stderr.fileno() != self.fileno():
-                print(f"WARNING: {self.label}: {error.strerror}. The run continues without it.", file=sys.stderr)
+                print(f"WARNING: {self.label}: {reason}. The run continues without it.", file=sys.stderr)
             return size
 
 
@@ -49,7 +51,9 @@ def standard_streams() -> Iterator[Callable[[], None]]:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+            # It gets the lowest free number: this one. Results that nobody can read are an error: a write fails.
+            mode = os.O_RDONLY if descriptor == 1 else os.O_RDWR
+            os.set_inheritable(os.open(os.devnull, mode), True)
     before = sys.stdout, sys.stderr
     opened = []
     for name, descriptor, label in (("stdout", 1, "standard output"), ("stderr", 2, "standard error")):

@@ -342,3 +342,55 @@ def test_a_fifo_is_not_replaced(tmp_path, capsys, command):
     assert main([*command, "--output", str(tmp_path / "pipe.csv")]) == 2
     assert "which is not a regular file" in capsys.readouterr().err
     assert (tmp_path / "pipe.csv").is_fifo()
+
+
+def link_names(tmp_path, file):
+    """Other names of a file: a symbolic link, a hard link, a path with `..`, and one through a linked directory."""
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / f"symbolic{file.suffix}").symlink_to(file)
+    (tmp_path / "links" / f"hard{file.suffix}").hardlink_to(file)
+    (tmp_path / "directory").symlink_to(file.parent)
+    return [
+        file,
+        tmp_path / "links" / f"symbolic{file.suffix}",
+        tmp_path / "links" / f"hard{file.suffix}",
+        file.parent / ".." / file.parent.name / file.name,
+        tmp_path / "directory" / file.name,
+    ]
+
+
+INPUTS_OF_COMMANDS = {
+    "run/inputs/dataset/train.parquet": [["predict", "run", "text"], ["evaluate", "run"]],
+    "run/final/config.json": [["predict", "run", "text"], ["evaluate", "run/final", "--dataset", "data"]],
+    "run/checkpoint-5/state.json": [["predict", "run/checkpoint-5", "text"], ["evaluate", "run/final"]],
+    "run/gguf/added.csv": [["predict", "m", "text"], ["evaluate", "m", "--dataset", "data"]],
+    "base/tokenizer.json": [["predict", "m", "text", "--base", "base"], ["evaluate", "m", "--base", "base"]],
+    "data/train.csv": [["evaluate", "m", "--dataset", "data"], ["evaluate", "m", "--dataset", "data/train.csv"]],
+    "data/test.csv": [["evaluate", "m", "--dataset", "data", "--split", "train"], ["predict", "m", "--file", "{file}"]],
+    "parts/one/test-00000-of-00001.parquet": [["evaluate", "m", "--dataset", "parts", "--dataset-config", "one"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [(name, command) for name, commands in INPUTS_OF_COMMANDS.items() for command in commands]
+)
+def test_no_file_that_is_read_is_replaced_under_any_name(tmp_path, capsys, monkeypatch, name, command):
+    monkeypatch.chdir(tmp_path)
+    for file in ("run/metrics.jsonl", "run/final/model.safetensors", "base/model.safetensors", *INPUTS_OF_COMMANDS):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("old")
+    for output in link_names(tmp_path, tmp_path / name):
+        if name == "run/gguf/added.csv" and output.name.startswith("hard"):
+            continue  # nothing that the command reads
+        words = [word.format(file=tmp_path / name) for word in command]
+        assert main([*words, "--output", str(output)]) == 2
+        assert "name another" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "old"
+
+
+def test_a_new_file_is_not_put_among_the_inputs_of_a_run_and_earlier_predictions_are_replaced(finished, capsys):
+    (finished / "inputs" / "dataset").mkdir(parents=True, exist_ok=True)
+    assert main(["predict", str(finished), "a", "--output", str(finished / "inputs" / "dataset" / "test.csv")]) == 2
+    assert "a file of the run or model in that directory" in capsys.readouterr().err
+    for _ in range(2):
+        assert main(["predict", str(finished), "a", "--device", "cpu", "--output", str(finished / "a.csv")]) == 0

@@ -81,6 +81,38 @@ def test_a_long_text_is_read_as_in_training(finished):
     assert list(prediction.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("command", [["predict", "{run}", "a film"], ["evaluate", "{run}"]])
+def test_more_tokens_than_positions_are_refused(finished, capsys, command):
+    limit = transformers.AutoConfig.from_pretrained(finished / "final").n_positions
+    words = [word.format(run=finished) for word in command]
+    assert main([*words, "--device", "cpu", "--max-length", str(limit + 1)]) == 2
+    assert f"--max-length is {limit + 1}, but {finished / 'final'} has {limit} positions" in capsys.readouterr().err
+    assert main([*words, "--device", "cpu", "--max-length", str(limit)]) == 0
+    with pytest.raises(ft.UsageError, match=f"has {limit} positions"):
+        load(finished, device="cpu", max_length=limit + 1)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_the_texts_that_lose_their_beginning_are_counted(finished, tmp_path, capsys, command):
+    """A text of n tokens needs n + 2: end-of-text and the label come after it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "final")
+    texts = ["a " * number for number in range(1, 30)]
+    lengths = [len(tokenizer(text)["input_ids"]) + 2 for text in texts]
+    table = pandas.DataFrame({"text": texts, "label": ["neg", "pos", "neg"] * 9 + ["pos"] * 2})
+    table.to_csv(tmp_path / "texts.csv", index=False)
+    words = [command, str(finished), "--file" if command == "predict" else "--dataset", str(tmp_path / "texts.csv")]
+    words += ["--device", "cpu"]
+    for limit in (max(lengths) - 1, min(lengths)):
+        assert main([*words, "--max-length", str(limit)]) == 0
+        cut = sum(length > limit for length in lengths)
+        expected = f"Note: {cut:,} of 29 examples are longer than --max-length {limit} and keep their end; "
+        assert capsys.readouterr().err.count(expected) == 1
+    assert main([*words, "--max-length", str(min(lengths)), "--quiet"]) == 0
+    assert "Note" not in capsys.readouterr().err
+    assert main([*words, "--max-length", str(max(lengths))]) == 0
+    assert "are longer than" not in capsys.readouterr().err
+
+
 def test_every_place_of_a_model_is_found(finished, inputs, tmp_path):
     whole = load(finished, device="cpu").predict(TEXTS)
     newest = checkpoints(finished)[-1]

@@ -37,13 +37,35 @@ def shell(command, *arguments):
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_messages_to_a_closed_stream_go_nowhere_and_into_no_file(tmp_path, closed):
-    done = shell(f'"$@" {closed}', "-c", PROGRAM, tmp_path / "file")
+    done = shell(f'"$@" {closed}', "-c", PROGRAM, tmp_path / "file", "optional")
+    has_output = ">&- " not in f"{closed} ".replace("2>&-", "")
     assert done.returncode == 0
     assert (tmp_path / "file").read_text() == "to the file"
-    assert done.stdout == (
-        "" if ">&- " in f"{closed} ".replace("2>&-", "") else "to standard output\n\\udcff and more\n"
-    )
-    assert done.stderr == ("" if "2>&-" in closed else "to standard error\nby its number")
+    assert done.stdout == ("to standard output\n\\udcff and more\n" if has_output else "")
+    warning = "" if has_output else "WARNING: standard output: Closed. The run continues without it.\n"
+    assert done.stderr == ("" if "2>&-" in closed else f"{warning}to standard error\nby its number")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "{run}", "a film", "--device", "cpu"],
+        ["predict", "{run}", "a film", "--device", "cpu", "--json"],
+        ["evaluate", "{run}", "--device", "cpu"],
+        ["evaluate", "{run}", "--device", "cpu", "--json"],
+        ["generate", "{run}", "a film", "--device", "cpu", "--max-new-tokens", "2"],
+        ["runs", "{run}"],
+        ["data", "--demo"],
+        ["help", "predict"],
+    ],
+)
+def test_results_that_nobody_can_read_are_an_error(inputs, tmp_path_factory, command):
+    run = tmp_path_factory.getbasetemp() / "read-by-nobody"
+    if not run.exists():
+        assert main([*inputs, "--max-steps", "1", "--quiet", "--output-dir", str(run)]) == 0
+    done = shell('"$@" >&-', "run.py", *(word.format(run=run) for word in command))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: Closed: standard output"
 
 
 @FULL
@@ -104,7 +126,10 @@ def test_a_quiet_run_prints_its_results_alone(inputs, tmp_path, capsys):
     assert (out[:10], out.count("\n"), err) == ('{"row": 0,', 1, "")
     answers = ["--output", str(tmp_path / "answers.csv")]
     assert main(["evaluate", str(tmp_path / "run"), "--quiet", "--device", "cpu", *answers]) == 0
-    assert capsys.readouterr().err == ""
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("test: ")
+    assert "examples/s" not in out
     assert main(["generate", str(tmp_path / "run"), "a", "--quiet", "--device", "cpu", "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().err == ""
 
