@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft.checkpoint.saved_task import read_task
 from ft.checks import flag
-from ft.cli.parsers import find_output_problems, to_path
+from ft.cli.parsers import to_path
 from ft.cli.predict import (
     ModelParser,
     find_flag_problems,
@@ -25,7 +25,7 @@ from ft.config import Config
 from ft.data.dataset_files import SPLITS, dataset_files
 from ft.data.table import listed
 from ft.errors import FtError, counted, one_line, printable, shown
-from ft.io.paths import expand_home
+from ft.io.paths import expand_home, find_output_problems
 from ft.io.progress import progress_bar
 from ft.settings import build_config
 

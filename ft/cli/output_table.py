@@ -45,7 +45,7 @@ class TableWriter:
 
         Args:
             file: where to write.
-            suffix: one of `OUTPUT_SUFFIXES` in ft/cli/parsers.py.
+            suffix: one of `OUTPUT_SUFFIXES` in ft/io/paths.py.
             names: the columns that are given to `write`.
             source: a table whose columns come first.
         """

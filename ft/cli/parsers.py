@@ -5,7 +5,7 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
 
@@ -15,15 +15,7 @@ from ft.io.paths import expand_home, is_too_long
 
 DESTRUCTIVE = ("--overwrite",)
 
-# The weights of a model or adapter, and the files of a run or model whose names end as those of tables.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-_FILES_OF_RUNS = {"metrics.jsonl", "scores.json", "summary.json", "config.json", "state.json", "manifest.json"}
-_FILES_OF_RUNS |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "generation_config.json"}
-_FILES_OF_RUNS |= {"special_tokens_map.json", "added_tokens.json", "adapter_config.json", "ft.json", *_WEIGHTS}
-_DIRECTORIES_OF_RUNS = re.compile(r"inputs|final|adapter|classifier|gguf|checkpoint-[0-9]+")
-
 IDS_OR_PATHS = ("base", "dataset", "model")  # arguments that are text until it is known which
-OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
 
 # Our flags, with what other tools call them (transformers, TRL, axolotl, litgpt, torchtune, Lightning, nanoGPT), with
 # dashes for underscores, in alphabetical order. Of several flags the first counts that the command has. Under the empty
@@ -208,66 +200,6 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
         """Raise the message that argparse would print, after the problems that were found before."""
         raise UsageError(*self.problems, message)
-
-
-def _is_run_or_model(directory: Path) -> bool:
-    """Whether a directory is a run, a checkpoint, a model or an adapter."""
-    return any((directory / name).exists() for name in ("metrics.jsonl", *_WEIGHTS))
-
-
-def _is_of_a_run_or_model(path: Path) -> bool:
-    """Whether a path is that of a file that a run or a model has or reads, or is in one of a run's own directories.
-
-    Links in the path are followed first. What a user keeps beside these files, such as earlier predictions, is not one.
-    """
-    path = path.resolve()
-    if path.name in _FILES_OF_RUNS and path.exists() and _is_run_or_model(path.parent):
-        return True
-    return any(
-        _DIRECTORIES_OF_RUNS.fullmatch(directory.name) and (directory.parent / "metrics.jsonl").exists()
-        for directory in path.parents
-    )
-
-
-def _files_of(source: Path) -> Iterator[Path]:
-    """The files of an input: the file itself, or the files of a run or model and those in the run's directories."""
-    if not source.is_dir():
-        yield source
-        return
-    runs = [directory for directory in (source, source.parent) if _is_run_or_model(directory)]
-    for directory in runs:
-        yield from (directory / name for name in sorted(_FILES_OF_RUNS))
-        for child in directory.iterdir():
-            if _DIRECTORIES_OF_RUNS.fullmatch(child.name):
-                yield from child.rglob("*")
-
-
-def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
-    """A message for an --output that cannot be written as a table, or that would replace what is read.
-
-    Args:
-        path: the value of --output.
-        inputs: the files that the command reads, and directories of runs and models.
-    """
-    if path.suffix.lower() not in OUTPUT_SUFFIXES:
-        known = f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}"
-        return [f"--output is {shown(str(path))}, it must end in {known}"]
-    if path.is_dir():
-        return [f"--output is {shown(str(path))}, which is a directory: name a file in it"]
-    if not path.parent.is_dir():
-        return [
-            f"--output is {shown(str(path))}, it must be the name of a file in a directory that exists, "
-            f"{shown(str(path.parent))} does not"
-        ]
-    if path.exists() and not path.is_file():
-        return [f"--output is {shown(str(path))}, which is not a regular file: name another"]
-    if _is_of_a_run_or_model(path):
-        return [f"--output is {shown(str(path))}, a file of the run or model in that directory: name another"]
-    if path.exists():  # also as a hard link, or under a name with other capitals
-        for source in (file for given in inputs for file in _files_of(given)):
-            if source.exists() and path.samefile(source):
-                return [f"--output is {shown(str(path))}, the file that is read: name another"]
-    return []
 
 
 def to_path(text: str) -> Path:

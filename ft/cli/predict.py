@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.checks import is_encoding
-from ft.cli.parsers import CommandParser, find_output_problems, to_path
+from ft.cli.parsers import CommandParser, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, counted, is_utf8, printable, program, quoted, shown
 from ft.io.formats import suffix_of
-from ft.io.paths import expand_home
+from ft.io.paths import expand_home, find_output_problems
 from ft.io.progress import progress_bar
 from ft.io.standard_streams import LOADING, waiting_line
 from ft.settings import DATA_SETTINGS, read_config_file

@@ -1,14 +1,27 @@
-"""Expansion of `~` in paths, wherever they come from: a flag, a config.json, a positional argument or a call."""
+"""Paths that a user gives: `~` in them, their length, and whether a table may be written there."""
 
 import errno
 import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+from ft.errors import shown
 
 T = TypeVar("T")
 
 # Settings that are paths, some of them optionally: a model may also be a Hub id.
 SETTINGS = ("model", "dataset", "save_dataset", "output_dir", "resume", "forgetting", "profile", "adapter")
+
+
+OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
+# The weights of a model or adapter, and the files of a run or model whose names end as those of tables.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_FILES_OF_RUNS = {"metrics.jsonl", "scores.json", "summary.json", "config.json", "state.json", "manifest.json"}
+_FILES_OF_RUNS |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "generation_config.json"}
+_FILES_OF_RUNS |= {"special_tokens_map.json", "added_tokens.json", "adapter_config.json", "ft.json", *_WEIGHTS}
+_DIRECTORIES_OF_RUNS = re.compile(r"inputs|final|adapter|classifier|gguf|checkpoint-[0-9]+")
 
 
 def expand_home(path: T) -> T:
@@ -30,3 +43,63 @@ def is_too_long(path: str) -> bool:
         except ValueError:  # NUL or a lone surrogate
             return False
     return False
+
+
+def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
+    """A message for an --output that cannot be written as a table, or that would replace what is read.
+
+    Args:
+        path: the value of --output.
+        inputs: the files that the command reads, and directories of runs and models.
+    """
+    if path.suffix.lower() not in OUTPUT_SUFFIXES:
+        known = f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}"
+        return [f"--output is {shown(str(path))}, it must end in {known}"]
+    if path.is_dir():
+        return [f"--output is {shown(str(path))}, which is a directory: name a file in it"]
+    if not path.parent.is_dir():
+        return [
+            f"--output is {shown(str(path))}, it must be the name of a file in a directory that exists, "
+            f"{shown(str(path.parent))} does not"
+        ]
+    if path.exists() and not path.is_file():
+        return [f"--output is {shown(str(path))}, which is not a regular file: name another"]
+    if _is_of_a_run_or_model(path):
+        return [f"--output is {shown(str(path))}, a file of the run or model in that directory: name another"]
+    if path.exists():  # also as a hard link, or under a name with other capitals
+        for source in (file for given in inputs for file in _files_of(given)):
+            if source.exists() and path.samefile(source):
+                return [f"--output is {shown(str(path))}, the file that is read: name another"]
+    return []
+
+
+def _is_run_or_model(directory: Path) -> bool:
+    """Whether a directory is a run, a checkpoint, a model or an adapter."""
+    return any((directory / name).exists() for name in ("metrics.jsonl", *_WEIGHTS))
+
+
+def _is_of_a_run_or_model(path: Path) -> bool:
+    """Whether a path is that of a file that a run or a model has or reads, or is in one of a run's own directories.
+
+    Links in the path are followed first. What a user keeps beside these files, such as earlier predictions, is not one.
+    """
+    path = path.resolve()
+    if path.name in _FILES_OF_RUNS and path.exists() and _is_run_or_model(path.parent):
+        return True
+    return any(
+        _DIRECTORIES_OF_RUNS.fullmatch(directory.name) and (directory.parent / "metrics.jsonl").exists()
+        for directory in path.parents
+    )
+
+
+def _files_of(source: Path) -> Iterator[Path]:
+    """The files of an input: the file itself, or the files of a run or model and those in the run's directories."""
+    if not source.is_dir():
+        yield source
+        return
+    runs = [directory for directory in (source, source.parent) if _is_run_or_model(directory)]
+    for directory in runs:
+        yield from (directory / name for name in sorted(_FILES_OF_RUNS))
+        for child in directory.iterdir():
+            if _DIRECTORIES_OF_RUNS.fullmatch(child.name):
+                yield from child.rglob("*")
