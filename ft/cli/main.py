@@ -30,10 +30,6 @@ def main(arguments: Sequence[str]) -> int:
     """
     if "--quiet" in arguments:  # before huggingface_hub is imported, which reads it then
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "--profile" in arguments or any(word.startswith("--profile=") for word in arguments):
-        # Before torch is imported, for the same reason: Kineto prints two lines of its own for each trace, above errors
-        # in its order of levels.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with standard_streams() as make_output_optional, interrupts_on_signals():
         try:
             status = _dispatch(arguments, make_output_optional)
