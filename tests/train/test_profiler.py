@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ import torch
 from ft.cli.main import main
 from ft.errors import UsageError
 from ft.train.profiler import ACTIVE, WAIT, WARM_UP, require_writable, trace_steps
-
-ROOT = Path(__file__).parents[2]
 
 
 def events_of(path):
