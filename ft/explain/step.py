@@ -20,7 +20,7 @@ from ft.config import Config
 from ft.data.batches import Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
-from ft.device import Precision, choose_precision, use_device
+from ft.device import Precision, choose_precision, precision_for_size, use_device
 from ft.errors import FtError, UsageError, counted, shown
 from ft.explain.text import (
     WIDTH,
@@ -76,7 +76,6 @@ def explain(config: Config, row: int | None) -> None:
 
 def _walk(config: Config, row: int | None) -> None:
     device = use_device(config.device)
-    precision = choose_precision(config.precision, device)
     files = find_model(config.model, config.model_revision, with_weights=config.init == "pretrained")
     described = read_description(files)
     tokenizer, model_config = described.tokenizer.tokenizer, model_config_of(described.config, config)
@@ -84,6 +83,8 @@ def _walk(config: Config, row: int | None) -> None:
     examples = data.examples["train"]
     step, window, row = _find_step(examples, config, row)
     model = build_model(config, files, model_config).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    precision = precision_for_size(choose_precision(config.precision, device), config.precision, parameters)
 
     split, target_ids = data.splits["train"], examples[row].target_ids
     print(f"Row {row:,} of the {len(examples):,} training examples, in one training step.")
@@ -96,7 +97,6 @@ def _walk(config: Config, row: int | None) -> None:
         show("completion", repr(split.completions[row]))
 
     print_stage(2, "Model", "ft/model/gpt2.py GPT2")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     show("weights", f"{config.model}" + (", randomly initialized" if config.init == "random" else ""))
     show(
         "size",

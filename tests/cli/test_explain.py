@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ft import device
 from ft.cli.main import main
 from ft.explain.text import explain_lower_probability
 
@@ -133,6 +134,15 @@ def test_the_demo_needs_no_network_and_the_first_full_rate_is_chosen(explained):
     assert max(map(len, text.splitlines())) <= 100
     losses = [float(x) for x in re.findall(rf"{NUMBER} (?:before the step,|after it, of the 32)", text)]
     assert losses[-1] < losses[-2]
+
+
+def test_the_precision_is_that_of_the_run(explained, inputs, monkeypatch):
+    """Of a small model on a processor with AMX."""
+    monkeypatch.setattr(device, "has_amx", lambda: True)
+    of_fp32, of_bf16 = (explained(*inputs, "--precision", precision) for precision in ("fp32", "bf16"))
+    assert explained(*inputs) == of_fp32 != of_bf16
+    monkeypatch.setattr(device, "SMALL_MODEL", 0)
+    assert explained(*inputs) == of_bf16
 
 
 def test_frozen_parameters_do_not_change(explained, inputs):
