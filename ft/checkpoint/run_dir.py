@@ -76,6 +76,7 @@ class RunDirectory:
                 store.delete_old(self.path, state, keep=keep, keep_best=keep_best)
             if self.config.resume is None:
                 clear(self.path, Path(self.config.dataset))
+            remove(self.path / "summary.json")  # of a shorter run: final/ remains, but this one is not finished
             self.config.save(self.path / "config.json")
             ranks.mark_started()
             return space
