@@ -1,4 +1,4 @@
-"""Follow one training example through one optimizer step, in the order of the eight steps in `ft/finetune.py`.
+"""Follow one training example through one optimizer step, in the order of the eight steps in `ft/README.md`.
 
 All figures come from the functions that training calls, and the step itself from `train`.
 """
@@ -109,12 +109,12 @@ def _walk(config: Config, row: int | None) -> None:
     show("tokens", f"{len(ids)}: {format_tokens(ids, tokenizer)}")
     show("ids", " ".join(map(str, ids)))
 
-    print_stage(4, "Example", "ft/data/examples.py encode")
+    print_stage(4, "Examples", "ft/data/examples.py encode")
     completion = "" if split.completions is None else split.completions[row]
     following = tokenizer.encode(completion, add_special_tokens=False).ids or target_ids
     show_example(examples[row], [*ids, *following], config, tokenizer)
 
-    print_stage(5, "Collate", "ft/data/batches.py collate, ft/model/packing.py Packing")
+    print_stage(5, "Collate function", "ft/data/batches.py collate, ft/model/packing.py Packing")
     rows = next(rows for rows in window if row in rows)
     batch = collate([examples[number] for number in rows])
     show(
@@ -128,7 +128,7 @@ def _walk(config: Config, row: int | None) -> None:
     print_stage(6, "Hyperparameters", "ft/config.py Config")
     show("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPERPARAMETERS))
 
-    print_stage(7, "Loop", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py AdamW")
+    print_stage(7, "Training step", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py AdamW")
     _show_step(model, data, config, precision, step=step, window=window, row=row)
 
     print_stage(8, "Training", "ft/finetune.py fine_tune")

@@ -18,6 +18,7 @@ from ft import device
 from ft.cli.main import main
 from ft.explain.text import explain_lower_probability
 
+ROOT = Path(__file__).parents[2]
 NUMBER = r"(-?\d+\.?\d*(?:e-?\d+)?)"
 
 
@@ -159,10 +160,11 @@ def test_the_settings_of_a_finished_run_are_taken_from_its_file(explained, input
     assert explained(*inputs, *flags) != explained(*inputs)
 
 
-def test_each_stage_names_functions_that_exist(explained, inputs):
-    stages = re.findall(r"^\d\. .*? \((.*)\)$", explained(*inputs), re.MULTILINE)
-    assert len(stages) == 8
-    for stage in stages:
+def test_each_stage_is_a_step_of_the_walk_through_and_names_functions_that_exist(explained, inputs):
+    headings = re.findall(r"^(\d\. .*?) \((.*)\)$", explained(*inputs), re.MULTILINE)
+    steps = re.findall(r"^## (\d\. .*)$", (ROOT / "ft" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in headings] == steps
+    for _, stage in headings:
         for entry in stage.split(", "):
             module, name = re.fullmatch(r"(ft/[\w/]+)\.py ([\w.]+)", entry).groups()
             attrgetter(name)(import_module(module.replace("/", ".")))
