@@ -120,7 +120,8 @@ def read_synchronizes(device: torch.device) -> bool:
 def peak_memory(device: torch.device) -> int | None:
     """The peak memory of this process in bytes: on a CUDA device what PyTorch allocated there, else resident memory.
 
-    None where it is not known: on MPS and on Windows.
+    Resident memory since the start of the process; on a CUDA device since `torch.cuda.reset_peak_memory_stats`, which
+    each run calls. None where it is not known: on MPS and on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -67,6 +67,8 @@ def prepare_device(config: Config) -> Precision:
         UsageError: the device is not present or does not support the settings; --profile names no file to write.
     """
     device = use_device(config.device, local_rank() if world_size() > 1 else None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # this process may have trained another model before
     if config.cuda_graphs:
         require_cuda(device)
     if config.profile is not None and rank() == 0:
