@@ -157,8 +157,7 @@ def _show_step(
     first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
     own = slice(first, first + len(target_ids))  # this example's targets among those of the step
     batches = [collate([examples[number] for number in numbers]) for numbers in window]
-    embedding = model.wte.weight[target].detach().clone()
-    before = _logits(model, batches, precision)
+    before, values = _logits(model, batches, precision), _watched_values(model, target)
     figures = _one_step(model, data, config, step, precision)
     after = _logits(model, batches, precision)
     targets = torch.cat([batch.target_ids for batch in batches])
@@ -173,12 +172,18 @@ def _show_step(
         show("dropout", f"the loss of the step itself is {figures['loss']:.4f}; those above are without dropout")
     show_gradient(figures["grad_norm"], config.max_grad_norm)
     show("rate", f"the learning rate of this step is {figures['learning_rate']:.3g}")
-    change = (model.wte.weight[target].detach() - embedding).abs().mean().item()
-    show(
-        "update",
-        f"AdamW changes each value of the embedding of {format_tokens([target], data.tokenizer)} by {change:.2e} on "
-        "average",
-    )
+    change = (_watched_values(model, target) - values).abs().mean().item()
+    what = f"AdamW changes each value of the embedding of {format_tokens([target], data.tokenizer)}"
+    if not model.wte.weight.requires_grad:
+        what = f"the embedding is frozen; AdamW changes each of the {counted(len(values), 'trained parameter')}"
+    show("update", f"{what} by {change:.2e} on average")
+
+
+def _watched_values(model: GPT2, token: int) -> Tensor:
+    """A copy of the (C,) embedding of a token; if the embedding is frozen, of all trained parameters."""
+    if model.wte.weight.requires_grad:
+        return model.wte.weight[token].detach().clone()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 
 def _find_step(examples: Sequence[Example], config: Config, row: int | None) -> tuple[int, list[Sequence[int]], int]:

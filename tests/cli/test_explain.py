@@ -146,9 +146,24 @@ def test_the_precision_is_that_of_the_run(explained, inputs, monkeypatch):
     assert explained(*inputs) == of_bf16
 
 
-def test_frozen_parameters_do_not_change(explained, inputs):
-    text = explained(*inputs, "--train-only", "last:1", "--dropout", "0")
-    assert "by 0.00e+00 on average" in text
+@pytest.mark.parametrize(
+    ("flags", "trained"),
+    [
+        (
+            ["--train-only", "last:1"],
+            lambda weights: sum(w.numel() for n, w in weights if re.search(r"h\.1\.|ln_f", n)),
+        ),
+        (
+            ["--lora-rank", "2", "--lora-targets", "c_attn"],
+            lambda weights: sum(2 * sum(w.shape) for n, w in weights if n.endswith("c_attn.weight")),
+        ),
+    ],
+)
+def test_the_update_of_frozen_embeddings_is_that_of_the_other_parameters(explained, inputs, flags, trained):
+    text = explained(*inputs, *flags, "--dropout", "0")
+    count = trained(list(AutoModelForCausalLM.from_pretrained(inputs[1]).named_parameters()))
+    words = rf"the embedding is frozen; AdamW changes each of the {count:,} trained parameters by {NUMBER} on average"
+    assert 0 < float(re.search(words, " ".join(text.split()))[1]) < 1.1e-3  # at a learning rate of 1e-3
     before, after = re.search(rf"{NUMBER} before the step, {NUMBER} after it, of the 8", text).groups()
     assert float(after) < float(before)
 
