@@ -76,6 +76,7 @@ def explain(config: Config, row: int | None) -> None:
 
 def _walk(config: Config, row: int | None) -> None:
     device = use_device(config.device)
+    precision = choose_precision(config.precision, device)
     files = find_model(config.model, config.model_revision, with_weights=config.init == "pretrained")
     described = read_description(files)
     tokenizer, model_config = described.tokenizer.tokenizer, model_config_of(described.config, config)
@@ -84,7 +85,7 @@ def _walk(config: Config, row: int | None) -> None:
     step, window, row = _find_step(examples, config, row)
     model = build_model(config, files, model_config).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    precision = precision_for_size(choose_precision(config.precision, device), config.precision, parameters)
+    precision = precision_for_size(precision, config.precision, parameters)
 
     split, target_ids = data.splits["train"], examples[row].target_ids
     print(f"Row {row:,} of the {len(examples):,} training examples, in one training step.")
