@@ -25,7 +25,7 @@ TOO_LONG = "which is too long a path for this system: name a shorter one"
 # Settings that other libraries write or open as UTF-8: tokenizers, PyArrow and the profiler.
 _UTF8 = ("label_names", "output_dir", "text_column", "label_column", "prompt_column", "completion_column", "profile")
 
-# The headings of `--help` and of the model card.
+# The headings of `--help`; the model card lists the settings of some of them.
 FILES = "Input and output"
 LENGTH = "Training length and batch size"
 OPTIMIZER = "Optimizer"

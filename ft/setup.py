@@ -12,7 +12,14 @@ from ft.checkpoint.snapshot import load_training_state, read_state
 from ft.config import Config
 from ft.data.dataset_files import check_local_file
 from ft.data.load import Data, read_data
-from ft.device import SMALL_MODEL, Precision, choose_precision, disable_malloc_trim, require_format, use_device
+from ft.device import (
+    Precision,
+    choose_precision,
+    disable_malloc_trim,
+    precision_for_size,
+    require_format,
+    use_device,
+)
 from ft.distributed.launch import local_rank, world_size
 from ft.distributed.ranks import Ranks
 from ft.errors import UsageError
@@ -66,6 +73,8 @@ def prepare_device(config: Config) -> Precision:
         UsageError: the device is not present or does not support the settings.
     """
     device = use_device(config.device, local_rank() if world_size() > 1 else None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # this process may have trained another model before
     if config.cuda_graphs:
         require_cuda(device)
     if config.tensorboard:
@@ -77,19 +86,15 @@ def prepare_device(config: Config) -> Precision:
 
 
 def precision_of_run(run: RunDirectory, precision: Precision, num_parameters: int, ranks: Ranks) -> Precision:
-    """The precision chosen for this machine; for `auto` in a resumed run the one in which the run began.
-
-    With `auto`, a small model on a CPU takes fp32: on a Xeon with AMX the demo's step takes 7.9 ms, in bf16 27 ms, as
-    calls of oneDNN take longer than its products.
+    """The precision chosen for this machine and model; for `auto` in a resumed run the one in which the run began.
 
     Raises:
         FtError: the checkpoint is damaged.
         UsageError: the device does not compute it, the machines of several ranks choose different ones, or --shard
             does not work with it.
     """
+    precision = precision_for_size(precision, run.config.precision, num_parameters)
     if run.config.precision == "auto":
-        if precision.device.type == "cpu" and precision.name != "fp32" and num_parameters < SMALL_MODEL:
-            precision = replace(precision, name="fp32", reason="the faster one for so small a model")
         began = "" if run.resume_from is None else read_state(run.resume_from)[0].precision
         if began not in ("", precision.name):
             require_format(

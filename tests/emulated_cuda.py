@@ -365,6 +365,7 @@ def make_gpu(monkeypatch):
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "_lazy_init": lambda: None,
+        "reset_peak_memory_stats": lambda device=None: None,
         "_exchange_device": lambda device: 0,
         "_maybe_exchange_device": lambda device: 0,
         "get_device_properties": lambda device=None: properties,

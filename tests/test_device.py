@@ -11,6 +11,7 @@ import torch
 
 from ft import device
 from ft.cli.main import main
+from ft.config import Config
 from ft.device import (
     SMALL_MODEL,
     Precision,
@@ -21,6 +22,7 @@ from ft.device import (
     use_device,
 )
 from ft.errors import UsageError
+from ft.setup import prepare_device
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
@@ -311,6 +313,18 @@ def test_attention_by_cudnn_is_turned_off_where_a_gpu_is_used(pretend, monkeypat
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize(("name", "reset"), [("cuda:1", [torch.device("cuda:1")]), ("cpu", [])])
+def test_each_run_measures_its_own_peak_of_a_gpus_memory(pretend, monkeypatch, name, reset):
+    pretend(cuda=2)
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", seen.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    prepare_device(Config(device=name, release_memory=True))
+    assert seen == reset
 
 
 def test_a_small_model_is_trained_by_one_thread_and_others_by_all(monkeypatch):

@@ -126,7 +126,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(small, monkeypatch, c
     assert main([*arguments, "--max-steps", "2"]) == 0
     assert " on cpu in fp32 (" in capsys.readouterr().out
     monkeypatch.setattr(device, "has_amx", lambda: True)
-    monkeypatch.setattr("ft.setup.SMALL_MODEL", 0)
+    monkeypatch.setattr(device, "SMALL_MODEL", 0)
     assert main([*arguments, "--max-steps", "4", "--resume"]) == 0
     assert " on cpu in fp32 (as the run began)" in capsys.readouterr().out
     assert main([*arguments, "--max-steps", "2", "--overwrite"]) == 0

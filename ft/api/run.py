@@ -19,6 +19,7 @@ from ft.errors import FtError, shown
 from ft.evaluation.evaluate import evaluate
 from ft.inference.classifier import Classifier, Prediction, load
 from ft.io.plain_files import read_regular
+from ft.report.run_record import is_finished
 from ft.settings import read_config_file
 
 BATCH_SIZE = 64  # of predictions and evaluation
@@ -139,7 +140,7 @@ class Run:
                 lines.append(
                     f"  {name:<10} loss {last[key]:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.2%}")
                 )
-        where = self.final if self.final.is_dir() else "not finished; ft.fine_tune(..., resume=True) continues"
+        where = self.final if is_finished(self.path) else "not finished; ft.fine_tune(..., resume=True) continues"
         return "\n".join([*lines, f"  {'model':<10} {where}"])
 
 

@@ -138,7 +138,12 @@ def describe_end(state: State, last_step: int) -> str:
 
 
 def is_finished(run: Path, resume_from: Path) -> bool:
-    """Whether `final/`, with LoRA `adapter/`, has the weights of this checkpoint; it may be that of a shorter run."""
+    """Whether `final/`, with LoRA `adapter/`, has the weights of this checkpoint, and summary.json is written after it.
+
+    `final/` may be that of a shorter run.
+    """
+    if not (run / "summary.json").is_file():
+        return False
     final, name = run / "final", snapshots.WEIGHTS
     saved = run / "adapter" / ADAPTER_WEIGHTS if is_adapter(resume_from) else final / name
     if not (saved.is_file() and (final / name).is_file()):  # absent, or a FIFO, which would block

@@ -16,7 +16,7 @@ from ft.errors import FtError, UsageError, shown
 from ft.io.atomic import remove_stale_staging
 from ft.io.lock import LOCK, DirectoryLock, locked
 from ft.io.model_layout import EXPORTED_FILES
-from ft.io.plain_files import remove
+from ft.io.plain_files import refuse_special, remove
 from ft.settings import read_config_file, rows_of_run, run_directory_of
 from ft.train.profiler import require_writable
 from ft.train.state import State
@@ -65,18 +65,20 @@ class RunDirectory:
         """Prepare the directory for training from `state` on; returns a sentence on disk space, empty but on rank 0.
 
         Raises:
-            FtError: the disk has no space for a checkpoint and the final model.
+            FtError: the disk has no space for a checkpoint and the final model, or metrics.jsonl is not a regular file.
         """
         with ranks.rank_zero_first() as first:
             if not first:
                 return ""
             space = check_disk_space(self.path, num_parameters, num_trained, self.config)
             if self.resume_from is not None:
+                refuse_special(self.path / "metrics.jsonl")  # before anything is changed
                 store.supersede_later(self.path, state.step)
                 keep, keep_best = self.config.keep_checkpoints, self.config.keep_best
                 store.delete_old(self.path, state, keep=keep, keep_best=keep_best)
             if self.config.resume is None:
                 clear(self.path, Path(self.config.dataset))
+            remove(self.path / "summary.json")  # of a shorter run: final/ remains, but this one is not finished
             self.config.save(self.path / "config.json")
             ranks.mark_started()
             return space

@@ -37,7 +37,11 @@ def export(arguments: Sequence[str]) -> None:
         help="classifier: GPT2ForSequenceClassification, for pipelines of transformers; gguf: one file for llama.cpp",
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=to_path, help="default: a directory in the run, with the name of the format"
+        "--output",
+        metavar="DIR",
+        type=to_path,
+        help="default: a directory in the run, with the name of the format; must be given for a checkpoint or another "
+        "model",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--dtype", choices=("f32", "f16"), help="of the matrices in gguf (default: f32)")
@@ -88,7 +92,7 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def _default_output(source: Path, format_name: str) -> Path | None:
-    """The directory of an export in the run that `source` or its parent is; None if neither is one."""
+    """The directory of an export in the run that `source` is, or whose `final/` it is; None for any other model."""
     run = source.parent if source.name == "final" else source
     return run / format_name if (run / "metrics.jsonl").exists() or (run / "final").is_dir() else None
 

@@ -15,7 +15,7 @@ from ft.train.signals import interrupts_on_signals, report_interrupt
 
 LATER = 1.0  # seconds
 
-# The remedy when memory runs out where no `memory_advice` has a better one.
+# The remedy when memory runs out where no `explain_out_of_memory` has a better one.
 LESS_MEMORY = "use fewer or shorter examples at once (--batch-size and --max-length, where the command has them)"
 
 

@@ -1,6 +1,6 @@
 """The command `predict`: labels and probabilities from a fine-tuned model: `python run.py predict RUN [TEXT ...]`.
 
-The flags that select and load a model are here too; the command `evaluate` shares them.
+The flags that select and load a model are here too; `evaluate`, `generate` and `export` share them.
 """
 
 import argparse

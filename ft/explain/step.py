@@ -1,4 +1,4 @@
-"""Follow one training example through one optimizer step, in the order of the eight steps in `ft/finetune.py`.
+"""Follow one training example through one optimizer step, in the order of the eight steps in `ft/README.md`.
 
 All figures come from the functions that training calls, and the step itself from `train`.
 """
@@ -20,7 +20,7 @@ from ft.config import Config
 from ft.data.batches import Batch, collate
 from ft.data.examples import Example
 from ft.data.load import Data, read_data, with_demo_inputs
-from ft.device import Precision, choose_precision, use_device
+from ft.device import Precision, choose_precision, precision_for_size, use_device
 from ft.errors import FtError, UsageError, counted, shown
 from ft.explain.text import (
     WIDTH,
@@ -84,6 +84,8 @@ def _walk(config: Config, row: int | None) -> None:
     examples = data.examples["train"]
     step, window, row = _find_step(examples, config, row)
     model = build_model(config, files, model_config).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    precision = precision_for_size(precision, config.precision, parameters)
 
     split, target_ids = data.splits["train"], examples[row].target_ids
     print(f"Row {row:,} of the {len(examples):,} training examples, in one training step.")
@@ -96,7 +98,6 @@ def _walk(config: Config, row: int | None) -> None:
         show("completion", repr(split.completions[row]))
 
     print_stage(2, "Model", "ft/model/gpt2.py GPT2")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     show("weights", f"{config.model}" + (", randomly initialized" if config.init == "random" else ""))
     show(
         "size",
@@ -109,12 +110,12 @@ def _walk(config: Config, row: int | None) -> None:
     show("tokens", f"{len(ids)}: {format_tokens(ids, tokenizer)}")
     show("ids", " ".join(map(str, ids)))
 
-    print_stage(4, "Example", "ft/data/examples.py encode")
+    print_stage(4, "Examples", "ft/data/examples.py encode")
     completion = "" if split.completions is None else split.completions[row]
     following = tokenizer.encode(completion, add_special_tokens=False).ids or target_ids
     show_example(examples[row], [*ids, *following], config, tokenizer)
 
-    print_stage(5, "Collate", "ft/data/batches.py collate, ft/model/packing.py Packing")
+    print_stage(5, "Collate function", "ft/data/batches.py collate, ft/model/packing.py Packing")
     rows = next(rows for rows in window if row in rows)
     batch = collate([examples[number] for number in rows])
     show(
@@ -128,7 +129,7 @@ def _walk(config: Config, row: int | None) -> None:
     print_stage(6, "Hyperparameters", "ft/config.py Config")
     show("flags", " ".join(f"{flag(field)} {getattr(config, field)}" for field in HYPERPARAMETERS))
 
-    print_stage(7, "Loop", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py AdamW")
+    print_stage(7, "Training step", "ft/train/loop.py train, ft/model/gpt2.py GPT2.forward, ft/train/optim.py AdamW")
     _show_step(model, data, config, precision, step=step, window=window, row=row)
 
     print_stage(8, "Training", "ft/finetune.py fine_tune")
@@ -157,8 +158,7 @@ def _show_step(
     first = sum(len(examples[number].target_ids) for number in read[: read.index(row)])
     own = slice(first, first + len(target_ids))  # this example's targets among those of the step
     batches = [collate([examples[number] for number in numbers]) for numbers in window]
-    embedding = model.wte.weight[target].detach().clone()
-    before = _logits(model, batches, precision)
+    before, values = _logits(model, batches, precision), _watched_values(model, target)
     weights = class_weights(config, data)
     figures = _one_step(model, data, config, step, precision, weights)
     after = _logits(model, batches, precision)
@@ -174,12 +174,18 @@ def _show_step(
         show("dropout", f"the loss of the step itself is {figures['loss']:.4f}; those above are without dropout")
     show_gradient(figures["grad_norm"], config.max_grad_norm)
     show("rate", f"the learning rate of this step is {figures['learning_rate']:.3g}")
-    change = (model.wte.weight[target].detach() - embedding).abs().mean().item()
-    show(
-        "update",
-        f"AdamW changes each value of the embedding of {format_tokens([target], data.tokenizer)} by {change:.2e} on "
-        "average",
-    )
+    change = (_watched_values(model, target) - values).abs().mean().item()
+    what = f"AdamW changes each value of the embedding of {format_tokens([target], data.tokenizer)}"
+    if not model.wte.weight.requires_grad:
+        what = f"the embedding is frozen; AdamW changes each of the {counted(len(values), 'trained parameter')}"
+    show("update", f"{what} by {change:.2e} on average")
+
+
+def _watched_values(model: GPT2, token: int) -> Tensor:
+    """A copy of the (C,) embedding of a token; if the embedding is frozen, of all trained parameters."""
+    if model.wte.weight.requires_grad:
+        return model.wte.weight[token].detach().clone()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 
 def _find_step(examples: Sequence[Example], config: Config, row: int | None) -> tuple[int, list[Sequence[int]], int]:

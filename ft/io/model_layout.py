@@ -80,7 +80,7 @@ def choose_model_files(names: Collection[str], model: str, *, with_weights: bool
     if "adapter_config.json" in names and CONFIG not in names:
         raise FtError(
             f"{model} is an adapter, not a full model: pass it as --adapter to continue its training, with the model "
-            "that it was trained on as --model; predict, evaluate and generate take it as it is"
+            "that it was trained on as --model; predict, evaluate, generate and export take it as it is"
         )
     has_parts = TOKENIZER not in names and {VOCABULARY, MERGES} <= set(names)
     tokenizer = [VOCABULARY, MERGES] if has_parts else [TOKENIZER]

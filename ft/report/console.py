@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from ft.checkpoint import resume
+from ft.checkpoint import resume, store
 from ft.config import Config
 from ft.data.load import Data
 from ft.data.table import listed
@@ -82,6 +82,9 @@ def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: D
     state, test, seconds = outcome.state, outcome.test, outcome.seconds
     examples = state.step * config.rows_per_step
     by_metric = "" if config.best_metric == "accuracy" else f", by {config.best_metric}"
+    best = None  # its save may have failed, or --keep-best came after it was deleted
+    if config.keep_best and state.best_step is not None and store.checkpoint_path(run, state.best_step).is_dir():
+        best = store.checkpoint_path(run, state.best_step).name
     command, run = quoted(run), Path(printable(str(run)))
     return (
         ("" if state.step >= last_step else f"\nStopped early: {resume.describe_end(state, last_step)}.")
@@ -98,7 +101,7 @@ def closing(run: Path, outcome: Outcome, last_step: int, config: Config, data: D
         + f"The model is saved to {run / 'final'}, "
         + (f"the adapter to {run / 'adapter'}, " if config.uses_lora else "")
         + "the newest checkpoints beside it, "
-        + (f"that of the best evaluation is checkpoint-{state.best_step}, " if config.keep_best else "")
+        + (f"that of the best evaluation is {best}, " if best is not None else "")
         + f"all metrics in {run / 'metrics.jsonl'}. To use it: {program()} "
         + (f'predict {command} "an example"' if config.completion_column is None else f'generate {command} "a prompt"')
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from ft.checks import LENGTH, OPTIMIZER, flag
+from ft.checks import LENGTH, OPTIMIZER, PARAMETERS, flag
 from ft.config import NO_FLAGS, Config
 from ft.data.load import Data
 from ft.errors import counted
@@ -20,7 +20,7 @@ from ft.settings import field_groups
 from ft.train.class_weights import describe_weights
 from ft.train.state import State
 
-SETTINGS = (LENGTH, OPTIMIZER)  # the groups of settings that the card lists
+SETTINGS = (LENGTH, OPTIMIZER, PARAMETERS)  # the groups of settings that the card lists
 
 
 def model_card(
@@ -79,11 +79,7 @@ def model_card(
             "",
             "| setting | value |",
             "|---|---|",
-            *(
-                f"| `{name if name in NO_FLAGS else flag(name)}` | {_escaped(str(getattr(config, name)))} |"
-                for name, heading in field_groups().items()
-                if heading in SETTINGS and getattr(config, name) is not None
-            ),
+            *_settings(config),
             "",
             "## How to use it",
             "",
@@ -160,6 +156,19 @@ def _results(outcome: Outcome, best_metric: str) -> list[str]:
         "",
         "The majority baseline always answers with the most frequent training label.",
         *([note] if note else []),
+    ]
+
+
+def _settings(config: Config) -> list[str]:
+    """The rows of the table of settings, without those that are not set."""
+    values = {name: getattr(config, name) for name, heading in field_groups().items() if heading in SETTINGS}
+    if config.adapter is not None:
+        values["adapter"] = "a local adapter"  # its path must not be revealed
+    return [
+        f"| `{name if name in NO_FLAGS else flag(name)}` | "
+        f"{_escaped(' '.join(value) if isinstance(value, tuple) else str(value))} |"
+        for name, value in values.items()
+        if value not in (None, ())
     ]
 
 

@@ -43,7 +43,7 @@ class Recorded:
         config: the settings in config.json; empty if it cannot be read.
         events: the valid lines of metrics.jsonl.
         scores: scores.json (ft/evaluation/classification.py `write_scores`); None if it is missing or invalid.
-        finished: whether the final model exists.
+        finished: see `is_finished`.
     """
 
     directory: Path
@@ -204,8 +204,8 @@ def read_run(directory: Path) -> Recorded:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the final model of a run exists."""
-    return (directory / "final" / "model.safetensors").is_file()
+    """Whether a run has written its final model and, after it, summary.json, which a resumed run deletes first."""
+    return all((directory / name).is_file() for name in ("final/model.safetensors", "summary.json"))
 
 
 def read_events(metrics: Path) -> Events:

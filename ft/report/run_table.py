@@ -51,7 +51,7 @@ class RunRow:
         majority_baseline: the accuracy of always answering with the most frequent training label, on that split.
         test_accuracy, test_macro_f1: of the test split.
         seconds: the time of the run.
-        peak_memory_bytes: of the run (ft/device.py `peak_memory`).
+        peak_memory_bytes: of the run on a CUDA device, else of its process: see `peak_memory` in ft/device.py.
         settings: those in which the runs of the table differ.
     """
 

@@ -47,7 +47,7 @@ class Components:
 
 
 class Hooks(Protocol):
-    """What the loop calls between steps. In a run this is `ft.session.Session`; benchmarks and tests have their own."""
+    """What the loop calls between steps. In a run this is `ft.session.Session`; others use `StepRecorder`."""
 
     def step_done(self, num_examples: int, num_tokens: int) -> None:
         """Count an optimizer step that read this many examples and input tokens on all ranks together."""
@@ -69,7 +69,7 @@ class Hooks(Protocol):
 
 
 class StepRecorder:
-    """Hooks that record what the loop logs, and neither evaluate nor save: for benchmarks and tests.
+    """Hooks that record what the loop logs, and neither evaluate nor save: for `explain`, benchmarks and tests.
 
     Attributes:
         logged: the loss, learning rate and gradient norm of each call of `log`.

@@ -491,7 +491,9 @@ def test_an_adapter_of_another_size_or_place_is_refused(inputs, trained_by_peft,
     assert main([*inputs, "--adapter", str(tmp_path / "nowhere"), *rest]) == 2
     assert "there is no such directory; it must have adapter_config.json" in capsys.readouterr().err
     assert main([*inputs, "--model", str(adapter), *rest]) == 1
-    assert "is an adapter, not a full model: pass it as --adapter" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "is an adapter, not a full model: pass it as --adapter" in message
+    assert "predict, evaluate, generate and export take it as it is" in message
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ft import device
 from ft.cli.main import main
 from ft.explain.text import explain_lower_probability
 
+ROOT = Path(__file__).parents[2]
 NUMBER = r"(-?\d+\.?\d*(?:e-?\d+)?)"
 
 
@@ -135,9 +137,33 @@ def test_the_demo_needs_no_network_and_the_first_full_rate_is_chosen(explained):
     assert losses[-1] < losses[-2]
 
 
-def test_frozen_parameters_do_not_change(explained, inputs):
-    text = explained(*inputs, "--train-only", "last:1", "--dropout", "0")
-    assert "by 0.00e+00 on average" in text
+def test_the_precision_is_that_of_the_run(explained, inputs, monkeypatch):
+    """Of a small model on a processor with AMX."""
+    monkeypatch.setattr(device, "has_amx", lambda: True)
+    of_fp32, of_bf16 = (explained(*inputs, "--precision", precision) for precision in ("fp32", "bf16"))
+    assert explained(*inputs) == of_fp32 != of_bf16
+    monkeypatch.setattr(device, "SMALL_MODEL", 0)
+    assert explained(*inputs) == of_bf16
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained"),
+    [
+        (
+            ["--train-only", "last:1"],
+            lambda weights: sum(w.numel() for n, w in weights if re.search(r"h\.1\.|ln_f", n)),
+        ),
+        (
+            ["--lora-rank", "2", "--lora-targets", "c_attn"],
+            lambda weights: sum(2 * sum(w.shape) for n, w in weights if n.endswith("c_attn.weight")),
+        ),
+    ],
+)
+def test_the_update_of_frozen_embeddings_is_that_of_the_other_parameters(explained, inputs, flags, trained):
+    text = explained(*inputs, *flags, "--dropout", "0")
+    count = trained(list(AutoModelForCausalLM.from_pretrained(inputs[1]).named_parameters()))
+    words = rf"the embedding is frozen; AdamW changes each of the {count:,} trained parameters by {NUMBER} on average"
+    assert 0 < float(re.search(words, " ".join(text.split()))[1]) < 1.1e-3  # at a learning rate of 1e-3
     before, after = re.search(rf"{NUMBER} before the step, {NUMBER} after it, of the 8", text).groups()
     assert float(after) < float(before)
 
@@ -149,10 +175,11 @@ def test_the_settings_of_a_finished_run_are_taken_from_its_file(explained, input
     assert explained(*inputs, *flags) != explained(*inputs)
 
 
-def test_each_stage_names_functions_that_exist(explained, inputs):
-    stages = re.findall(r"^\d\. .*? \((.*)\)$", explained(*inputs), re.MULTILINE)
-    assert len(stages) == 8
-    for stage in stages:
+def test_each_stage_is_a_step_of_the_walk_through_and_names_functions_that_exist(explained, inputs):
+    headings = re.findall(r"^(\d\. .*?) \((.*)\)$", explained(*inputs), re.MULTILINE)
+    steps = re.findall(r"^## (\d\. .*)$", (ROOT / "ft" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in headings] == steps
+    for _, stage in headings:
         for entry in stage.split(", "):
             module, name = re.fullmatch(r"(ft/[\w/]+)\.py ([\w.]+)", entry).groups()
             attrgetter(name)(import_module(module.replace("/", ".")))

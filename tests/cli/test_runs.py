@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+import ft
 from ft.cli.main import main
 from ft.config import Config
+from ft.errors import FtError
 from ft.io.lock import is_locked, locked
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +66,7 @@ def write_run(run, accuracies, *, finished=True, rows=None, **settings):
     if finished:
         (run / "final").mkdir()
         (run / "final" / "model.safetensors").touch()
+        (run / "summary.json").write_text("{}")
 
 
 def test_the_figures_are_those_of_the_runs(runs, capsys):
@@ -193,6 +197,7 @@ def test_csv_is_read_back(runs, capsys):
 
 
 def test_damaged_runs_are_listed_with_the_reason(runs, capsys):
+    expected = last(runs / "low", "eval_accuracy")
     (runs / "low" / "config.json").write_text('{"model": ')
     (runs / "low" / "metrics.jsonl").open("a").write('{"step": 7, "half a li')
     write_run(runs / "no metrics", [0.5])
@@ -218,7 +223,7 @@ def test_damaged_runs_are_listed_with_the_reason(runs, capsys):
         "no metrics": "metrics.jsonl cannot be read: No such file or directory",
         "list": "config.json is not an object",
     }
-    assert rows["low"]["accuracy"] == last(runs / "sweep" / "high", "eval_accuracy") or rows["low"]["accuracy"] > 0
+    assert rows["low"]["accuracy"] == expected
     assert main(["runs", str(runs)]) == 0
     assert "damaged" in capsys.readouterr().out
 
@@ -242,6 +247,30 @@ def test_a_run_that_holds_its_lock_is_running(tmp_path, capsys):
     assert table(tmp_path, capsys)["run"]["state"] == "interrupted"
     with locked(tmp_path / "run"):  # looking has left no lock behind
         pass
+
+
+def test_a_longer_run_is_unfinished_until_its_own_end(runs, monkeypatch, capsys):
+    """Although `final/` has the model of the shorter run."""
+    run = runs / "low"
+    with monkeypatch.context() as patched:
+        patched.setattr("ft.finetune.train", Mock(side_effect=FtError("killed")))
+        assert main(["--resume", str(run), "--max-steps", "8"]) == 1
+    assert (run / "final" / "model.safetensors").is_file()
+    assert [row["state"] for row in table(run, capsys).values()] == ["interrupted"]
+    assert "not finished" in repr(ft.Run(run))
+    assert main(["--resume", str(run), "--max-steps", "8"]) == 0
+    assert [row["state"] for row in table(run, capsys).values()] == ["finished"]
+    assert repr(ft.Run(run)).endswith(str(run / "final"))
+
+
+def test_a_run_that_was_killed_before_its_summary_is_finished_by_resuming_it(runs, capsys):
+    summary = runs / "low" / "summary.json"
+    summary.unlink()
+    assert table(runs, capsys)["low"]["state"] == "interrupted"
+    for output in ("The model is saved to", "This run is finished"):
+        assert main(["--resume", str(runs / "low")]) == 0
+        assert output in capsys.readouterr().out
+        assert json.loads(summary.read_text())["step"] == 6
 
 
 def test_a_hundred_runs_do_not_wait_for_pytorch(tmp_path):

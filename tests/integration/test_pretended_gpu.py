@@ -34,7 +34,8 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "_exchange_device", self.set_device)
         monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self.set_device)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=self.major))
-        monkeypatch.setattr(torch._C, "_cuda_setDevice", self.set_device, raising=False)  # CPU builds lack it
+        monkeypatch.setattr(torch._C, "_cuda_setDevice", self.set_device, raising=False)  # CPU builds lack these two
+        monkeypatch.setattr(torch._C, "_cuda_resetPeakMemoryStats", lambda device: None, raising=False)
         for module in (setup, explain):
             monkeypatch.setattr(module, "choose_precision", self.choose_precision)
         monkeypatch.setattr(GPT2, "to", lambda model, device: self.place(device))

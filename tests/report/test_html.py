@@ -79,6 +79,7 @@ def write_run(folder, *, events=12, rate=1e-3, label="pos", text="a fine film", 
     if scores:
         (folder / "final").mkdir()
         (folder / "final" / "model.safetensors").write_bytes(b"")
+        (folder / "summary.json").write_text("{}")
         mistake = {"row": 7, "true": "neg", "predicted": label, "probability": 0.987, "text": text}
         record = {"step": events * 10, "split": "test", "labels": ["neg", label], "accuracy": 0.8, "macro_f1": 0.8}
         record |= {"precision": [0.9, 0.7], "recall": [0.7, 0.9], "f1": [0.79, 0.79], "confusion": [[30, 12], [4, 54]]}

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from ft.cli.arguments import COMMANDS, read_arguments
-from ft.report.console import MUCH_WORSE, _forgotten, after_demo
+from ft.config import Config
+from ft.report.console import MUCH_WORSE, _forgotten, after_demo, closing
+from ft.report.outcome import Outcome
 from ft.train.state import State
 
 
@@ -32,3 +34,22 @@ def test_what_to_try_after_the_demo_are_command_lines():
             assert words[1] in ("runs/demo", "--demo")
         else:
             read_arguments(words)
+
+
+@pytest.mark.parametrize(
+    ("present", "best_step", "keep_best", "named"),
+    [
+        ([5, 10], 5, True, "checkpoint-5"),
+        ([10], 5, True, None),  # deleted, or its save has failed
+        ([10], None, True, None),  # no evaluation was finite
+        ([5, 10], 5, False, None),
+    ],
+)
+def test_the_checkpoint_of_the_best_evaluation_is_named_if_it_is_there(tmp_path, present, best_step, keep_best, named):
+    for step in present:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    state = State(step=10, best_step=best_step, last_accuracy=0.5)
+    lines = closing(tmp_path, Outcome(state, None, 60.0), 10, Config(keep_best=keep_best), None)
+    assert "the newest checkpoints beside it, " in lines
+    assert (f"that of the best evaluation is {named}, " in lines) == (named is not None)
+    assert ("checkpoint-" in lines) == (named is not None)

@@ -151,6 +151,23 @@ def test_what_comes_from_the_hub_is_named_and_linked(tmp_path):
     assert "| validation, at best by accuracy (step 2) | 75.00% | 0.5000 |" in from_nothing
 
 
+def settings_in(card):
+    """The rows of the table of settings, as a reader sees them."""
+    rows = re.findall(r"^\| `(.*?)` \| (.*) \|$", card.partition("## Settings")[2], re.MULTILINE)
+    return {name: re.sub(r"\\(.)", r"\1", value) for name, value in rows}
+
+
+def test_the_settings_include_which_parameters_were_trained():
+    of_all = settings_in(make_card())
+    assert of_all["--learning-rate"] == "2e-05"
+    assert not {name for name in of_all if "lora" in name} | of_all.keys() & {"--train-only", "--freeze", "--adapter"}
+    given = {"lora_rank": 4, "lora_targets": ("c_attn", "last:2"), "train_only": ("*.bias",), "freeze": ("h.0.*",)}
+    of_lora = settings_in(make_card(**given))
+    expected = {"--lora-rank": "4", "--lora-targets": "c_attn last:2", "--train-only": "*.bias", "--freeze": "h.0.*"}
+    assert of_lora == of_all | expected
+    assert settings_in(make_card(adapter="/home/secret")) == of_all | {"--adapter": "a local adapter"}
+
+
 @pytest.mark.parametrize("name", ["./a", "/a/b", "a/b/c", "~/a", "..", "a\\b", "C:/a", "a b/c", "ä/b", "here"])
 def test_a_local_path_is_no_id(name, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
