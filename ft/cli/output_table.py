@@ -114,8 +114,8 @@ class TableWriter:
         except UnicodeEncodeError as error:
             lacking = shown(error.object[error.start : error.end])
             raise FtError(
-                f"{lacking} cannot be written in {self._encoding}, the encoding of the input: name an --output that ends "
-                "in .jsonl or .parquet"
+                f"{lacking} cannot be written in {self._encoding}, the encoding of the input: name an --output that "
+                "ends in .jsonl or .parquet"
             ) from error
 
     def _arrow_table(self) -> "pa.Table":
