@@ -17,6 +17,7 @@ _NO_CLASSES = "--class-weights are of labels, and with --completion-column there
 BALANCED = "balanced"  # the value of --class-weights for weights by inverse frequency
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9  # of a class: losses and their sums are fp32
 LARGEST_ALPHA = 1e9  # of LoRA, in flags and in adapter_config.json
+_OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets")
 
 # Settings that other libraries write or open as UTF-8: tokenizers, PyArrow and the profiler.
 _UTF8 = ("label_names", "output_dir", "text_column", "label_column", "prompt_column", "completion_column", "profile")
@@ -135,9 +136,18 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
             "them out, or train on labels"
         )
-    if config.init == "random" and (config.lora_rank is not None or config.adapter is not None):
-        problems.append("--init random trains all weights anew, and LoRA changes pretrained ones: leave one out")
+    problems += _lora_problems(config)
     return problems
+
+
+def _lora_problems(config: Any) -> list[str]:  # noqa: ANN401
+    """What contradicts LoRA, or has no effect without it."""
+    if config.lora_rank is None and config.adapter is None:
+        given = [name for name in _OF_LORA if getattr(config, name) not in (None, ())]
+        return [f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in given]
+    if config.init == "random":
+        return ["--init random trains all weights anew, and LoRA changes pretrained ones: leave one out"]
+    return []
 
 
 def weights_given(class_weights: str) -> list[float]:
