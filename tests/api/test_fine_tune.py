@@ -281,7 +281,11 @@ def test_wrong_rows_are_named(tune, rows, case, tmp_path):
         ({"class_weights": "1e39,1"}, "class_weights is '1e39,1', it must be balanced, or one number from 1e-09 to"),
         ({"profile": "\udcff"}, "profile is '\\udcff', it must be valid UTF-8"),
         ({"dataset": "x"}, "dataset is 'x', and rows are given too: leave one out"),
-        ({"validation": ["a"]}, "validation is ['a']: pass lists of texts and labels"),
+        (
+            {"validation": ["a"]},
+            "validation is ['a']: pass a tuple (texts, labels), or a table in memory with both",
+        ),
+        ({"test": [["a"], [0]]}, "test is [['a'], [0]]: pass a tuple (texts, labels), or a table"),
         ({"validation": (["a", "b"], [0])}, "there are 2 texts of validation and 1 labels"),
         ({"validation": (["a", "b"], ["neg", "pos"])}, "pass labels of one type"),
         ({"label_names": ["a,b", "c"]}, "a name must not contain a comma"),
