@@ -95,9 +95,7 @@ class TableWriter:
         """
         if self._kind == ".json":
             self._write_text("\n]\n")
-        if self._kind != ".parquet":
-            self._file.write(self._encoder.encode("", final=True))
-        else:
+        elif self._kind == ".parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
 
