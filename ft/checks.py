@@ -19,6 +19,7 @@ _NO_CLASSES = "--class-weights are of labels, and with --completion-column there
 BALANCED = "balanced"  # the value of --class-weights for weights by inverse frequency
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9  # of a class: losses and their sums are fp32
 LARGEST_ALPHA = 1e9  # of LoRA, in flags and in adapter_config.json
+_OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets")
 
 TOO_LONG = "which is too long a path for this system: name a shorter one"
 
@@ -213,8 +214,7 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
             "them out, or train on labels"
         )
-    if config.init == "random" and (config.lora_rank is not None or config.adapter is not None):
-        problems.append("--init random trains all weights anew, and LoRA changes pretrained ones: leave one out")
+    problems += _lora_problems(config)
     return problems
 
 
@@ -225,6 +225,16 @@ def is_encoding(name: str) -> bool:
     except (LookupError, ValueError):  # unknown, not of text, or not a possible name
         return False
     return True
+
+
+def _lora_problems(config: Any) -> list[str]:  # noqa: ANN401
+    """What contradicts LoRA, or has no effect without it."""
+    if config.lora_rank is None and config.adapter is None:
+        given = [name for name in _OF_LORA if getattr(config, name) not in (None, ())]
+        return [f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in given]
+    if config.init == "random":
+        return ["--init random trains all weights anew, and LoRA changes pretrained ones: leave one out"]
+    return []
 
 
 def weights_given(class_weights: str) -> list[float]:

@@ -77,6 +77,12 @@ DEMO_SETTINGS: dict[str, object] = {
     "forgetting": "builtin",
 }
 
+# What --demo generates or sets itself.
+DEMO_INPUTS = (
+    *("model", "model_revision", "dataset", "dataset_config", "dataset_revision"),
+    *("text_column", "label_column", "prompt_column", "completion_column", "delimiter", "encoding", "skip_empty"),
+)
+
 
 def field_help() -> dict[str, str]:
     """The help text of each field of `Config`, by field name."""
@@ -174,6 +180,40 @@ def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             recorded["dataset"] = str(run / rows)
         return {**base, **recorded, "output_dir": str(run)}
     return base
+
+
+def find_unused_settings(
+    given: Mapping[str, Any], recorded: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[str]:
+    """A sentence for each setting that another one leaves without effect.
+
+    Args:
+        given: the settings of the command line, or the keywords of `ft.fine_tune`.
+        recorded: those of the --config file, if there is one.
+        settings: all of them, with those of the resumed run or the demo.
+    """
+    problems = []
+    if settings.get("demo") is True:
+        defaults = {field.name: field.default for field in fields(Config)}
+        own = {} if recorded.get("demo") is True else recorded
+        ignored = [flag(name) for name in DEMO_INPUTS if name in given]
+        ignored += [
+            f"{name} of the --config"
+            for name in DEMO_INPUTS
+            if name not in given and own.get(name, defaults[name]) != defaults[name]
+        ]
+        if ignored:
+            problems.append(f"--demo has its own model and data: leave out --demo, or {', '.join(ignored)}")
+    if "prompt_column" in given and settings.get("completion_column") is None:
+        problems.append(
+            f"--prompt-column is {shown(given['prompt_column'])} without --completion-column: give both or neither"
+        )
+    columns = [flag(name) for name in ("text_column", "label_column") if name in given]
+    if settings.get("completion_column") is not None and columns:
+        problems.append(f"--completion-column trains on completions, without labels: leave out {' and '.join(columns)}")
+    if "max_skipped_steps" in given and settings.get("on_nonfinite", Config.on_nonfinite) != "skip":
+        problems.append("--max-skipped-steps limits what --on-nonfinite skip leaves out: give both or neither")
+    return problems
 
 
 def rows_of_run(dataset: object) -> str | None:

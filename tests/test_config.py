@@ -37,8 +37,16 @@ def other_value(name):
     return {bool: True, int: number, float: 0.625, str: text, tuple: ("h.1.*", "ln_f.bias")}[kind]
 
 
+def needed(name):
+    """The settings without which one has no effect."""
+    return {"lora_rank": 8} if name in ("lora_alpha", "lora_dropout", "lora_targets") else {}
+
+
 def changed(*names):
-    return Config(**{name: other_value(name) for name in names})
+    settings = {}
+    for name in names:
+        settings |= {**needed(name), name: other_value(name)}
+    return Config(**settings)
 
 
 # --- what a field consists of -----------------------------------------------------------------------------------------
@@ -225,6 +233,9 @@ WRONG = [
         {"resume": "newest", "overwrite": True},
         "--resume continues a run and --overwrite deletes it: give one of them",
     ),
+    ({"lora_alpha": 4.0}, "--lora-alpha is for LoRA, which --lora-rank 8 or --adapter turns on"),
+    ({"lora_dropout": 0.0}, "--lora-dropout is for LoRA, which --lora-rank 8 or --adapter turns on"),
+    ({"lora_targets": ("c_attn",)}, "--lora-targets is for LoRA, which --lora-rank 8 or --adapter turns on"),
 ]
 
 
@@ -329,7 +340,7 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, content, messag
 
 @EVERY_FIELD
 def test_only_settings_of_the_run_are_reported_as_changed(name):
-    old, new = dataclasses.asdict(Config()), changed(name)
+    old, new = dataclasses.asdict(Config(**needed(name))), changed(name)
     message = f"{flag(name)} was {old[name]!r} and would be {getattr(new, name)!r}"
     if name == "processes":
         message = "--batch-size was 8 and would be 8 x 4 processes"

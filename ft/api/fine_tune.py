@@ -20,7 +20,7 @@ from ft.cli.parsers import describe_unknown_flag
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.distributed.launch import world_size
 from ft.errors import FtError, Stopped, UsageError, printable, quoted, remedy_of, shown
-from ft.settings import base_settings, build_config
+from ft.settings import base_settings, build_config, find_unused_settings
 
 COMPLETION_COLUMN = "completion"  # of the rows, if there is no such setting
 
@@ -63,8 +63,8 @@ def fine_tune(
     Raises:
         UsageError: the rows or settings are wrong; `problems` has one sentence for each.
         FtError: the run failed, and the message has the reason and the remedy.
-        KeyboardInterrupt: after an interrupt, SIGTERM or SIGUSR1. The current step was finished and saved, and the
-            message says how the run continues. A second interrupt does not wait for the step.
+        KeyboardInterrupt: after an interrupt, SIGTERM or SIGUSR1. During training the current step is finished and
+            saved first, and the message says how the run continues. A second interrupt does not wait for the step.
     """
     with _errors_for_python():
         given: dict[str, Any] = {"output_dir": output_dir, "overwrite": overwrite, "resume": resume, **settings}
@@ -102,10 +102,12 @@ def _to_settings(
         The settings, and what is wrong with them before `Config` has checked them, one sentence each.
     """
     known = [field.name for field in fields(Config) if field.name not in NO_FLAGS]
-    unknown = [describe_unknown_flag(flag(name), list(map(flag, known))) for name in given if name not in known]
+    unknown = [(name, describe_unknown_flag(flag(name), list(map(flag, known)))) for name in given if name not in known]
     problems = [
-        text.replace("there is no flag", "there is no setting").replace("--help lists", "help(ft.fine_tune) lists")
-        for text in unknown
+        text.replace(f"there is no flag {flag(name)}", f"there is no setting {name}").replace(
+            "--help lists all flags", "help(ft.fine_tune) lists all settings"
+        )
+        for name, text in unknown
     ]
     chosen: dict[str, Any] = {}
     for name in [name for name in given if name in known]:
@@ -127,7 +129,8 @@ def _to_settings(
             problems.append("there are several processes, which must have the same --output-dir: name it")
         chosen["output_dir"] = _new_directory()
     try:
-        chosen = {**base_settings(chosen), **chosen}
+        keywords, chosen = chosen, {**base_settings(chosen), **chosen}
+        problems += find_unused_settings(keywords, {}, chosen)
     except UsageError as error:
         problems += error.problems
     return chosen, problems
@@ -179,13 +182,13 @@ def _dataset_of(rows: Mapping[str, Rows], config: Config) -> str:
 
 
 def _how_to_continue(config: Config) -> str:
-    """The message of the interrupt that ends a run after it was saved."""
+    """The message of the interrupt that ends a run in training."""
     path = config.output_dir
     saved = store.checkpoints(Path(path))
-    step = f" after step {store.step_of(saved[-1]):,}" if saved else ""
+    saved_until = f"after step {store.step_of(saved[-1]):,}, and saved" if saved else ""
     return printable(
-        f"stopped{step}, and saved. To continue: ft.fine_tune(output_dir={path!r}, resume=True), or on a command line "
-        f"--resume {quoted(path)}"
+        f"stopped {saved_until or 'before the first step, with nothing to save'}. To continue: "
+        f"ft.fine_tune(output_dir={path!r}, resume=True), or on a command line --resume {quoted(path)}"
     )
 
 
@@ -194,7 +197,7 @@ def _errors_for_python() -> Iterator[None]:
     """A context that names settings in errors as Python does, `batch_size` for `--batch-size`.
 
     Raises:
-        FtError: instead of an error of the device for which there is a remedy, too.
+        FtError: also for an error of the system, and for one of the device for which there is a remedy.
     """
     try:
         yield
@@ -205,6 +208,8 @@ def _errors_for_python() -> Iterator[None]:
     except FtError as error:
         error.args = (_in_python(str(error)),)
         raise
+    except OSError as error:  # full disks and missing permissions; reading input files raises FtError
+        raise FtError(f"{error.strerror or error}: {error.filename or 'while reading or writing'}") from error
     except RuntimeError as error:
         if (remedy := remedy_of(error)) is None:
             raise
@@ -212,8 +217,9 @@ def _errors_for_python() -> Iterator[None]:
 
 
 def _in_python(message: str) -> str:
-    """A message with the names of settings instead of flags."""
-    return re.sub(r"(?<![\w-])--([a-z][a-z0-9-]*)", lambda match: match[1].replace("-", "_"), message)
+    """A message with the names of settings instead of flags; commands in backticks and other flags stay as they are."""
+    names = {flag(field.name): field.name for field in fields(Config)}
+    return re.sub(r"`[^`]*`|(?<![\w-])--[a-z][a-z0-9-]*", lambda match: names.get(match[0], match[0]), message)
 
 
 def _signature() -> inspect.Signature:

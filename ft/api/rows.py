@@ -108,10 +108,10 @@ def _rows_of(split: object, name: str, columns: tuple[str, str], *, is_completio
         if names is None:
             if name == "train" and hasattr(split, "__getitem__"):
                 raise UsageError(f"{nouns[1]} are missing: pass one for each of the {nouns[0]}, or a table with both")
-            raise UsageError(
-                f"{nouns[0] if name == 'train' else name} is {shown(split)}: pass lists of {nouns[0]} and {nouns[1]}, "
-                "or a table in memory with both"
-            )
+            noun, pair = name, f"a tuple ({', '.join(nouns)})"
+            if name == "train":
+                noun, pair = nouns[0], f"lists of {nouns[0]} and {nouns[1]}"
+            raise UsageError(f"{noun} is {shown(split)}: pass {pair}, or a table in memory with both")
         if absent := [column for column in columns if column not in names]:
             raise UsageError(
                 f"the table{of_split} has no column {absent[0]!r}, its columns are {shown(names)}: name them by "

@@ -82,15 +82,15 @@ def write_adapter(
         n_layer: the number of blocks of the model.
         base: of the adapter.
     """
-    has_biases = [name for name in tensors if not is_lora(name)]
-    beside = [name for name in has_biases if name.rpartition(".")[0] not in settings.targets]
+    biases = [name for name in tensors if not is_lora(name)]
+    beside = [name for name in biases if name.rpartition(".")[0] not in settings.targets]
     staged.write_json(
         ADAPTER_CONFIG,
         {
             "alpha_pattern": {},
             "auto_mapping": None,
             "base_model_name_or_path": base.model,
-            "bias": "all" if beside else "lora_only" if has_biases else "none",
+            "bias": "all" if beside else "lora_only" if biases else "none",
             "fan_in_fan_out": True,  # the weights of GPT-2 are (in, out)
             "inference_mode": True,
             "init_lora_weights": True,

@@ -14,7 +14,6 @@ from ft.checkpoint.adapter import (
     read_base,
 )
 from ft.checkpoint.snapshot import WEIGHTS
-from ft.checks import flag
 from ft.config import Config
 from ft.errors import UsageError, sentence, shown
 from ft.io.model_layout import ModelFiles
@@ -35,13 +34,8 @@ def build_model(config: Config, files: ModelFiles, model_config: GPT2Config, che
 
     Raises:
         FtError: the weights do not fit the configuration, or the adapter does not fit the weights.
-        UsageError: a pattern of --train-only, --freeze or --lora-targets matches nothing, or --lora-rank is too large;
-            or a flag of LoRA is given without LoRA.
+        UsageError: a pattern of --train-only, --freeze or --lora-targets matches nothing, or --lora-rank is too large.
     """
-    of_lora = ("lora_alpha", "lora_dropout", "lora_targets")
-    given = [name for name in of_lora if getattr(config, name) not in (None, ())]
-    if given and not config.uses_lora:
-        raise UsageError(*(f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in given))
     model = GPT2(model_config)
     if config.uses_lora:
         load_weights(model, files.weights)

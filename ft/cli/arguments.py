@@ -16,7 +16,15 @@ from ft.cli.parsers import CommandParser, describe_unknown_flag, find_meant_flag
 from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import UsageError, quoted, shown
 from ft.io.paths import SETTINGS, expand_home
-from ft.settings import base_settings, build_config, field_groups, field_help, parse_value, read_config_file
+from ft.settings import (
+    base_settings,
+    build_config,
+    field_groups,
+    field_help,
+    find_unused_settings,
+    parse_value,
+    read_config_file,
+)
 
 EXAMPLES = """\
 examples:
@@ -61,11 +69,6 @@ RUN_FLAG_COMMANDS = {
     "data": ("ft.cli.describe_data", "describe"),
 }
 
-# What --demo generates or sets itself.
-DEMO_INPUTS = (
-    *("model", "model_revision", "dataset", "dataset_config", "dataset_revision"),
-    *("text_column", "label_column", "prompt_column", "completion_column", "delimiter", "encoding", "skip_empty"),
-)
 # What the help says of each command.
 SUMMARIES = {
     "data": "counts, lengths and duplicates of a data set",
@@ -208,42 +211,10 @@ def read_arguments(arguments: Sequence[str], page: HelpPage = TRAINING_PAGE) -> 
             recorded = read_config_file(Path(expand_home(config_file)), may_be_pipe=True)
         given, settings = settings, {**recorded, **settings}
         settings = {**base_settings(settings), **settings}
-        problems += _unused_flags(given, recorded, settings)
+        problems += find_unused_settings(given, recorded, settings)
     except UsageError as error:
         problems += error.problems
     return build_config(settings, problems)
-
-
-def _unused_flags(given: dict[str, Any], recorded: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """A problem for each flag that another setting leaves without effect.
-
-    Args:
-        given: the settings of the command line.
-        recorded: those of the --config file.
-        settings: all of them, with those of the resumed run or the demo.
-    """
-    problems = []
-    if settings.get("demo") is True:
-        defaults = {field.name: field.default for field in fields(Config)}
-        own = {} if recorded.get("demo") is True else recorded
-        ignored = [flag(name) for name in DEMO_INPUTS if name in given]
-        ignored += [
-            f"{name} of the --config"
-            for name in DEMO_INPUTS
-            if name not in given and own.get(name, defaults[name]) != defaults[name]
-        ]
-        if ignored:
-            problems.append(f"--demo has its own model and data: leave out --demo, or {', '.join(ignored)}")
-    if "prompt_column" in given and settings.get("completion_column") is None:
-        problems.append(
-            f"--prompt-column is {shown(given['prompt_column'])} without --completion-column: give both or neither"
-        )
-    columns = [flag(name) for name in ("text_column", "label_column") if name in given]
-    if settings.get("completion_column") is not None and columns:
-        problems.append(f"--completion-column trains on completions, without labels: leave out {' and '.join(columns)}")
-    if "max_skipped_steps" in given and settings.get("on_nonfinite", Config.on_nonfinite) != "skip":
-        problems.append("--max-skipped-steps limits what --on-nonfinite skip leaves out: give both or neither")
-    return problems
 
 
 def _join_negative_numbers(arguments: Sequence[str]) -> list[str]:

@@ -59,7 +59,7 @@ def export(arguments: Sequence[str]) -> None:
     if options.to is None:
         is_known = any(problem.startswith("--to is ") for problem in parser.problems)  # a wrong one
         missing = [] if is_known else [f"--to is missing, it must be {' or '.join(EXPORTED_FILES)}"]
-        raise UsageError(*parser.problems, *missing)
+        raise UsageError(*parser.problems, *missing, *find_flag_problems(options))
     output = options.output or _default_output(Path(options.model), options.to)
     problems = [*parser.problems, *find_flag_problems(options), *_find_format_problems(options)]
     if output is None:
@@ -70,22 +70,24 @@ def export(arguments: Sequence[str]) -> None:
         raise UsageError(*problems)
 
     with waiting_line(LOADING, quiet=options.quiet):  # only here: --help and usage errors do not wait for torch
+        from ft.checkpoint.error_hints import explain_out_of_memory
         from ft.export.classifier import CLASSIFIER_METADATA, CLASSIFIER_USAGE, write_classifier
         from ft.export.gguf import GGUF_METADATA, gguf_usage, write_gguf
 
-    model = load_classifier(options)
-    with (
-        waiting_line(f"Writing {one_line(str(output))} ...", quiet=options.quiet),
-        atomic_directory(Path(os.path.abspath(output))) as staged,  # a name such as `.` has no directory beside it
-    ):
-        if options.to == "classifier":
-            write_classifier(staged, model)
-            card = export_card(Path(model.source), CLASSIFIER_USAGE, CLASSIFIER_METADATA)
-        else:
-            dtype = options.dtype or "f32"
-            write_gguf(staged, model, dtype)
-            card = export_card(Path(model.source), gguf_usage(model, dtype), GGUF_METADATA)
-        staged.write(CARD, [card.encode()])
+    with explain_out_of_memory(f"--to {options.to}", "a smaller model"):
+        model = load_classifier(options)
+        with (
+            waiting_line(f"Writing {one_line(str(output))} ...", quiet=options.quiet),
+            atomic_directory(Path(os.path.abspath(output))) as staged,  # a name such as `.` has no directory beside it
+        ):
+            if options.to == "classifier":
+                write_classifier(staged, model)
+                card = export_card(Path(model.source), CLASSIFIER_USAGE, CLASSIFIER_METADATA)
+            else:
+                dtype = options.dtype or "f32"
+                write_gguf(staged, model, dtype)
+                card = export_card(Path(model.source), gguf_usage(model, dtype), GGUF_METADATA)
+            staged.write(CARD, [card.encode()])
     size = sum(path.stat().st_size for path in output.iterdir())
     use = f"its {CARD} shows how to use it"
     print(printable(f"{output}: {options.to}, {size / 1e6:,.1f} MB, from {model.source}; {use}"))

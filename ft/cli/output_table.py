@@ -4,6 +4,7 @@ The values of the rows are data: a text that begins with `=` is written as it is
 holds the delimiter, a quote, a line break, or blanks at an end.
 """
 
+import codecs
 import json
 import math
 import sys
@@ -62,6 +63,7 @@ class TableWriter:
             if source.path.name.lower().removesuffix(".gz").endswith(suffix):
                 self._delimiter, self._encoding = source.delimiter, source.encoding
         self._header = header
+        self._encoder = codecs.getincrementalencoder(self._encoding)()  # which writes a byte order mark once
         if suffix in (".csv", ".tsv"):
             self._write_text(_csv_line(header, self._delimiter))
         elif suffix == ".json":
@@ -105,15 +107,13 @@ class TableWriter:
                 ) from error
 
     def _write_text(self, text: str) -> None:
-        encoding = self._encoding
-        if self._file.tell():  # a byte order mark is written once
-            encoding = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}.get(encoding, encoding)
         try:
-            self._file.write(text.encode(encoding))
+            self._file.write(self._encoder.encode(text))
         except UnicodeEncodeError as error:
+            lacking = shown(error.object[error.start : error.end])
             raise FtError(
-                f"{shown(text[error.start : error.end])} cannot be written in {self._encoding}, the encoding of the "
-                "input: name an --output that ends in .jsonl or .parquet"
+                f"{lacking} cannot be written in {self._encoding}, the encoding of the input: name an --output that "
+                "ends in .jsonl or .parquet"
             ) from error
 
     def _arrow_table(self) -> "pa.Table":
@@ -165,15 +165,20 @@ def _cell(value: object) -> str:
     """A value as text: nothing for a missing one, numbers with all their digits, and lists as JSON."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, list | dict) else str(value)
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(_json_value(value))
+    return str(value)
 
 
 def _json_value(value: object) -> object:
-    """A value that JSON has; NaN is null, and dates are text."""
+    """A value that JSON has, also inside lists and objects; NaN is null, and dates and bytes are text."""
+    if isinstance(value, dict):
+        return {key: _json_value(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(element) for element in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    is_json = value is None or isinstance(value, str | int | float | list | dict)
-    return value if is_json else str(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 class ConsoleTable:

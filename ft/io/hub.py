@@ -119,11 +119,11 @@ def _hub_files(source: Source, choose: _Choice) -> dict[str, Path]:
     """
     from huggingface_hub import constants, errors
 
-    constants.DOWNLOAD_CHUNK_SIZE = CHUNK
     seconds = max(STALL, 2.0 * constants.HF_HUB_ETAG_TIMEOUT, 2.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT)
     cached = _cached_files(source, choose)  # before the client records that the branch has moved
     files: dict[str, Path] = {}
     directory = Path(constants.HF_HUB_CACHE) / f"{source.kind}s--{source.name.replace('/', '--')}" / "blobs"
+    chunk, constants.DOWNLOAD_CHUNK_SIZE = constants.DOWNLOAD_CHUNK_SIZE, CHUNK
     try:
         run_with_stall_timeout(
             lambda: _fetch(source, choose, files),
@@ -141,6 +141,8 @@ def _hub_files(source: Source, choose: _Choice) -> dict[str, Path]:
         if isinstance(error, StalledError):
             print(f"WARNING: {_failure(error, source)} The files in the cache are used.", file=sys.stderr)
         return cached
+    finally:
+        constants.DOWNLOAD_CHUNK_SIZE = chunk  # other code of this process downloads with its own
     return files
 
 

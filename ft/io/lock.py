@@ -1,10 +1,12 @@
 """A lock on a directory, held until it is released or the process ends."""
 
+import ctypes
 import errno
 import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,10 +20,13 @@ if sys.platform != "win32":
 
 LOCK = ".lock"
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would block; regular files ignore this flag
+_TRIES, _PAUSE = 3, 0.05  # seconds between the tries: `is_locked` holds the lock for less
+# From winnt.h, winbase.h and winerror.h.
+_SYNCHRONIZE, _WAIT_TIMEOUT, _ERROR_ACCESS_DENIED = 0x00100000, 0x102, 5
 
 
 class DirectoryLock:
-    """An exclusive lock on a directory, by flock on a file in it."""
+    """An exclusive lock on a directory, by flock on a file in it; on Windows by the process id in that file."""
 
     def __init__(self, directory: Path) -> None:
         """Create the directory if it does not exist, and lock it.
@@ -123,33 +128,63 @@ def _locked_file(directory: Path) -> io.FileIO:
 def _acquire(file: io.FileIO, directory: Path) -> None:
     """Lock the lock file of a directory.
 
-    On a file system without locks, the lock counts as held if a process with the id in the file runs on this machine.
+    On Windows and on a file system without locks, the lock counts as held if a process with the id in the file runs on
+    this machine.
 
     Raises:
         FtError: another process holds the lock, or may hold it.
     """
-    if sys.platform == "win32":
-        return
     process = file.read(20).decode(errors="replace").strip() or "unknown"
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FtError(
-            f"another run is using {directory}: process {process}. Wait for it, stop it (kill {process}), or use "
-            "another --output-dir"
-        ) from None
-    except OSError:
-        if _is_running(process):
+    if sys.platform == "win32":
+        reason = ""
+    else:
+        try:
+            _flock(file)
+            return
+        except BlockingIOError:
             raise FtError(
-                f"another run may be using {directory}, whose file system has no locks: process {process} started one, "
-                f"and a process with this id is running. If it is another program, delete {directory / LOCK}"
+                f"another run is using {directory}: process {process}. Wait for it, stop it (kill {process}), or use "
+                "another --output-dir"
             ) from None
+        except OSError:
+            reason = ", whose file system has no locks"
+    if _is_running(process):
+        raise FtError(
+            f"another run may be using {directory}{reason}: process {process} started one, and a process with this id "
+            f"is running. If it is another program, delete {directory / LOCK}"
+        )
+
+
+def _flock(file: io.FileIO) -> None:
+    """Lock a file exclusively, unless another process holds the lock for longer than `is_locked` does.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file system has no locks.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not tries_left:
+                raise
+            time.sleep(_PAUSE)
 
 
 def _is_running(process: str) -> bool:
     """Whether another process with this id is running on this machine."""
     if not re.fullmatch("[1-9][0-9]{0,8}", process) or int(process) == os.getpid():
         return False
+    if sys.platform == "win32":  # where signal 0 is CTRL_C_EVENT, which interrupts the programs of the console
+        kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel32.OpenProcess.restype = ctypes.c_void_p
+        handle = kernel32.OpenProcess(_SYNCHRONIZE, False, int(process))
+        if handle is None:
+            return ctypes.get_last_error() == _ERROR_ACCESS_DENIED  # it belongs to another user
+        state = kernel32.WaitForSingleObject(ctypes.c_void_p(handle), 0)
+        kernel32.CloseHandle(ctypes.c_void_p(handle))
+        return state == _WAIT_TIMEOUT
     try:
         os.kill(int(process), 0)  # signal 0 only checks that the process exists
     except ProcessLookupError:

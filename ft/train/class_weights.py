@@ -37,9 +37,9 @@ def class_weights(config: Config, data: Data) -> list[float] | None:
 def balanced_weights(labels: Sequence[int], num_labels: int) -> list[float]:
     """Weights n / (K count) by which the examples of each of K classes weigh as much as those of any other.
 
-    The n examples together weigh n. A class without examples has the weight 0 and is not one of the K, as in
-    scikit-learn's `compute_class_weight("balanced")`, which takes it from King and Zeng, "Logistic Regression in Rare
-    Events Data" (2001).
+    The n examples together weigh n. K counts the classes that have examples, as in scikit-learn's
+    `compute_class_weight("balanced")` with the classes that occur; a class without examples has the weight 0 here. The
+    formula is of King and Zeng, "Logistic Regression in Rare Events Data" (2001).
 
     Args:
         labels: the class of each training example, below `num_labels`.

@@ -26,6 +26,7 @@ import transformers
 
 import ft
 from ft.cli.main import main
+from ft.session import Session
 from ft.train.loop import train_step
 
 ROOT = Path(__file__).parents[2]
@@ -271,7 +272,7 @@ def test_wrong_rows_are_named(tune, rows, case, tmp_path):
         ({"lr": 1e-4}, "there is no setting lr, is it learning_rate?"),
         ({"epoch": 1}, "there is no setting epoch, is it epochs?"),
         ({"processes": 2}, "there is no setting processes"),
-        ({"xyzzy": 2}, "there is no setting xyzzy; help(ft.fine_tune) lists all"),
+        ({"xyzzy": 2}, "there is no setting xyzzy; help(ft.fine_tune) lists all settings"),
         ({"batch_size": 0}, "batch_size is 0, it must be at least 1"),
         ({"batch_size": "8"}, "batch_size is '8', it must be a whole number"),
         ({"batch_size": np.array([1, 2])}, "batch_size is array([1, 2]), it must be a whole number"),
@@ -281,7 +282,11 @@ def test_wrong_rows_are_named(tune, rows, case, tmp_path):
         ({"class_weights": "1e39,1"}, "class_weights is '1e39,1', it must be balanced, or one number from 1e-09 to"),
         ({"profile": "\udcff"}, "profile is '\\udcff', it must be valid UTF-8"),
         ({"dataset": "x"}, "dataset is 'x', and rows are given too: leave one out"),
-        ({"validation": ["a"]}, "validation is ['a']: pass lists of texts and labels"),
+        (
+            {"validation": ["a"]},
+            "validation is ['a']: pass a tuple (texts, labels), or a table in memory with both",
+        ),
+        ({"test": [["a"], [0]]}, "test is [['a'], [0]]: pass a tuple (texts, labels), or a table"),
         ({"validation": (["a", "b"], [0])}, "there are 2 texts of validation and 1 labels"),
         ({"validation": (["a", "b"], ["neg", "pos"])}, "pass labels of one type"),
         ({"label_names": ["a,b", "c"]}, "a name must not contain a comma"),
@@ -296,6 +301,51 @@ def test_wrong_settings_are_named_as_in_python(tune, rows, settings, message):
         tune(*rows["train"], **settings)
     assert message in str(caught.value)
     assert "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"demo": True, "model": "gpt2"}, "demo has its own model and data: leave out demo, or model"),
+        ({"max_skipped_steps": 3}, "max_skipped_steps limits what on_nonfinite skip leaves out: give both or neither"),
+        ({"prompt_column": "a"}, "prompt_column is 'a' without completion_column: give both or neither"),
+        (
+            {"completion_column": "a", "text_column": "b", "label_column": "c"},
+            "completion_column trains on completions, without labels: leave out text_column and label_column",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused_as_on_the_command_line(settings, message, demo_inputs, tmp_path):
+    inputs = {} if "demo" in settings else {"model": demo_inputs[0], "dataset": demo_inputs[1]}
+    with pytest.raises(ft.UsageError, match=f"^{message}$"):
+        ft.fine_tune(output_dir=tmp_path / "run", max_steps=1, **SETTINGS, **inputs, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_and_flags_of_other_programs_are_not_renamed(tune, rows, monkeypatch):
+    message = "`{} --demo` needs no network, {}; torchrun --master-port is free; take a smaller {} or {}"
+
+    def fail(*arguments, **options):
+        raise ft.FtError(message.format("python -m ft", "--dataset", "--batch-size", "--max-length"))
+
+    monkeypatch.setattr("ft.finetune.fine_tune", fail)
+    with pytest.raises(ft.FtError) as caught:
+        tune(*rows["train"])
+    assert str(caught.value) == message.format("python -m ft", "dataset", "batch_size", "max_length")
+
+
+def test_errors_of_the_system_are_of_this_package(tune, rows, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ft.FtError, match=f"Not a directory: {tmp_path / 'file' / 'run'}"):
+        tune(*rows["train"], output_dir=tmp_path / "file" / "run")
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(ft.FtError, match=r"^No space left on device: ") as caught:
+        tune(*rows["train"])
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_all_problems_are_reported_at_once(tune, rows):
@@ -512,6 +562,20 @@ def test_an_interrupt_saves_and_says_how_to_continue(tune, rows, reference, monk
     call = message.partition("To continue: ")[2].partition(", or on a command line")[0]
     run = eval(call, {"ft": ft})
     assert figures(run)[-2:] == reference[-2:]
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_is_saved(tune, rows, reference, monkeypatch):
+    def interrupted(self, state):
+        os.kill(os.getpid(), signal.SIGINT)
+        return prepare(self, state)
+
+    prepare = Session.prepare
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "prepare", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"^stopped before the first step, with nothing to save") as caught:
+            tune(rows["train"][0], words(rows["train"][1]))
+    call = str(caught.value).partition("To continue: ")[2].partition(", or on a command line")[0]
+    assert figures(eval(call, {"ft": ft})) == reference
 
 
 def test_a_second_interrupt_raises_at_once_and_the_process_lives(tune, rows, monkeypatch):

@@ -16,7 +16,7 @@ from ft.config import NO_FLAGS, Config
 from ft.settings import FREE_ON_RESUME, LONGER_ON_RESUME
 from ft.train.metrics import MetricsLogger
 from ft.train.state import State
-from tests.test_config import FIELDS, other_value
+from tests.test_config import FIELDS, needed, other_value
 
 SETTINGS = ["--precision", "fp32", "--eval-steps", "4", "--save-steps", "5", "--logging-steps", "3"]
 
@@ -176,6 +176,7 @@ def test_every_flag_that_changes_the_weights_is_refused_on_resume(inputs, run, c
         value = next((choice for choice in field_types(Config)[name][1] if choice != recorded[name]), other_value(name))
         words = {bool: [], tuple: list(value) if isinstance(value, tuple) else []}.get(type(value), [str(value)])
         words += ["--completion-column", "c"] if name == "prompt_column" else []
+        words += [word for needs, number in needed(name).items() for word in (flag(needs), str(number))]
         capsys.readouterr()
         assert main(["--resume", str(run), flag(name), *words]) == 2, name
         error = capsys.readouterr().err

@@ -114,6 +114,16 @@ def test_what_is_refused(run, tmp_path, capsys, arguments, status, message):
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
+def test_a_missing_format_is_reported_with_the_other_mistakes(run, capsys):
+    errors = error_of(capsys, "runs/it", "--max-length", "1", "--label-names", "\udcff", "--dtype", "q4").splitlines()
+    assert [error.partition(", it must")[0] for error in errors] == [
+        "error: --dtype is 'q4'",
+        "error: --to is missing",
+        "error: --max-length is 1",
+        "error: --label-names is '\\udcff'",
+    ]
+
+
 def test_a_checkpoint_and_a_model_without_names_are_exported_by_flags(run, inputs, tmp_path):
     assert main(["export", "runs/it/checkpoint-2", "--to", "classifier", "--output", "new/second"]) == 0
     assert json.loads((tmp_path / "new" / "second" / "config.json").read_text())["id2label"] == {"0": "neg", "1": "pos"}

@@ -30,7 +30,7 @@ from ft.config import NEWEST, NO_FLAGS, Config
 from ft.errors import FtError, UsageError
 from ft.io.paths import SETTINGS
 from ft.settings import DATA_SETTINGS, DEMO_SETTINGS, NOT_RECORDED, field_groups, field_help
-from tests.test_config import EVERY_FIELD, FIELDS, other_value
+from tests.test_config import EVERY_FIELD, FIELDS, changed, needed, other_value
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,13 +76,14 @@ def test_every_field_has_a_flag(name, form):
     arguments += {"prompt_column": ["--completion-column", "c"], "max_skipped_steps": ["--on-nonfinite", "skip"]}.get(
         name, []
     )
+    arguments += [word for needs, number in needed(name).items() for word in (flag(needs), str(number))]
     follows = {
         "prompt_column": {"completion_column": "c"},
         "max_skipped_steps": {"on_nonfinite": "skip"},
         "demo": DEMO_SETTINGS,
         "resume": {"output_dir": value},
     }.get(name, {})
-    assert read_arguments(arguments) == Config(**{name: value, **follows})
+    assert read_arguments(arguments) == Config(**{name: value, **follows, **needed(name)})
 
 
 def test_what_a_run_notes_by_itself_cannot_be_asked_for():
@@ -257,7 +258,7 @@ def test_a_saved_configuration_comes_back_through_its_file():
 
 @EVERY_FIELD
 def test_each_setting_comes_back_through_its_file(name):
-    saved = Config(**{name: other_value(name)})
+    saved = changed(name)
     saved.save(Path("saved.json"))
     assert read_arguments(["--config", "saved.json"]) == (Config() if name in NOT_RECORDED else saved)
 

@@ -1,9 +1,12 @@
 """Tables that `predict` and `evaluate` write, read by pandas and by `datasets`."""
 
+import codecs
 import io
 import json
+import math
 import os
 import sys
+from decimal import Decimal
 
 import datasets
 import pandas
@@ -23,6 +26,12 @@ READERS = {
     ".json": lambda path: pandas.read_json(path, dtype=False, precise_float=True),
     ".parquet": pandas.read_parquet,
 }
+ENCODED_MARKS = {
+    **dict.fromkeys(["UTF-16", "utf_16", "U16"], codecs.BOM_UTF16),
+    **dict.fromkeys(["utf_8_sig", "UTF-8-SIG"], codecs.BOM_UTF8),
+    "utf-32": codecs.BOM_UTF32,
+}
+DAY_AND_SCORE = pa.struct({"day": pa.date32(), "score": pa.float64()})
 ADDED = ["predicted", "probability", "probability_neg", "probability_pos"]
 
 
@@ -122,6 +131,66 @@ def test_csv_keeps_its_delimiter_and_encoding(finished, tmp_path, encoding, deli
     answers = pandas.read_csv(output, sep=delimiter, encoding=encoding, keep_default_na=False, dtype=str)
     pandas.testing.assert_frame_equal(answers[["id", "text", "note"]], frame())
     assert output.read_bytes()[:3] == path.read_bytes()[:3], "the same byte order mark, or none"
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16", "utf_16", "U16", "utf_8_sig", "UTF-8-SIG", "utf-32", "iso2022_jp"])
+def test_a_byte_order_mark_is_written_once_in_every_spelling_of_the_encoding(finished, tmp_path, encoding):
+    path, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    table = frame()[["id", "text"]]
+    table["text"] = table["text"].str.replace("schön", "映画")
+    without_mark = table.to_csv(index=False).encode(encoding).removeprefix(ENCODED_MARKS.get(encoding, b""))
+    path.write_bytes(without_mark)
+    flags = ["--encoding", encoding, "--batch-size", "2"]
+    assert predict(finished, "--file", path, "--output", output, *flags) == 0
+    written = output.read_text(encoding)
+    assert "\ufeff" not in written
+    answers = READERS[".csv"](io.StringIO(written))
+    pandas.testing.assert_frame_equal(answers[["id", "text"]], table)
+
+
+NESTED = {
+    "times": pa.array([[0], None], pa.list_(pa.timestamp("ms"))),
+    "prices": pa.array([[Decimal("1.50")], []], pa.list_(pa.decimal128(5, 2))),
+    "record": pa.array([{"day": 0, "score": 1.5}, {"day": 1, "score": math.nan}], DAY_AND_SCORE),
+    "bytes": pa.array([b"a", b"\xff"]),
+    "scores": pa.array([[1.0, math.nan, math.inf], None]),
+    "map": pa.array([[("a", math.nan)], None], pa.map_(pa.string(), pa.float64())),
+}
+AS_JSON = {
+    "times": [["1970-01-01 00:00:00"], None],
+    "prices": [["1.50"], []],
+    "record": [{"day": "1970-01-01", "score": 1.5}, {"day": "1970-01-02", "score": None}],
+    "bytes": ["b'a'", "b'\\xff'"],
+    "scores": [[1.0, None, None], None],
+    "map": [[["a", None]], None],
+}
+
+
+@pytest.mark.parametrize("suffix", list(READERS))
+def test_nested_columns_are_written(finished, tmp_path, suffix):
+    table = pa.table({"text": ["a", "b"], **NESTED})
+    pq.write_table(table, tmp_path / "in.parquet")
+    output = tmp_path / f"out{suffix}"
+    assert predict(finished, "--file", tmp_path / "in.parquet", "--output", output) == 0
+    if suffix == ".parquet":
+        assert pq.read_table(output).select(NESTED.keys()).schema == table.select(NESTED.keys()).schema
+        return
+
+    def refuse(name):
+        pytest.fail(f"{name} is not JSON")
+
+    if suffix in (".csv", ".tsv"):
+        cells = READERS[suffix](output)
+        assert list(cells["bytes"]) == AS_JSON["bytes"]
+        nested = [name for name in NESTED if name != "bytes"]
+        read = {
+            name: [json.loads(cell, parse_constant=refuse) if cell else None for cell in cells[name]] for name in nested
+        }
+        assert read == {name: AS_JSON[name] for name in nested}
+        return
+    text = output.read_text()
+    rows = json.loads(text if suffix == ".json" else f"[{','.join(text.splitlines())}]", parse_constant=refuse)
+    assert {name: [row[name] for row in rows] for name in NESTED} == AS_JSON
 
 
 def test_types_and_metadata_of_parquet_are_kept(finished, tmp_path):

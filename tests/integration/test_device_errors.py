@@ -53,6 +53,18 @@ def test_an_error_of_the_device_is_one_line_with_advice(command, tmp_path, monke
     assert message in lines[-1]
 
 
+@pytest.mark.parametrize("place", ["ft.inference.language_model.GPT2", "ft.export.gguf.write_gguf"])
+def test_memory_that_ends_in_an_export_needs_a_smaller_model(demo_inputs, tmp_path, monkeypatch, capsys, place):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(place, fail)
+    assert main(["export", str(demo_inputs[0]), "--to", "gguf", "--output", str(tmp_path / "out")]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == "error: out of memory with --to gguf: less is needed with a smaller model."
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_defect_keeps_its_traceback(command, monkeypatch):
     def fail(*_):
         raise RuntimeError("shapes cannot be multiplied")

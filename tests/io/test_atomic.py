@@ -388,6 +388,74 @@ def test_without_locks_a_process_of_somebody_else_lives(tmp_path, no_locks, monk
         pytest.fail("two at once")
 
 
+class Kernel32:
+    """A stand-in for the three functions of Windows, over the processes of this machine."""
+
+    def __init__(self, *, denied=(), ended=()):
+        self.denied, self.ended, self.open, self.error = denied, ended, {}, 0
+        self.OpenProcess = lambda access, inherit, process: self._open(access, process)
+
+    def _open(self, access, process):
+        assert access == 0x00100000, "SYNCHRONIZE is what WaitForSingleObject needs"
+        self.error = 5 if process in self.denied else 0 if Path(f"/proc/{process}").exists() else 87
+        if self.error:
+            return None
+        self.open[handle := 2**40 + process] = process  # does not fit an int
+        return handle
+
+    def WaitForSingleObject(self, handle, milliseconds):
+        assert milliseconds == 0
+        return 0 if self.open[handle.value] in self.ended else 0x102
+
+    def CloseHandle(self, handle):
+        del self.open[handle.value]
+        return 1
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Windows, as far as the lock sees it: no flock, and a signal 0 that must not be sent."""
+    kernel32 = Kernel32()
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(lock.ctypes, "WinDLL", lambda name, use_last_error: kernel32, raising=False)
+    monkeypatch.setattr(lock.ctypes, "get_last_error", lambda: kernel32.error, raising=False)
+    for module, name in ((os, "kill"), (lock.fcntl, "flock")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("not on Windows"))
+    yield kernel32
+    assert kernel32.open == {}, "each handle is closed"
+
+
+def test_on_windows_a_process_that_runs_is_taken_for_a_run(tmp_path, windows):
+    (tmp_path / ".lock").write_text(str(os.getppid()))
+    message = rf"another run may be using {tmp_path}: process {os.getppid()} started one.*delete .*\.lock"
+    with pytest.raises(FtError, match=message), locked(tmp_path):
+        pytest.fail("two at once")
+    assert lock.is_locked(tmp_path)
+    windows.ended = [os.getppid()]  # while another program still has a handle of it
+    assert not lock.is_locked(tmp_path)
+    windows.denied = [os.getppid()]
+    assert lock.is_locked(tmp_path)
+    assert (tmp_path / ".lock").read_text() == str(os.getppid())
+
+
+@pytest.mark.parametrize("content", ["", "999999999", "own"])
+def test_on_windows_what_is_no_running_process_does_not_count(tmp_path, windows, content):
+    (tmp_path / ".lock").write_text(str(os.getpid()) if content == "own" else content)
+    assert not lock.is_locked(tmp_path)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_process_that_only_looks_does_not_refuse_a_run(tmp_path, monkeypatch):
+    """`ft runs` holds the shared lock for an instant, and the run that starts then tries again."""
+    (tmp_path / ".lock").write_text("999999999")  # of a run that was killed
+    with (tmp_path / ".lock").open() as looking:
+        lock.fcntl.flock(looking, lock.fcntl.LOCK_SH)
+        monkeypatch.setattr(lock.time, "sleep", lambda seconds: lock.fcntl.flock(looking, lock.fcntl.LOCK_UN))
+        with locked(tmp_path):
+            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 

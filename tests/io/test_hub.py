@@ -44,7 +44,8 @@ for name, arguments, options in json.loads(sys.argv[1]):
     except FtError as error:
         result = {"error": str(error), "cause": type(error.__cause__).__name__}
     results.append(dataclasses.asdict(result) if name == "model_files" and not isinstance(result, dict) else result)
-print(json.dumps({"results": results, "modules": list(sys.modules)}, default=str))
+chunk = getattr(sys.modules.get("huggingface_hub.constants"), "DOWNLOAD_CHUNK_SIZE", None)
+print(json.dumps({"results": results, "modules": list(sys.modules), "chunk": chunk}, default=str))
 """
 
 
@@ -96,7 +97,7 @@ def run(hub, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         run.stderr, output = done.stderr, json.loads(done.stdout)
-        run.modules = set(output["modules"])
+        run.modules, run.chunk = set(output["modules"]), output["chunk"]
         for result in output["results"]:
             if "error" in result:
                 assert "\n" not in result["error"]
@@ -577,6 +578,13 @@ def test_a_download_cut_short_goes_on_where_it_stopped(hub, run):
     ranges = [request.headers.get("range") for request in hub.requests if request.file == "model.safetensors"]
     assert ranges[0] is None
     assert ranges[1] == f"bytes={11 << 20}-"
+
+
+def test_the_client_keeps_its_own_chunk_size(run):
+    assert contents(run(("model_files", "owner/gpt"))) == IN_FULL
+    assert run.chunk == 10 * 2**20
+    assert "owner/absent" in run(("model_files", "owner/absent"))["error"]
+    assert run.chunk == 10 * 2**20
 
 
 def test_what_arrives_damaged_is_not_kept(hub, run, tmp_path):
