@@ -1,6 +1,6 @@
 """Ablation: `ft`'s training step with all optimizations, with each one left out, and with none.
 
-    python -m benchmarks.ablation --dataset DIR --tokenizer DIR
+    python -m benchmarks.ablation --dataset DIR --tokenizer DIR [--precision bf16]
 
 The program has no switches for these: the step is implemented here again, with switches. A first pass verifies that
 its losses are those of `ft.train.loop.train` for every variant, and measures the peak memory. A second pass times all
@@ -268,9 +268,15 @@ def first_losses_of_the_program(inputs: Inputs, precision: Precision) -> list[fl
     return [figures["loss"] for figures in hooks.logged]
 
 
-def variants_of(precision: Precision) -> tuple[Variant, ...]:
-    """The variants that change something on this device and in this precision."""
-    return tuple(variant for variant in VARIANTS if variant.changes_something(precision))
+def variants_of(precision: Precision, wanted: Sequence[str] = ()) -> list[Variant]:
+    """The program, and the variants that change something on this device and in this precision.
+
+    Args:
+        precision: of the matrix products.
+        wanted: only variants whose name contains one of these; empty for all.
+    """
+    named = [variant for variant in VARIANTS[1:] if not wanted or any(part in variant.name for part in wanted)]
+    return [ALL_ON, *(variant for variant in named if variant.changes_something(precision))]
 
 
 def process() -> ProcessPoolExecutor:
@@ -278,12 +284,12 @@ def process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
 
 
-def compare_losses(inputs: Inputs, precision: Precision) -> dict[str, dict[str, Any]]:
+def compare_losses(inputs: Inputs, precision: Precision, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """Each variant's losses, their largest relative difference from the program's, and its peak memory."""
     with process() as worker:
         expected = worker.submit(first_losses_of_the_program, inputs, precision).result()
     figures = {}
-    for variant in variants_of(precision):
+    for variant in variants:
         with process() as worker:
             losses, peak = worker.submit(first_losses, inputs, precision, variant).result()
         difference = max(abs(loss - right) / abs(right) for loss, right in zip(losses, expected, strict=True))
@@ -291,19 +297,20 @@ def compare_losses(inputs: Inputs, precision: Precision) -> dict[str, dict[str, 
     return figures
 
 
-def time_in_rounds(inputs: Inputs, precision: Precision, rounds: int) -> dict[str, list[float]]:
+def time_in_rounds(
+    inputs: Inputs, precision: Precision, variants: Sequence[Variant], rounds: int
+) -> dict[str, list[float]]:
     """The seconds of one step of each variant in each round; a round has the same examples for all.
 
     The allocator is set per process, so there are two processes, of which one works at a time. A step also pays for
     what the step before it left in the caches, and therefore the order is drawn anew in every round.
     """
-    variants = list(variants_of(precision))
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    order = random.Random(SEED)
+    order, shuffled = random.Random(SEED), list(variants)
     with process() as keeping, process() as returning:
         for number in range(WARM_UP + rounds):
-            order.shuffle(variants)
-            for variant in variants:
+            order.shuffle(shuffled)
+            for variant in shuffled:
                 worker = keeping if variant.keeps_memory else returning
                 timed = worker.submit(time_step, inputs, precision, variant, number).result()
                 if number >= WARM_UP:
@@ -363,25 +370,28 @@ def main() -> None:
     parser = parser_of_inputs(__doc__)
     parser.set_defaults(steps=200)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of matrix products (default: fp32)")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="TEXT", help="only those with TEXT in their name")
     options = parser.parse_args()
     precision = precision_of(options)
+    name = "ablation-bf16" if precision.name == "bf16" and not is_gpu(precision.device) else "ablation"
+    variants = variants_of(precision, options.variants)
     with prepared_inputs(options) as inputs:
-        figures = compare_losses(inputs, precision)
-        seconds = time_in_rounds(inputs, precision, options.steps)
+        figures = compare_losses(inputs, precision, variants)
+        seconds = time_in_rounds(inputs, precision, variants, options.steps)
     reference = figures[ALL_ON.name]
-    for name, figure in figures.items():
-        median, low, high = paired_ratio(seconds[name], seconds[ALL_ON.name])
+    for variant, figure in figures.items():
+        median, low, high = paired_ratio(seconds[variant], seconds[ALL_ON.name])
         memory = figure["peak_bytes"] / reference["peak_bytes"]
-        figure |= {"ratio": (median, low, high), "memory_ratio": memory, "step_seconds": seconds[name]}
-        figure["verdict"] = "the program" if name == ALL_ON.name else verdict(low, high, memory)
+        figure |= {"ratio": (median, low, high), "memory_ratio": memory, "step_seconds": seconds[variant]}
+        figure["verdict"] = "the program" if variant == ALL_ON.name else verdict(low, high, memory)
     write_result(
         options.output,
-        "ablation",
+        name,
         {"size": options.size, "variants": figures},
         table(figures, precision),
         precision=precision,
     )
-    draw(figures, picture_path(options.output, "ablation", precision.device))
+    draw(figures, picture_path(options.output, name, precision.device))
 
 
 def table(figures: dict[str, dict[str, Any]], precision: Precision) -> str:
