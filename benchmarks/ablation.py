@@ -355,12 +355,13 @@ def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
         [median - low for median, low, _ in others.values()],
         [high - median for median, _, high in others.values()],
     ]
-    bars = axes.barh(list(others), medians, xerr=spread, color="C0", ecolor="black", capsize=3)
+    excess = [median - 1 for median in medians]  # a bar begins at the program's time
+    bars = axes.barh(list(others), excess, left=1, xerr=spread, color="C0", ecolor="black", capsize=3)
     axes.bar_label(bars, [f"{median:.2f}" for median in medians], padding=8)
     axes.axvline(1, color="grey", linestyle=":")
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(xlim=(0.8, None), xlabel="step time, relative to the program's (95 % interval)")
+    axes.set(xlabel="step time, relative to the program's (95 % interval)")
     axes.set_title("One optimizer step without one of the optimizations, and without any")
     figure.savefig(path, dpi=120)
 

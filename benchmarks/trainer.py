@@ -14,6 +14,7 @@ import multiprocessing
 import shutil
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -435,11 +436,13 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     for place, figures in enumerate(results.values()):
         height = figures["ft"]["step"]
         axes.text(place + 0.2, height, f"{advantage(figures, 'step'):.1f} x", ha="center", va="bottom")
-    axes.set_xticks(range(len(results)), [f"({name}) {figures['row']['title']}" for name, figures in results.items()])
+    titles = [textwrap.fill(f"({name}) {figures['row']['title']}", 22) for name, figures in results.items()]
+    axes.set_xticks(range(len(results)), titles)
     axes.tick_params(axis="x", labelsize=8)
     axes.set(ylabel="seconds per step (median)", title="One optimizer step of the tutorial's job")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    axes.legend(ncols=2, loc="upper center")
+    axes.margins(y=0.2)
     figure.savefig(path, dpi=120)
 
 
