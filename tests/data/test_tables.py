@@ -150,7 +150,7 @@ def test_words_are_numbered_by_the_names_given(tmp_path):
         ("x.csv", b"", "is empty: its first line must name the columns"),
         ("x.csv", b"text,label\n", "the train split has no rows"),
         ("x.csv", b"text,label\na,1,2\n", "cannot read .*x.csv: line 2 has 3 values and the first line 2; put quotes"),
-        ("x.csv", b"text,label\na\n", "cannot read .*x.csv: line 2 has 1 values and the first line 2"),
+        ("x.csv", b"text,label\na\n", "cannot read .*x.csv: line 2 has 1 value and the first line 2"),
         (
             "x.csv",
             b"text,mark\na,1\nb,0\nc,1\n",
