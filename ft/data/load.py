@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ft.config import Config
 from ft.data import dataset_files
 from ft.data.demo import write_demo
-from ft.data.examples import Example, describe_cut, encode, keep_end, label_tokens, length_of
+from ft.data.examples import UNLIMITED, Example, describe_cut, encode, keep_end, label_tokens, length_of
 from ft.data.splits import Split, stratified
 from ft.data.table import NoLabelsError, listed
 from ft.data.tables import WHOLE_NUMBER, Columns, read_split
@@ -19,7 +19,6 @@ from ft.errors import FtError, UsageError, counted, shown
 from ft.io.formats import TEXT_SUFFIXES
 
 VALIDATION_FRACTION = 0.1  # of the training rows, if there is no validation split
-UNLIMITED = 2**62  # a maximum length that cuts nothing
 MOST_NOTES = 4  # on labels of several tokens; more are summed up in one
 
 
