@@ -126,8 +126,8 @@ def describe_cut(lengths: Sequence[int], max_length: int, limit: int) -> list[st
     cut = sum(length > max_length for length in ranked)
     if not cut:
         return []
-    wanted = {"95%": ranked[(len(ranked) * 95 - 1) // 100], "all": ranked[-1]}
-    better = [f"{length:,} {share}" for share, length in wanted.items() if max_length < length <= limit]
+    wanted = {ranked[(len(ranked) * 95 - 1) // 100]: "95%"} | {ranked[-1]: "all"}  # one, if both are the same length
+    better = [f"{length:,} {share}" for length, share in wanted.items() if max_length < length <= limit]
     advice = f"the model reads at most {limit:,}"
     if better:
         advice = f"--max-length {better[0].replace(' ', ' keeps ')} of them complete" + "".join(

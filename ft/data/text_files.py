@@ -309,7 +309,8 @@ def _check_multiline_rows(
     if not multiline:
         return
     lines = plain_lines(text)
-    notes.append(f"{path.name} has {len(found.rows):,} rows in {len(lines):,} lines, as some values span several")
+    rows = counted(len(found.rows), "row")
+    notes.append(f"{path.name} has {rows} in {len(lines):,} lines, as some values span several")
     label_columns = [index for index, name in enumerate(found.names) if name.strip() == wanted[-1]]
     if len(wanted) < 2 or not label_columns:
         return

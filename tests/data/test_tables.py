@@ -520,7 +520,7 @@ def test_settings_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, 
         ("notes.txt", "whose format is not supported: it must be one of .parquet, .arrow, .csv"),
         ("page.csv", "begins with b'<!DOCTYPE html>': put the file itself there"),
         ("pointer.csv", "is a Git LFS pointer"),
-        ("one.csv", "no validation split, and its 1 training rows are too few"),
+        ("one.csv", "no validation split, and 1 training row is too few"),
     ],
 )
 def test_a_file_that_is_no_data_set(demo_inputs, tmp_path, monkeypatch, capsys, dataset, message):

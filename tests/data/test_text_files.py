@@ -542,7 +542,7 @@ def test_what_save_to_disk_wrote_is_read(inputs, tmp_path):
     parts["Test"].save_to_disk(tmp_path / "one")
     (shard,) = (tmp_path / "one").glob("*.arrow")
     for path in (tmp_path / "one", shard):
-        with pytest.raises(FtError, match="has no validation split, and its 2 training rows are too few"):
+        with pytest.raises(FtError, match="has no validation split, and 2 training rows are too few"):
             read_splits(Config(dataset=str(path)))
     (tmp_path / "saved" / "train" / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(FtError, match=r"lacks 1 of the 3 shards of train: train/data-00001-of-00003.arrow"):
