@@ -255,11 +255,11 @@ class Session:
         if not self._components.ranks.is_rank_zero:
             return
         run.restore()
-        probabilities, test = self._evaluations[self._last_split].probabilities, self._evaluations.get("test")
-        if probabilities is not None:
-            train_labels = data.splits["train"].labels
-            split = data.splits[self._last_split]
-            write_scores(run.path / "scores.json", state.step, probabilities, split, data.label_names, train_labels)
+        last, test = self._evaluations[self._last_split], self._evaluations.get("test")
+        if last.probabilities is not None:
+            names, train_labels = data.label_names, data.splits["train"].labels
+            split, path = data.splits[self._last_split], run.path / "scores.json"
+            write_scores(path, state.step, last.probabilities, last.loss, split, names, train_labels)
         precision = self._components.precision
         speed = performance(self._report.intervals.speed(), self._model, data.examples["train"], precision.device)
         outcome = Outcome(state, test, seconds, self._baselines, speed)

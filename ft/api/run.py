@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,12 @@ from ft.api.rows import read_rows
 from ft.checkpoint import store
 from ft.checkpoint.saved_task import read_task
 from ft.config import Config
+from ft.data.evaluation_splits import number_as_model
 from ft.data.examples import encode
 from ft.data.splits import Split
-from ft.data.table import listed
-from ft.data.tables import WHOLE_NUMBER
-from ft.device import Precision
+from ft.data.tables import number_labels
 from ft.errors import FtError, shown
-from ft.evaluation.evaluate import evaluate
+from ft.evaluation.split_scores import evaluate_in_fp32
 from ft.inference.classifier import Classifier, Prediction, load
 from ft.io.plain_files import read_regular
 from ft.report.run_record import is_finished
@@ -110,20 +110,17 @@ class Run:
         is_completion = config.completion_column is not None
         columns = columns_of_rows(config)
         rows = read_rows(texts, labels, None, None, **columns, is_completion=is_completion)["train"]
+        split = Split("given", rows.texts, [0] * len(rows.texts))
         if is_completion:
-            split = Split("given", rows.texts, [0] * len(rows.texts), completions=list(map(str, rows.answers)))
+            split = replace(split, completions=list(map(str, rows.answers)))
         else:
-            numbers = read_task(model.published).label_numbers
-            split = Split("given", rows.texts, _numbers(rows.answers, rows.label_names, model.label_names, numbers))
+            names = model.label_names
+            answers = [str(label).strip() if isinstance(label, str | bool) else label for label in rows.answers]
+            split = number_labels(split, answers, names, rows.label_names, "label", "use the labels of the model")
+            split, _ = number_as_model(split, names, read_task(model.published).label_numbers)
         label_ids = [] if is_completion else model.label_ids
-        result = evaluate(
-            model.model,
-            encode(split, model.tokenizer, label_ids, model.max_length),
-            label_ids,
-            batch_size=batch_size,
-            precision=Precision("fp32", "that of predictions", model.model.wte.weight.device),
-        )
-        assert result is not None, "nothing stops it"
+        examples = encode(split, model.tokenizer, label_ids, model.max_length)
+        result = evaluate_in_fp32(model, examples, label_ids, batch_size)
         found = {"loss": result.loss, "accuracy": result.accuracy}
         if result.macro_f1 is not None:
             found["macro_f1"] = result.macro_f1
@@ -149,35 +146,3 @@ def columns_of_rows(config: Config) -> dict[str, str]:
     if config.completion_column is not None:
         return {"text_column": config.prompt_column, "answer_column": config.completion_column}
     return {"text_column": config.text_column, "answer_column": config.label_column}
-
-
-def _numbers(
-    labels: Sequence[int | str],
-    published: Sequence[str] | None,
-    names: Sequence[str],
-    named_numbers: Sequence[int] | None,
-) -> list[int]:
-    """The number of each label in the model: words by their names, numbers too if the model's names are numbers.
-
-    Args:
-        labels: as given.
-        published: the words for the labels 0, 1, ..., if the table names them.
-        names: of the model's labels.
-        named_numbers: the numbers in the training data that these name, unless they are 0, 1, ...
-
-    Raises:
-        FtError: the model does not have a label.
-    """
-    if published is not None and set(published) <= set(names):
-        labels = [published[int(label)] if 0 <= int(label) < len(published) else label for label in labels]
-    are_names = isinstance(labels[0], str | bool) or all(map(WHOLE_NUMBER.fullmatch, names))
-    numbers = range(len(names)) if named_numbers is None else named_numbers
-    number_of: dict[object, int] = {key: i for i, key in enumerate(names if are_names else numbers)}
-    found = []
-    for row, label in enumerate(labels):
-        key = str(label).strip() if are_names else label
-        if key not in number_of:
-            known = listed(names) if are_names else f"{listed(list(map(str, numbers)))} ({listed(names)})"
-            raise FtError(f"labels has {shown(label)} at {row}, the model has {known}")
-        found.append(number_of[key])
-    return found

@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.checkpoint.saved_task import read_task
 from ft.checks import flag
+from ft.cli.output_table import new_names, open_output
 from ft.cli.parsers import to_path
 from ft.cli.predict import (
     ModelParser,
@@ -23,15 +23,16 @@ from ft.cli.predict import (
 )
 from ft.config import Config
 from ft.data.dataset_files import SPLITS, dataset_files
-from ft.data.table import listed
-from ft.errors import FtError, counted, one_line, printable, shown
+from ft.errors import FtError, counted, printable, shown
 from ft.io.paths import expand_home, find_output_problems
 from ft.io.progress import progress_bar
+from ft.io.standard_streams import print_notes
 from ft.settings import build_config
 
 if TYPE_CHECKING:
+    from ft.data.evaluation_splits import OtherColumns
     from ft.data.splits import Split
-    from ft.evaluation.completions import CompletionScores
+    from ft.evaluation.split_scores import ScoredSplit
     from ft.inference.classifier import Classifier
 
 
@@ -42,6 +43,7 @@ examples:
   python run.py evaluate runs/faq --mistakes 20        a run on completions: perplexity and the worst completions
 """
 
+ALL = "all"  # of --split, and the name of all rows together
 LABEL_SETTINGS = ("text_column", "label_column", "label_names")
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 FORMAT_SETTINGS = ("delimiter", "encoding")
@@ -57,8 +59,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser = ModelParser("evaluate", "Evaluate a fine-tuned model on a split of a data set.", EXAMPLES)
     parser.add_argument(
         "--split",
-        choices=("train", "validation", "test", "all"),
-        help="which rows (default: test, else validation, else train; of a single file all rows)",
+        choices=("train", "validation", "test", ALL),
+        help="which rows; all: each split, and all rows together (default: test, else validation, else train; of a "
+        "single file all rows)",
     )
     parser.add_argument("--dataset", metavar="ID|PATH", help="Hub id, directory or file (default: that of the run)")
     parser.add_argument("--dataset-config", metavar="TEXT", help="name of one of several configurations of a data set")
@@ -80,8 +83,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         "--output",
         metavar="FILE",
         type=to_path,
-        help="also write each text with its label, prediction and probabilities to a .csv, .tsv, .json, .jsonl or "
-        ".parquet",
+        help="also write each text with its label, prediction and probabilities, and the other columns of the data, to "
+        "a .csv, .tsv, .json, .jsonl or .parquet",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args(arguments)
@@ -92,30 +95,41 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
-    """Load the model, read the data, and print the scores of each split."""
-    from ft.cli.output_table import open_output
-    from ft.data.evaluation_splits import read_evaluation_splits
+    """Load the model, read the data, evaluate each split, and print or write the results."""
+    from ft.data.evaluation_splits import OtherColumns, read_evaluation_splits
 
     classifier = load_classifier(options)
     names = None if config.completion_column else classifier.label_names
-    splits, notes = read_evaluation_splits(config, options.split, names, of_run=options.dataset is None)
-    for note in () if options.quiet else notes:
-        print(f"Note: {printable(note)}.", file=sys.stderr)
-    evaluate_split = _evaluate_labels if config.completion_column is None else _evaluate_completions
-    results = {}
-    rows: list[dict[str, Any]] = []
-    for number, split in enumerate(splits.values()):
-        if number and not options.json:
-            print()
-        results[split.name], of_split = evaluate_split(classifier, split, options)
-        rows += of_split
-    if options.output is not None:
-        with open_output(options.output, list(rows[0])) as writer:
-            writer.write([list(row.values()) for row in rows])
-        if not options.quiet:
-            print(f"{len(rows):,} rows are written to {printable(str(options.output))}.", file=sys.stderr)
+    found, notes = read_evaluation_splits(config, options.split, names, of_run=options.dataset is None)
+    print_notes(notes, quiet=options.quiet)
+    splits = list(found.values())
+    others = None if options.output is None else OtherColumns(splits, config)
+    evaluate_splits = _evaluate_labels if config.completion_column is None else _evaluate_completions
+    parts = evaluate_splits(classifier, splits, options)
+    records = [part.record(options.mistakes) for part in parts]
     if options.json:
-        print(json.dumps(results if options.split == "all" else results[split.name], indent=2))
+        of_splits = {record["split"]: record for record in records}
+        print(json.dumps(of_splits if options.split == ALL else records[0], indent=2))
+    else:
+        reports = []
+        for part, record in zip(parts, records, strict=True):
+            speed = f" ({len(part.split.texts) / part.seconds:,.1f} examples/s, by {printable(classifier.source)})"
+            reports.append(part.text(record, "" if options.quiet else speed))
+        print("\n\n".join(reports if len(splits) > 1 else reports[:1]))
+    if others is not None:
+        _write_rows(parts[: len(splits)], others, options)
+
+
+def _write_rows(parts: "Sequence[ScoredSplit]", others: "OtherColumns", options: argparse.Namespace) -> None:
+    """Write --output: a row for each example of the splits, and after its columns the others of the input."""
+    rows = [row for part in parts for row in part.rows()]
+    beside = [others.values(part.split, row) for part in parts for row in range(len(part.split.texts))]
+    columns = new_names(others.names, list(rows[0]), "the data set", quiet=options.quiet)
+    with open_output(options.output, [*columns, *others.names]) as writer:
+        writer.write([[*row.values(), *values] for row, values in zip(rows, beside, strict=True)])
+    if not options.quiet:
+        are = "is" if len(rows) == 1 else "are"
+        print(f"{counted(len(rows), 'row')} {are} written to {printable(str(options.output))}.", file=sys.stderr)
 
 
 def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) -> Config:
@@ -159,7 +173,9 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
 
 def _local_files(settings: Mapping[str, Any]) -> list[Path]:
     """All files of the data set that the settings name, if it is not on the Hub."""
-    path = Path(expand_home(settings.get("dataset", "")))
+    if "dataset" not in settings:
+        return []
+    path = Path(expand_home(settings["dataset"]))
     found = [path] if path.is_file() else []
     for split in sorted(set(SPLITS.values())) if path.is_dir() else ():
         with suppress(FtError):  # which reading the data raises again
@@ -168,175 +184,69 @@ def _local_files(settings: Mapping[str, Any]) -> list[Path]:
     return found
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
+# --- splits -----------------------------------------------------------------------------------------------------------
 
 
 def _evaluate_labels(
-    classifier: "Classifier", split: "Split", options: argparse.Namespace
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The scores of the predicted labels, printed as tables unless --json; and a row of --output for each example."""
-    import torch
+    classifier: "Classifier", splits: "Sequence[Split]", options: argparse.Namespace
+) -> "Sequence[ScoredSplit]":
+    """The scores of the predicted labels of each split, and with --split all those of all rows together."""
+    from ft.data.evaluation_splits import number_as_model
+    from ft.data.examples import UNLIMITED, encode, keep_end, length_of
+    from ft.evaluation.classification import read_majority_label
+    from ft.evaluation.split_scores import ScoredLabels, evaluate_in_fp32
 
-    from ft.cli.output_table import evaluation_rows
-    from ft.evaluation.classification import majority_label, read_majority_label, score_record, score_tables, scores
-
-    names = classifier.label_names
-    split = _renumber_labels(classifier, split, were_given=options.label_names is not None, quiet=options.quiet)
-    started = time.perf_counter()
-    with progress_bar(len(split.texts), "example", quiet=options.quiet) as bar:
-        predictions = classifier.predict(split.texts, options.batch_size, bar.update)
-    seconds = time.perf_counter() - started
-    for note in () if options.quiet else classifier.describe_cut(classifier.count_tokens(split.texts)):
-        print(f"Note: {note}.", file=sys.stderr)
-    rows = [list(prediction.probabilities.values()) for prediction in predictions]
-    probabilities = torch.tensor(rows, dtype=torch.float64)
-    result = scores(probabilities, torch.tensor(split.labels))
+    names, numbers = classifier.label_names, read_task(classifier.published).label_numbers
     majority = read_majority_label(Path(classifier.source).parent, names)
+    parts: list[ScoredLabels] = []
+    lengths: list[int] = []
+    for split in splits:
+        numbered, notes = number_as_model(split, names, numbers, are_given=options.label_names is not None)
+        print_notes(notes, quiet=options.quiet)
+        started = time.perf_counter()
+        with progress_bar(len(split.texts), "example", quiet=options.quiet) as bar:
+            examples = encode(numbered, classifier.tokenizer, classifier.label_ids, UNLIMITED)
+            cut = [keep_end(example, classifier.max_length) for example in examples]
+            result = evaluate_in_fp32(classifier, cut, classifier.label_ids, options.batch_size, bar.update)
+        assert result.probabilities is not None, "there are labels"
+        seconds = time.perf_counter() - started
+        parts.append(ScoredLabels(numbered, seconds, names, result.probabilities.double(), result.loss, majority))
+        lengths += map(length_of, examples)
+    print_notes(classifier.describe_cut(lengths), quiet=options.quiet)
     if majority is None:
-        if not options.quiet:
-            print(
-                "Note: the most frequent training label is not known; the majority baseline is that of the most "
-                f"frequent label of the {split.name} split.",
-                file=sys.stderr,
-            )
-        majority = majority_label(split.labels)
-    record = score_record(probabilities, split, names, [majority], options.mistakes)
-    output = evaluation_rows(split, names, predictions)
-    if options.json:
-        return record, output
-    mistakes, baseline = record["mistakes"], record["majority_baseline"]
-    print(
-        f"{split.name}: {counted(len(predictions), 'example')}, accuracy {result.accuracy:.2%}, macro F1 "
-        f"{result.macro_f1:.4f}, calibration error {result.calibration_error:.2%}"
-        f"{_speed(len(predictions) / seconds, classifier.source, quiet=options.quiet)}\n"
-        f"Majority baseline, always {one_line(names[majority])}: accuracy {baseline:.2%}"
-        + ("\n" if result.accuracy > baseline else ", which the model does not beat\n")
-    )
-    print(score_tables(result, names))
-    if mistakes:
-        print("\nmost confident errors:")
-    for mistake in mistakes:
-        label, true = (one_line(str(mistake[name])) for name in ("predicted", "true"))
-        place = _place(mistake, several_files=len(split.files) > 1)
-        text = one_line(str(mistake["text"]), 90)
-        print(f"  {label} ({mistake['probability']:.1%}, true label {true}, {place}): {text}")
-    return record, output
-
-
-def _speed(rate: float, source: str, *, quiet: bool) -> str:
-    """The end of the line with the scores: the examples per second, which are not part of the result."""
-    return "" if quiet else f" ({rate:,.1f} examples/s, by {printable(source)})"
-
-
-def _place(record: Mapping[str, object], *, several_files: bool) -> str:
-    """The place of a row in a few words: its line, else its row, and its file if there are several."""
-    line = record.get("line")
-    place = f"row {record['row']}" if line is None else f"line {line}"
-    return f"{place} of {one_line(str(record['file']))}" if several_files else place
-
-
-def _number_by(split: "Split", places: dict[int, int]) -> "Split":
-    """Replace the labels of a split by their `places` among the labels of the model.
-
-    Raises:
-        FtError: the model does not have a label of the split.
-    """
-    for row, label in enumerate(split.labels):
-        if label not in places:
-            known = listed(list(map(str, places)))
-            raise FtError(f"the label in {split.where(row)} is {label}, the model has {known}: correct the data")
-    return replace(split, labels=[places[label] for label in split.labels])
-
-
-def _renumber_labels(classifier: "Classifier", split: "Split", *, were_given: bool, quiet: bool) -> "Split":
-    """Number the labels of a split as the model does, by their names if both have names.
-
-    Raises:
-        FtError: the model does not have a label of the split.
-    """
-    from ft.data.load import renumber
-    from ft.data.tables import WHOLE_NUMBER
-
-    names, data_names = classifier.label_names, split.label_names
-    numbers = read_task(classifier.published).label_numbers
-    if numbers is not None and data_names is None and not were_given:
-        return _number_by(split, {number: place for place, number in enumerate(numbers)})
-    split = renumber(split, names)
-    if data_names is not None and not set(data_names) & set(names) and not quiet:
-        print(
-            f"Note: the labels of the data are {listed(data_names)}, those of the model {listed(names)}: they are "
-            "matched by number.",
-            file=sys.stderr,
-        )
-    # If the model's label names are numbers, such as stars from 1 to 5, a number is a name and not an index.
-    are_names = data_names is None and not were_given and all(map(WHOLE_NUMBER.fullmatch, names))
-    if are_names:
-        return _number_by(split, {int(name): place for place, name in enumerate(names)})
-    for row, label in enumerate(split.labels):
-        if not 0 <= label < len(names):
-            known = f"0 to {len(names) - 1} ({listed(names)})"
-            raise FtError(f"the label in {split.where(row)} is {label}, the model has {known}")
-    return split
-
-
-# --- completions ------------------------------------------------------------------------------------------------------
+        of_split = f"the {splits[0].name} split" if len(splits) == 1 else "each split"
+        note = "the most frequent training label is not known; the majority baseline is that of the most frequent label"
+        print_notes([f"{note} of {of_split}"], quiet=options.quiet)
+    return [*parts, ScoredLabels.join(parts, ALL)] if options.split == ALL else parts
 
 
 def _evaluate_completions(
-    classifier: "Classifier", split: "Split", options: argparse.Namespace
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The scores of the completions, printed unless --json; and a row of --output for each example."""
-    from ft.data.examples import encode
+    classifier: "Classifier", splits: "Sequence[Split]", options: argparse.Namespace
+) -> "Sequence[ScoredSplit]":
+    """The scores of the completions of each split, and with --split all those of all rows together."""
+    from ft.data.examples import UNLIMITED, encode, keep_end, length_of
     from ft.evaluation.completions import failure_records, score_completions
+    from ft.evaluation.split_scores import ScoredCompletions
 
     model, tokenizer = classifier.model, classifier.tokenizer
-    examples = encode(split, tokenizer, [], classifier.max_length)
-    encodings = tokenizer.encode_batch_fast(split.completions or [], add_special_tokens=False)
-    cut = sum(
-        len(encoding.ids) >= len(example.target_ids) for encoding, example in zip(encodings, examples, strict=True)
-    )
-    if cut and not options.quiet:
-        print(
-            f"Note: {cut:,} completions are longer than --max-length {classifier.max_length}: only their ends are "
-            "scored.",
-            file=sys.stderr,
-        )
-    started = time.perf_counter()
-    with progress_bar(len(examples), "completion", quiet=options.quiet) as bar:
-        completion_scores = score_completions(model, examples, options.batch_size, bar.update)
-    seconds = time.perf_counter() - started
-    result = completion_scores.scores()
-    failures = failure_records(model, tokenizer, split, examples, completion_scores, options.mistakes)
-    record = {"split": split.name, **asdict(result), "mistakes": failures}
-    output = [
-        {
-            "split": split.name,
-            **split.place_record(row),
-            "prompt": split.texts[row],
-            "completion": completion,
-            "loss": (completion_scores.losses[row] / completion_scores.counts[row]).item(),
-            "right_tokens": int(completion_scores.hits[row]),
-            "tokens": int(completion_scores.counts[row]),
-        }
-        for row, completion in enumerate(split.completions or [])
-    ]
-    if options.json:
-        return record, output
-    print(_summary(split.name, result) + _speed(len(examples) / seconds, classifier.source, quiet=options.quiet))
-    if failures:
-        print("\nhighest loss per token:")
-    for failure in failures:
-        prompt, expected, written = (one_line(str(failure[name])) for name in ("prompt", "completion", "written"))
-        place = _place(failure, several_files=len(split.files) > 1)
-        right = f"{failure['right_tokens']} of {failure['tokens']} tokens correct"
-        print(f"  {failure['loss']:.2f} ({right}, {place}): {prompt}")
-        print(f"       expected:  {expected}\n       generated: {written}")
-    return record, output
-
-
-def _summary(split: str, result: "CompletionScores") -> str:
-    return (
-        f"{split}: {counted(result.completions, 'completion')} of {counted(result.tokens, 'token')}, loss "
-        f"{result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, token accuracy {result.accuracy:.2%}, "
-        f"exact match {result.exact_match:.2%}"
-    )
+    parts: list[ScoredCompletions] = []
+    lengths: list[int] = []
+    shortened = 0
+    for split in splits:
+        started = time.perf_counter()
+        with progress_bar(len(split.texts), "completion", quiet=options.quiet) as bar:
+            examples = encode(split, tokenizer, [], UNLIMITED)
+            cut = [keep_end(example, classifier.max_length) for example in examples]
+            scored = score_completions(model, cut, options.batch_size, bar.update)
+        seconds = time.perf_counter() - started
+        failures = failure_records(model, tokenizer, split, cut, scored, options.mistakes)
+        parts.append(ScoredCompletions(split, seconds, scored, failures))
+        lengths += map(length_of, examples)
+        shortened += sum(len(a.target_ids) < len(b.target_ids) for a, b in zip(cut, examples, strict=True))
+    print_notes(classifier.describe_cut(lengths), quiet=options.quiet)
+    if shortened:
+        longer = "is longer" if shortened == 1 else "are longer"
+        limit, ends = classifier.max_length, "its end is" if shortened == 1 else "their ends are"
+        note = f"{counted(shortened, 'completion')} {longer} than --max-length {limit}: only {ends} scored"
+        print_notes([note], quiet=options.quiet)
+    return [*parts, ScoredCompletions.join(parts, ALL)] if options.split == ALL else parts

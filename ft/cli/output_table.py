@@ -16,22 +16,32 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ft.data.table import Table, first_line, read_values
 from ft.errors import FtError, one_line, shown
 from ft.io.atomic import atomic_file
+from ft.io.standard_streams import print_notes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ft.data.splits import Split
     from ft.inference.classifier import Prediction
 
 MOST_COLUMNS = 8  # up to this many labels each has a column for its probability
 LIKELIEST = 3  # of more labels this many are printed
 
 
-def new_names(existing: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Names for columns that are added: those `wanted`, all with `ft_` before them if one of them exists already."""
+def new_names(existing: Sequence[str], wanted: Sequence[str], source: str, *, quiet: bool) -> list[str]:
+    """Names for columns that are added: those `wanted`, all with `ft_` before them if one of them exists already.
+
+    Args:
+        existing: the names of the columns of the source.
+        wanted: the names of the columns that are added.
+        source: its name, for the note on other names.
+        quiet: whether to print no note.
+    """
     names = list(wanted)
     while set(names) & set(existing):
         names = [f"ft_{name}" for name in names]
+    if names != list(wanted):
+        taken = ", ".join(name for name in wanted if name in existing)
+        print_notes([f"{source} has {taken} already: the new columns are {', '.join(names)}"], quiet=quiet)
     return names
 
 
@@ -210,19 +220,3 @@ class ConsoleTable:
             aligned = [f"{cell:{align}{width}}" for cell, width in zip(values, self._widths[1:], strict=True)]
             print("  ".join([label.ljust(self._widths[0]), *aligned, text]))
         sys.stdout.flush()
-
-
-def evaluation_rows(split: "Split", names: Sequence[str], predictions: "Sequence[Prediction]") -> list[dict[str, Any]]:
-    """A row of `evaluate --output` for each example: its place, text, label, and prediction."""
-    return [
-        {
-            "split": split.name,
-            **split.place_record(row),
-            "text": split.texts[row],
-            "label": names[split.labels[row]],
-            "predicted": prediction.label,
-            "probability": prediction.probabilities[prediction.label],
-            **{f"probability_{name}": value for name, value in prediction.probabilities.items()},
-        }
-        for row, prediction in enumerate(predictions)
-    ]

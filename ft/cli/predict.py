@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft.checks import is_encoding
+from ft.cli.output_table import MOST_COLUMNS, ConsoleTable, new_names, open_output
 from ft.cli.parsers import CommandParser, to_path
 from ft.data.text_files import TextFormat, decoded, plain_lines
 from ft.errors import FtError, UsageError, counted, is_utf8, printable, program, quoted, shown
 from ft.io.formats import suffix_of
 from ft.io.paths import expand_home, find_output_problems
 from ft.io.progress import progress_bar
-from ft.io.standard_streams import LOADING, waiting_line
+from ft.io.standard_streams import LOADING, print_notes, waiting_line
 from ft.settings import DATA_SETTINGS, read_config_file
 
 if TYPE_CHECKING:
@@ -168,6 +169,8 @@ def _predict_all(
     options: argparse.Namespace,
 ) -> tuple[int, float]:
     """Predict chunk by chunk, and print or write each; returns the number of examples and the seconds of predicting."""
+    from ft.data.examples import length_of
+
     names = classifier.label_names
     prints_to_terminal = not options.output and sys.stdout.isatty()  # where the predictions show the progress
     count, seconds = 0, 0.0
@@ -180,19 +183,19 @@ def _predict_all(
         for texts in chunks:
             present = [text for text in texts if text is not None]
             started = time.perf_counter()
-            predictions = iter(classifier.predict(present, options.batch_size))
+            examples = classifier.encode(present)
+            predictions = iter(classifier.predict_examples(examples, options.batch_size))
             seconds += time.perf_counter() - started
-            lengths += [] if options.quiet else classifier.count_tokens(present)
+            lengths += map(length_of, examples)
             write(count, texts, [None if text is None else next(predictions) for text in texts])
             missing += [row for row, text in enumerate(texts, start=count) if text is None]
             blank += [row for row, text in enumerate(texts, start=count) if text is not None and not text.strip()]
             count += len(texts)
             bar.update(len(texts))
-    for note in classifier.describe_cut(lengths):
-        print(f"Note: {note}.", file=sys.stderr)
+    print_notes(classifier.describe_cut(lengths), quiet=options.quiet)
     for rows, what in ((missing, "missing: no prediction"), (blank, "blank: the label there is that of no text")):
-        if rows and table is not None and not options.quiet:
-            print(f"Note: the text in {table.where(rows)} is {what}.", file=sys.stderr)
+        if rows and table is not None:
+            print_notes([f"the text in {table.where(rows)} is {what}"], quiet=options.quiet)
     return count, seconds
 
 
@@ -201,8 +204,6 @@ def _open_answers(
     options: argparse.Namespace, table: "Table | None", names: Sequence[str]
 ) -> Iterator[Callable[[int, Chunk, "Sequence[Prediction | None]"], None]]:
     """A function that prints or writes the predictions of a chunk, whose first row has the number that it gets."""
-    from ft.cli.output_table import MOST_COLUMNS, ConsoleTable, new_names, open_output
-
     if options.output is None:
         printed = ConsoleTable(names)
         yield _print_json_lines if options.json else lambda _, texts, predictions: printed.print(texts, predictions)
@@ -212,10 +213,7 @@ def _open_answers(
         columns = ["row", "text", "label", *(["probabilities"] if is_json else _probability_names(names))]
     else:
         wanted = ["predicted", "probability", *(_probability_names(names) if len(names) <= MOST_COLUMNS else [])]
-        columns = new_names(table.names, wanted)
-        if columns != wanted and not options.quiet:
-            taken = ", ".join(name for name in wanted if name in table.names)
-            print(f"Note: {table.path} has {taken} already: the new columns are {', '.join(columns)}.", file=sys.stderr)
+        columns = new_names(table.names, wanted, str(table.path), quiet=options.quiet)
     with open_output(options.output, columns, table) as writer:
 
         def write(first: int, texts: Chunk, predictions: "Sequence[Prediction | None]") -> None:
@@ -318,8 +316,7 @@ def _read_chunks(options: argparse.Namespace) -> tuple["Table | None", int | Non
             raise
         unknown = f"{options.model} is not a directory here, so its text column is unknown: check RUN, or --text-column"
         raise UsageError(*error.problems, unknown) from error
-    for note in () if options.quiet else table.notes:
-        print(f"Note: {note}.", file=sys.stderr)
+    print_notes(table.notes, quiet=options.quiet)
     step = CHUNK_OF_BATCHES * options.batch_size
     return table, len(texts), (texts[first : first + step] for first in range(0, len(texts), step))
 

@@ -1,15 +1,18 @@
-"""The splits of a data set that a finished model is evaluated on."""
+"""The splits of a data set that a finished model is evaluated on, with labels that are numbered as the model's."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from ft.config import Config
 from ft.data import dataset_files
 from ft.data.dataset_files import NoSplitError
-from ft.data.load import columns_of, read_splits
+from ft.data.load import columns_of, read_splits, renumber
 from ft.data.splits import Split
-from ft.data.table import NoLabelsError
-from ft.data.tables import read_split
+from ft.data.table import NoLabelsError, listed
+from ft.data.tables import WHOLE_NUMBER, read_other_columns, read_split
 from ft.data.text_files import TextFormat
 from ft.errors import FtError, UsageError
 
@@ -59,6 +62,87 @@ def read_evaluation_splits(
         is_named = split not in order and isinstance(failures[0], NoSplitError)
         raise UsageError(str(failures[0])) if is_named else failures[0]
     return splits, notes
+
+
+def number_as_model(
+    split: Split, names: Sequence[str], numbers: Sequence[int] | None, *, are_given: bool = False
+) -> tuple[Split, list[str]]:
+    """Number the labels of a split as a model does.
+
+    Labels with names, in words or published, are found by their names, if the model has any of these. Other labels are
+    the numbers that the model's names stand for in its training data, and these are:
+
+    - `numbers`, if they are known;
+    - the names themselves, if they are numbers, such as stars from 1 to 5;
+    - else 0, 1, ..., and these too if the user gives the names.
+
+    Args:
+        split: numbered by `number_labels` with the label names of the model.
+        names: the label names of the model.
+        numbers: the numbers in its training data that `names` stand for, unless they are 0, 1, ...
+        are_given: whether the user gives `names`, in place of those of the model.
+
+    Returns:
+        The split, and notes for the user.
+
+    Raises:
+        FtError: the model does not have the label of a row.
+    """
+    published = split.label_names
+    notes: list[str] = []
+    if published is None and not are_given:
+        if numbers is None and all(map(WHOLE_NUMBER.fullmatch, names)):
+            numbers = list(map(int, names))
+    else:
+        numbers = None
+    split = renumber(split, names)
+    if published is not None and not set(published) & set(names):
+        notes.append(
+            f"the labels of the data are {listed(published)}, those of the model {listed(names)}: they are matched by "
+            "number"
+        )
+    place_of = {number: place for place, number in enumerate(range(len(names)) if numbers is None else numbers)}
+    row = next((row for row, label in enumerate(split.labels) if label not in place_of), None)
+    if row is not None:
+        known = listed(list(map(str, place_of)))
+        stand_for = "" if known == listed(names) else f" ({listed(names)})"
+        raise FtError(
+            f"the label in {split.where(row)} is {split.labels[row]}, the model has {known}{stand_for}: correct the "
+            "data"
+        )
+    return replace(split, labels=[place_of[label] for label in split.labels]), notes
+
+
+class OtherColumns:
+    """The columns of the files of splits that are not evaluated, such as an id of each row.
+
+    Attributes:
+        names: the names in all files, in order. Of several columns of one name all but the first have a number.
+    """
+
+    def __init__(self, splits: Sequence[Split], config: Config) -> None:
+        """Read them.
+
+        Raises:
+            FtError: a file cannot be read, or has changed since it was read.
+        """
+        columns, form = columns_of(config), TextFormat(config.delimiter, config.encoding)
+        self._values: dict[Path, dict[str, Sequence[Any]]] = {}
+        for path, num_rows in {file.path: file.num_rows for split in splits for file in split.files}.items():
+            values = self._values[path] = {}
+            for name, column in read_other_columns(path, columns, form):
+                if len(column) != num_rows:
+                    raise FtError(f"{path} was changed while it was evaluated: evaluate it again")
+                new = (f"{name}.{number}" for number in count(1))
+                values[name if name not in values else next(each for each in new if each not in values)] = column
+        self.names = list(dict.fromkeys(name for values in self._values.values() for name in values))
+
+    def values(self, split: Split, row: int) -> list[Any]:
+        """The values of a row of a split, None for a column that its file does not have."""
+        place = split.place(row)
+        assert place is not None, "the rows are from files"
+        columns = self._values[place.path]
+        return [columns[name][place.row] if name in columns else None for name in self.names]
 
 
 def _read_split(

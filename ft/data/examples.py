@@ -8,9 +8,10 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from ft.data.splits import Split
-from ft.errors import FtError, UsageError, shown
+from ft.errors import FtError, UsageError, counted, shown
 
 END_OF_TEXT = "<|endoftext|>"
+UNLIMITED = 2**62  # a maximum length that cuts nothing
 
 
 class Example(NamedTuple):
@@ -125,16 +126,17 @@ def describe_cut(lengths: Sequence[int], max_length: int, limit: int) -> list[st
     cut = sum(length > max_length for length in ranked)
     if not cut:
         return []
-    wanted = {"95%": ranked[(len(ranked) * 95 - 1) // 100], "all": ranked[-1]}
-    better = [f"{length:,} {share}" for share, length in wanted.items() if max_length < length <= limit]
+    wanted = {ranked[(len(ranked) * 95 - 1) // 100]: "95%"} | {ranked[-1]: "all"}  # one, if both are the same length
+    better = [f"{length:,} {share}" for length, share in wanted.items() if max_length < length <= limit]
     advice = f"the model reads at most {limit:,}"
     if better:
         advice = f"--max-length {better[0].replace(' ', ' keeps ')} of them complete" + "".join(
             f", {each}" for each in better[1:]
         )
-    return [
-        f"{cut:,} of {len(ranked):,} examples are longer than --max-length {max_length:,} and keep their end; {advice}"
-    ]
+    is_one = cut == 1
+    longer = f"{'is' if is_one else 'are'} longer than --max-length {max_length:,}"
+    kept = f"{'keeps its' if is_one else 'keep their'} end"
+    return [f"{cut:,} of {counted(len(ranked), 'example')} {longer} and {kept}; {advice}"]
 
 
 def encode(split: Split, tokenizer: Tokenizer, label_ids: Sequence[int], max_length: int) -> list[Example]:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ft.config import Config
 from ft.data import dataset_files
 from ft.data.demo import write_demo
-from ft.data.examples import Example, describe_cut, encode, keep_end, label_tokens, length_of
+from ft.data.examples import UNLIMITED, Example, describe_cut, encode, keep_end, label_tokens, length_of
 from ft.data.splits import Split, stratified
 from ft.data.table import NoLabelsError, listed
 from ft.data.tables import WHOLE_NUMBER, Columns, read_split
@@ -19,7 +19,6 @@ from ft.errors import FtError, UsageError, counted, shown
 from ft.io.formats import TEXT_SUFFIXES
 
 VALIDATION_FRACTION = 0.1  # of the training rows, if there is no validation split
-UNLIMITED = 2**62  # a maximum length that cuts nothing
 MOST_NOTES = 4  # on labels of several tokens; more are summed up in one
 
 
@@ -132,8 +131,8 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
         count = round(VALIDATION_FRACTION * len(train.texts))
         if not 0 < count < len(train.texts):
             raise FtError(
-                f"{config.dataset} has no validation split, and its {len(train.texts)} training rows are too few to "
-                "set some aside: add a split or rows"
+                f"{config.dataset} has no validation split, and {counted(len(train.texts), 'training row')} "
+                f"{'is' if len(train.texts) == 1 else 'are'} too few to set some aside: add a split or rows"
             )
         validation_rows = set(stratified(train.labels, count, config.seed))
         splits["validation"] = train.only(sorted(validation_rows), "validation")
@@ -143,9 +142,8 @@ def read_splits(config: Config, label_names: Sequence[str] | None = None) -> tup
     count = round(config.train_fraction * len(train.texts))
     count = min(count, config.max_train_samples or count)
     if count == 0:
-        raise UsageError(
-            f"--train-fraction is {config.train_fraction}, of {len(train.texts):,} training rows that is none: raise it"
-        )
+        rows = counted(len(train.texts), "training row")
+        raise UsageError(f"--train-fraction is {config.train_fraction}, of {rows} that is none: raise it")
     if count < len(train.texts):
         notes.append(f"{count:,} of {len(train.texts):,} training rows are taken")
         train = train.only(stratified(train.labels, count, config.seed))

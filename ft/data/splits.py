@@ -5,60 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-
-class FileRows(NamedTuple):
-    """The rows of one file of a split.
-
-    Attributes:
-        path: the file.
-        num_rows: the number of its rows.
-        lines: the line in which each row begins, from 1; None if the format has no lines.
-    """
-
-    path: Path
-    num_rows: int
-    lines: Sequence[int] | None
-
-    def where(self, rows: Sequence[int]) -> str:
-        """Describe rows for a message: `row 3 of x.csv (line 5)`, or for several their count and the first ten."""
-        in_lines = "" if self.lines is None else f" (line {self.lines[rows[0]]:,})"
-        if len(rows) == 1:
-            return f"row {rows[0]} of {self.path}{in_lines}"
-        kind, numbers = ("rows", rows) if self.lines is None else ("lines", [self.lines[row] for row in rows])
-        more = ", ..." if len(rows) > 10 else ""
-        return f"{len(rows):,} rows of {self.path} ({kind} {', '.join(map(str, numbers[:10]))}{more})"
-
-
-class Place(NamedTuple):
-    """A row in its file; `row` is counted from 0 and `line` from 1, None if the format has no lines."""
-
-    path: Path
-    row: int
-    line: int | None
-
-
-def place_in_files(files: Sequence[FileRows], row: int) -> Place:
-    """The place of a row that is numbered from 0 over all files."""
-    for file in files:
-        if row < file.num_rows:
-            return Place(file.path, row, None if file.lines is None else file.lines[row])
-        row -= file.num_rows
-    raise IndexError(row)
-
-
-def where_in_files(files: Sequence[FileRows], rows: Sequence[int]) -> str:
-    """Describe rows that are numbered from 0 over all files, by file."""
-    parts, first = [], 0
-    for file in files:
-        inside = [row - first for row in rows if first <= row < first + file.num_rows]
-        parts += [file.where(inside)] if inside else []
-        first += file.num_rows
-    return " and ".join(parts)
+from ft.data.table import FileRows, Place, place_in_files, where_in_files
 
 
 @dataclass(frozen=True)
@@ -130,6 +80,25 @@ class Split:
             self.in_words,
             files=self.files,
         )
+
+
+def join(splits: Sequence[Split], name: str) -> Split:
+    """The rows of several splits as one, each with its place in the files."""
+    files = [file for split in splits for file in split.files]
+    rows: list[int] = []
+    first = 0  # the number that the first row of a split's files has over all files
+    for split in splits:
+        rows += [first + split.number_in_files(row) for row in range(len(split.texts))]
+        first += sum(file.num_rows for file in split.files)
+    completions = [completion for split in splits for completion in split.completions or []]
+    return Split(
+        name,
+        [text for split in splits for text in split.texts],
+        [label for split in splits for label in split.labels],
+        completions=completions or None,
+        rows=tuple(rows),
+        files=tuple(files),
+    )
 
 
 def stratified(groups: Sequence[int], count: int, seed: int) -> list[int]:

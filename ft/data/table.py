@@ -1,13 +1,12 @@
-"""A table as read from a file of any format, and its columns."""
+"""A table as read from a file of any format, its columns, and the places of its rows."""
 
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ft.data.splits import FileRows
 from ft.errors import FtError, UsageError, printable, quoted
 
 if TYPE_CHECKING:
@@ -24,6 +23,56 @@ class NoLabelsError(FtError):
 
 class NoLabelColumnError(NoLabelsError, UsageError):
     """The split exists, but has no column of the given name for its labels."""
+
+
+class FileRows(NamedTuple):
+    """The rows of one file of a split.
+
+    Attributes:
+        path: the file.
+        num_rows: the number of its rows.
+        lines: the line in which each row begins, from 1; None if the format has no lines.
+    """
+
+    path: Path
+    num_rows: int
+    lines: Sequence[int] | None
+
+    def where(self, rows: Sequence[int]) -> str:
+        """Describe rows for a message: `row 3 of x.csv (line 5)`, or for several their count and the first ten."""
+        in_lines = "" if self.lines is None else f" (line {self.lines[rows[0]]:,})"
+        if len(rows) == 1:
+            return f"row {rows[0]} of {self.path}{in_lines}"
+        kind, numbers = ("rows", rows) if self.lines is None else ("lines", [self.lines[row] for row in rows])
+        more = ", ..." if len(rows) > 10 else ""
+        return f"{len(rows):,} rows of {self.path} ({kind} {', '.join(map(str, numbers[:10]))}{more})"
+
+
+class Place(NamedTuple):
+    """A row in its file; `row` is counted from 0 and `line` from 1, None if the format has no lines."""
+
+    path: Path
+    row: int
+    line: int | None
+
+
+def place_in_files(files: Sequence[FileRows], row: int) -> Place:
+    """The place of a row that is numbered from 0 over all files."""
+    for file in files:
+        if row < file.num_rows:
+            return Place(file.path, row, None if file.lines is None else file.lines[row])
+        row -= file.num_rows
+    raise IndexError(row)
+
+
+def where_in_files(files: Sequence[FileRows], rows: Sequence[int]) -> str:
+    """Describe rows that are numbered from 0 over all files, by file."""
+    parts, first = [], 0
+    for file in files:
+        inside = [row - first for row in rows if first <= row < first + file.num_rows]
+        parts += [file.where(inside)] if inside else []
+        first += file.num_rows
+    return " and ".join(parts)
 
 
 @dataclass(frozen=True)

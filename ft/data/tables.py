@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from ft.data.arrow_files import read_arrow_table, read_parquet_table
 from ft.data.examples import require_utf8
 from ft.data.json_files import read_json_table
-from ft.data.splits import FileRows, Split, where_in_files
+from ft.data.splits import Split
 from ft.data.table import (
+    FileRows,
     NoLabelsError,
     Table,
     find_columns,
@@ -22,6 +23,7 @@ from ft.data.table import (
     read_errors,
     read_values,
     shown_value,
+    where_in_files,
 )
 from ft.data.text_files import TextFormat, read_csv_table
 from ft.errors import FtError
@@ -118,8 +120,7 @@ def read_split(
     answers = [answers[row] for row in rows]
     if columns.completion is not None:
         return replace(split, completions=answers)
-    numbers, names = _numbered(split, answers, label_names, published_names, columns.label, remedy)
-    return replace(split, labels=numbers, label_names=names or published_names, in_words=names is not None)
+    return number_labels(split, answers, label_names, published_names, columns.label, remedy)
 
 
 def _rows_to_keep(
@@ -174,6 +175,18 @@ def read_table(path: Path, column: str, form: TextFormat | None = None) -> tuple
     table = _read(path, [column], form or TextFormat())
     (place,) = find_columns(table, {column: "--text-column"})
     return table, _texts(table, place, column)
+
+
+def read_other_columns(path: Path, columns: Columns, form: TextFormat) -> list[tuple[str, Sequence[Any]]]:
+    """Read the name and the values of each column that `read_split` does not read from a file, in their order.
+
+    Raises:
+        FtError: the file cannot be read.
+        UsageError: `form` names an invalid delimiter or an unknown encoding.
+    """
+    table = _read(path, list(columns.flags()), form)
+    done = find_columns(table, columns.flags())
+    return [(name, read_values(table, place)) for place, name in enumerate(table.names) if place not in done]
 
 
 def read_texts(path: Path, column: str, form: TextFormat | None = None) -> tuple[list[str], tuple[str, ...]]:
@@ -234,18 +247,32 @@ def _labels(table: Table, place: int, column: str, missing: Set[str]) -> list[st
     return labels
 
 
-def _numbered(
+def number_labels(
     split: Split,
     labels: Sequence[str | int],
     given: Sequence[str] | None,
     published: Sequence[str] | None,
     column: str,
     remedy: str,
-) -> tuple[list[int], tuple[str, ...] | None]:
-    """Number the labels of the rows of `split`; returns the numbers, and the label names if the labels are words.
+) -> Split:
+    """Number the labels of the rows of a split.
 
-    Whole numbers are words if all of them are among the names `given` by the user, such as stars from 1 to 5, unless
-    the files have `published` names for the numbers 0, 1, ...
+    Whole numbers are words if all of them are among the names `given`, such as stars from 1 to 5, unless the numbers
+    0, 1, ... have `published` names.
+
+    Args:
+        split: the rows.
+        labels: the label of each row.
+        given: the label names of the user or the model.
+        published: the names of the numbers 0, 1, ... in the data.
+        column: the name of the labels in messages.
+        remedy: the advice in the error about a word that is not among the names `given`.
+
+    Returns:
+        The split with labels, and with the label names if they are words or published.
+
+    Raises:
+        FtError: the labels are numbers and words, or a word is not among the names `given`.
     """
     number_of = {label: _whole_number(label) for label in set(labels)}
     numbers = [number_of[label] or 0 for label in labels]
@@ -254,7 +281,8 @@ def _numbered(
     if are_numbers and not (given and set(words) <= set(given)):
         words = list(map(str, numbers))
     if are_numbers and (given is None or published is not None or not set(words) <= set(given)):
-        return numbers, None
+        names = None if published is None else tuple(published)
+        return replace(split, labels=numbers, label_names=names)
     names = tuple(given) if given is not None else tuple(sorted(set(words)))
     if any(isinstance(label, int) for label in labels) and not set(words) <= set(given or ()):
         paths = ", ".join(str(file.path) for file in split.files)
@@ -265,7 +293,7 @@ def _numbered(
         raise FtError(
             f"the {column} in {split.where(row)} is {shown_value(words[row])}, the labels are {listed(names)}; {remedy}"
         )
-    return [place_of[word] for word in words], names
+    return replace(split, labels=[place_of[word] for word in words], label_names=names, in_words=True)
 
 
 def _whole_number(label: str | int) -> int | None:

@@ -10,11 +10,12 @@ import io
 import re
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
 from ft.data.table import Table
-from ft.errors import FtError, UsageError
+from ft.errors import FtError, UsageError, counted
 
 DELIMITERS = ",;\t|"  # those that are detected; --delimiter names any other
 LARGEST_VALUE = 2**26  # characters of a value in a CSV file
@@ -141,14 +142,17 @@ def read_csv_table(path: Path, wanted: Sequence[str], form: TextFormat) -> Table
     notes = [] if form.delimiter or delimiter == default else [f"the columns of {path.name} are split at {delimiter!r}"]
     found = _best_reading(path, text, delimiter, wanted, notes)
     rows, lines = found.rows, found.lines
-    filled = [row for row, values in enumerate(rows) if any(values)]
-    if len(filled) < len(rows):
-        notes.append(f"{len(rows) - len(filled):,} rows of {path.name} without any value are left out")
-        rows, lines = [rows[row] for row in filled], [lines[row] for row in filled]
-    kept = [row for row, values in enumerate(rows) if values != found.names]
-    if len(kept) < len(rows):  # as files with a header each leave them when joined
-        notes.append(f"{len(rows) - len(kept):,} rows of {path.name} that repeat the names of its columns are left out")
-        rows, lines = [rows[row] for row in kept], [lines[row] for row in kept]
+    for what, is_row in (
+        # In a table of one column it is an empty value.
+        ("without any value", lambda values: any(values) or len(values) == 1),
+        # Files with a header each have it again when they are joined.
+        ("with the names of the columns again", lambda values: values != found.names),
+    ):
+        kept = [row for row, values in enumerate(rows) if is_row(values)]
+        if left_out := len(rows) - len(kept):
+            are = "is" if left_out == 1 else "are"
+            notes.append(f"{counted(left_out, 'row')} of {path.name} {what} {are} left out")
+            rows, lines = [rows[row] for row in kept], [lines[row] for row in kept]
     columns = list(zip(*rows, strict=True)) or [()] * len(found.names)
     encoding = encoding_of(content, form.encoding)
     return Table(
@@ -229,7 +233,7 @@ def _escaped(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
 def _quoted(
     text: str, delimiter: str, *, escape: str | None = None, skip_blanks: bool = False
 ) -> Iterable[tuple[int, list[str]]]:
-    """Yield the rows of a text with quoted values, each with the line in which it begins."""
+    """Yield the rows of a text with quoted values, each with the line in which it begins; of a blank line no value."""
     old_limit = csv.field_size_limit(LARGEST_VALUE)
     reader = csv.reader(
         io.StringIO(text, newline=""),
@@ -258,26 +262,34 @@ def _quoted(
 
 
 def _unquoted(text: str, delimiter: str) -> Iterable[tuple[int, list[str]]]:
-    """Yield the rows of a text in which quotes have no meaning, each with its line."""
+    """Yield the rows of a text in which quotes have no meaning, each with its line; of a blank line no value."""
     lines = text.split("\n" if "\n" in text else "\r")
     for number, line in enumerate(lines, start=1):
-        if content := line.removesuffix("\r"):
-            yield number, content.split(delimiter)
+        content = line.removesuffix("\r")
+        yield number, content.split(delimiter) if content else []
 
 
 def _check_widths(numbered: Iterable[tuple[int, list[str]]]) -> _Rows:
-    """The rows, if all have as many values as the first; all but the first may have one empty value more at the end."""
-    filled = [(line, row) for line, row in numbered if row]
-    (_, names), *rest = filled
+    """The rows, if all have as many values as the first; all but the first may have one empty value more at the end.
+
+    A line of blanks is not a row of a table of several columns. In a table of one column it is one, as for pandas with
+    `skip_blank_lines=False`, except at the end of the file.
+    """
+    (_, names), *rest = dropwhile(lambda row: not row[1], numbered)
     width = len(names)
-    rest = [(line, row) for line, row in rest if width == 1 or len(row) > 1 or row[0].strip()]  # not lines of blanks
-    if rest and all(len(row) == width + 1 and row[-1] == "" for _, row in rest):  # each line ends in a delimiter
-        rest = [(line, row[:-1]) for line, row in rest]
+    if width > 1:
+        rest = [(line, row) for line, row in rest if len(row) > 1 or any(map(str.strip, row))]
+    while rest and not rest[-1][1]:
+        rest.pop()
+    filled = [row for _, row in rest if row]
+    if filled and all(len(row) == width + 1 and row[-1] == "" for row in filled):  # each line ends in a delimiter
+        rest = [(line, row[:width]) for line, row in rest]
+    rest = [(line, row or [""]) for line, row in rest]
     for line, row in rest:
         if len(row) != width:
             raise _MalformedError(
-                f"line {line:,} has {len(row)} values and the first line {width}; put quotes around values that hold "
-                f"the delimiter or a line break, or name another delimiter by --delimiter"
+                f"line {line:,} has {counted(len(row), 'value')} and the first line {width}; put quotes around values "
+                "that hold the delimiter or a line break, or name another delimiter by --delimiter"
             )
     return _Rows(names, [row for _, row in rest], [line for line, _ in rest])
 
@@ -297,7 +309,8 @@ def _check_multiline_rows(
     if not multiline:
         return
     lines = plain_lines(text)
-    notes.append(f"{path.name} has {len(found.rows):,} rows in {len(lines):,} lines, as some values span several")
+    rows = counted(len(found.rows), "row")
+    notes.append(f"{path.name} has {rows} in {len(lines):,} lines, as some values span several")
     label_columns = [index for index, name in enumerate(found.names) if name.strip() == wanted[-1]]
     if len(wanted) < 2 or not label_columns:
         return

@@ -164,12 +164,18 @@ def mistake_records(
 
 
 def score_record(
-    probabilities: Tensor, split: Split, label_names: Sequence[str], train_labels: Sequence[int], mistakes: int
+    probabilities: Tensor,
+    loss: float,
+    split: Split,
+    label_names: Sequence[str],
+    train_labels: Sequence[int],
+    mistakes: int,
 ) -> dict[str, Any]:
     """The metrics of a split, its majority baseline and its most confident errors, as they are written as JSON.
 
     Args:
         probabilities: (N, K), of each label for each example.
+        loss: mean cross-entropy over the labels, in nats.
         split: the N examples.
         label_names: the names of the K labels.
         train_labels: the labels of which the most frequent one is the answer of the baseline.
@@ -178,6 +184,7 @@ def score_record(
     return {
         "split": split.name,
         "labels": list(label_names),
+        "loss": loss,
         "majority_label": label_names[majority_label(train_labels)],
         "majority_baseline": majority_baseline(train_labels, split.labels),
         **asdict(scores(probabilities, torch.tensor(split.labels))),
@@ -189,6 +196,7 @@ def write_scores(
     path: Path,
     step: int,
     probabilities: Tensor,
+    loss: float,
     split: Split,
     label_names: Sequence[str],
     train_labels: Sequence[int],
@@ -199,6 +207,7 @@ def write_scores(
         path: the file to write; replaced atomically.
         step: the training step after which the split was evaluated.
         probabilities: (N, K), of each label for each example.
+        loss: mean cross-entropy over the labels, in nats.
         split: the N examples.
         label_names: the names of the K labels.
         train_labels: the labels of the training split.
@@ -206,7 +215,7 @@ def write_scores(
     Raises:
         OSError: the file cannot be written; an existing file stays as it was.
     """
-    record = {"step": step, **score_record(probabilities, split, label_names, train_labels, MISTAKES)}
+    record = {"step": step, **score_record(probabilities, loss, split, label_names, train_labels, MISTAKES)}
     atomic_write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 

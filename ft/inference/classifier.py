@@ -19,9 +19,9 @@ from torch import Tensor
 from ft.checkpoint.saved_task import read_task
 from ft.config import Config
 from ft.data.batches import by_length, in_batches
-from ft.data.examples import describe_cut, encode, label_tokens, require_utf8
+from ft.data.examples import UNLIMITED, Example, describe_cut, encode, keep_end, label_tokens, require_utf8
 from ft.data.splits import Split
-from ft.errors import UsageError, shown
+from ft.errors import UsageError, printable, shown
 from ft.inference.language_model import LanguageModel, load_language_model
 from ft.io.hub import is_path
 from ft.io.plain_files import read_regular
@@ -34,6 +34,12 @@ class Prediction(NamedTuple):
 
     label: str
     probabilities: dict[str, float]
+
+
+def to_prediction(probabilities: Sequence[float], names: Sequence[str]) -> Prediction:
+    """The prediction with these probabilities of the labels `names`."""
+    named = dict(zip(names, probabilities, strict=True))
+    return Prediction(max(named, key=named.__getitem__), named)
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,28 @@ class Classifier(LanguageModel):
             raise UsageError(f"{self.source} does not name its labels: name them by --label-names neg,pos")
         return self.named_labels
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """The tokens of each text with end-of-text and label, as `max_length` counts them, before a text is cut."""
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [len(encoding.ids) + 2 for encoding in encodings]
+    def encode(self, texts: Sequence[str]) -> list[Example]:
+        """Tokenize texts for `predict_examples`, each complete.
+
+        Raises:
+            UsageError: `texts` is one string, or holds something else than strings.
+            FtError: a text is not valid UTF-8.
+        """
+        if isinstance(texts, str):  # whose characters would be the texts
+            raise UsageError(f"texts is {shown(texts)}, it must be a list: pass [{shown(texts)}]")
+        return encode_texts(texts, self.tokenizer, UNLIMITED)
+
+    def predict_examples(
+        self, examples: Sequence[Example], batch_size: int = 64, progress: Count = no_progress
+    ) -> list[Prediction]:
+        """Predict the label of each text that `encode` has tokenized: see `predict`."""
+        names = self.label_names
+        cut = [keep_end(example, self.max_length) for example in examples]
+        rows = predict_examples(self.model, cut, self.label_ids, batch_size=batch_size, progress=progress)
+        return [to_prediction(row, names) for row in rows.tolist()]
 
     def describe_cut(self, lengths: Sequence[int]) -> list[str]:
-        """A note on the texts of these `count_tokens` that lose their beginning; none if none does."""
+        """A note on the examples of these lengths (see `length_of`) that lose their beginning; none if none does."""
         return describe_cut(lengths, self.max_length, self.model.config.n_positions)
 
     def predict(self, texts: Sequence[str], batch_size: int = 64, progress: Count = no_progress) -> list[Prediction]:
@@ -77,23 +98,7 @@ class Classifier(LanguageModel):
             UsageError: `texts` is one string, or holds something else than strings.
             FtError: the label names are unknown, or a text is not valid UTF-8.
         """
-        names = self.label_names
-        if isinstance(texts, str):  # whose characters would be the texts
-            raise UsageError(f"texts is {shown(texts)}, it must be a list: pass [{shown(texts)}]")
-        rows = predict(
-            self.model,
-            self.tokenizer,
-            list(texts),  # an array or a column of a frame has no truth value
-            self.label_ids,
-            max_length=self.max_length,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        predictions = []
-        for row in rows.tolist():
-            probabilities = dict(zip(names, row, strict=True))
-            predictions.append(Prediction(max(probabilities, key=probabilities.__getitem__), probabilities))
-        return predictions
+        return self.predict_examples(self.encode(texts), batch_size, progress)
 
 
 def load(
@@ -123,7 +128,8 @@ def load(
     loaded = load_language_model(source, device=device, revision=revision, base=base)
     n_positions = loaded.model.config.n_positions
     if max_length is not None and max_length > n_positions:
-        raise UsageError(f"--max-length is {max_length}, but {loaded.source} has {n_positions} positions; lower it")
+        name = printable(loaded.source)
+        raise UsageError(f"--max-length is {max_length}, but {name} has {n_positions} positions; lower it")
     saved = read_task(loaded.published)
     names = tuple(label_names) if label_names is not None else saved.label_names
     length = max_length or saved.max_length or _max_length_of_run(Path(loaded.source))
@@ -146,7 +152,6 @@ def _max_length_of_run(directory: Path) -> int:
     return length if type(length) is int and length >= 2 else Config.max_length
 
 
-@torch.inference_mode()
 def predict(
     model: GPT2,
     tokenizer: Tokenizer,
@@ -175,15 +180,39 @@ def predict(
         UsageError: a text is not a string.
         FtError: a text is not valid UTF-8.
     """
-    if not texts:
-        return torch.empty(0, len(label_ids))
+    examples = encode_texts(texts, tokenizer, max_length)
+    return predict_examples(model, examples, label_ids, batch_size=batch_size, progress=progress)
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Tokenize texts without labels.
+
+    Raises:
+        UsageError: a text is not a string.
+        FtError: a text is not valid UTF-8.
+    """
+    texts = list(texts)  # an array or a column of a frame has no truth value
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise UsageError(f"text {number:,} is {shown(text)}, it must be a string")
         require_utf8(text, f"text {number:,}")
+    # The label of an example is only its target and never an input: any token will do.
+    return encode(Split("given", texts, [0] * len(texts)), tokenizer, [0], max_length)
+
+
+@torch.inference_mode()
+def predict_examples(
+    model: GPT2,
+    examples: Sequence[Example],
+    label_ids: Sequence[int],
+    *,
+    batch_size: int,
+    progress: Count = no_progress,
+) -> Tensor:
+    """`predict` for texts that are tokenized."""
+    if not examples:
+        return torch.empty(0, len(label_ids))
     device = model.wte.weight.device
-    # The label of an example is only its target and never an input: any label will do.
-    examples = encode(Split("given", list(texts), [0] * len(texts)), tokenizer, label_ids, max_length)
     candidates = torch.tensor(label_ids, device=device)
     order = by_length(examples)
     was_training = model.training
@@ -193,6 +222,6 @@ def predict(
         logits.append(model(batch.input_ids, batch.packing, batch.selection, candidates))
         progress(len(logits[-1]))
     model.train(was_training)
-    probabilities = torch.empty(len(texts), len(label_ids))
+    probabilities = torch.empty(len(examples), len(label_ids))
     probabilities[order] = torch.cat(logits).float().softmax(dim=-1).cpu()
     return probabilities

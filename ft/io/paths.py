@@ -83,7 +83,7 @@ def _is_of_a_run_or_model(path: Path) -> bool:
 
     Links in the path are followed first. What a user keeps beside these files, such as earlier predictions, is not one.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # `Path.resolve` raises an error for a link to itself
     if path.name in _FILES_OF_RUNS and path.exists() and _is_run_or_model(path.parent):
         return True
     return any(

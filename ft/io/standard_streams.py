@@ -3,10 +3,12 @@
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from io import BufferedWriter, FileIO, TextIOBase, TextIOWrapper
 from typing import Any
+
+from ft.errors import printable
 
 LOADING = "Loading PyTorch ..."
 
@@ -105,6 +107,12 @@ def quiet_output(is_quiet: bool) -> Iterator[None]:
 def results() -> AbstractContextManager[Any]:
     """A context whose output `quiet_output` does not drop."""
     return redirect_stdout(getattr(sys.stdout, "unfiltered", sys.stdout))
+
+
+def print_notes(notes: Iterable[str], *, quiet: bool) -> None:
+    """Print notes, a sentence each without its period, to standard error, unless `quiet`."""
+    for note in () if quiet else notes:
+        print(f"Note: {printable(note)}.", file=sys.stderr)
 
 
 @contextmanager

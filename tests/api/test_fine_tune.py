@@ -390,8 +390,8 @@ def test_the_run_predicts_evaluates_and_shows_itself(tune, rows):
     assert str(run.final) in text
     assert run.config.epochs == 10
     assert [path.name for path in run.checkpoints] == ["checkpoint-50"]
-    with pytest.raises(ft.FtError, match="labels has 'good' at 0, the model has neg, pos"):
-        run.evaluate(["a"], ["good"])
+    with pytest.raises(ft.FtError, match="the label in row 1 of the given split is 'good', the labels are neg, pos"):
+        run.evaluate(["a", "b"], ["neg", "good"])
     assert "has not begun" in repr(ft.Run("nowhere"))
 
 

@@ -510,7 +510,9 @@ read_arguments([])
 read_arguments(["--batch-size", "16", "--resume", "runs/a"])
 assert main(["--batch-size", "0", "--xyzzy"]) == 2
 assert main(["explain", "--row", "x"]) == 2
-for arguments in (["--help"], ["explain", "--help"]):
+assert main(["predict", "nowhere", "a", "--max-length", "0"]) == 2
+assert main(["evaluate", "nowhere", "--split", "x"]) == 2
+for arguments in (["--help"], ["explain", "--help"], ["predict", "--help"], ["evaluate", "--help"]):
     try:
         main(arguments)
     except SystemExit as stop:

@@ -17,6 +17,7 @@ import pytest
 import ft
 from ft.cli import output_table
 from ft.cli.main import main
+from ft.io.paths import find_output_problems
 
 TEXTS = ["=1+2", 'a "fine" film', "a, comma", "two\nlines", "a;b|c~d", "schön", " blanks ", "@cmd", "-3", "'"]
 READERS = {
@@ -232,6 +233,16 @@ def test_rows_without_a_text_are_kept_without_a_prediction(finished, tmp_path, c
     assert [line["label"] is None for line in lines] == [False, True, False]
 
 
+def test_blank_lines_of_one_column_are_rows_of_the_output_too(finished, tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("text\na film\n\n  \nanother\n\n")
+    assert predict(finished, "--file", tmp_path / "in.csv", "--output", tmp_path / "out.csv") == 0
+    assert "the text in 2 rows of" in capsys.readouterr().err
+    read = [pandas.read_csv(tmp_path / name, skip_blank_lines=False) for name in ("in.csv", "out.csv")]
+    texts = [frame["text"].fillna("").tolist() for frame in read]
+    assert texts[1] == texts[0][:4] == ["a film", "", "  ", "another"]
+    assert read[1]["predicted"].notna().all()
+
+
 @pytest.mark.parametrize("suffix", list(READERS))
 def test_lines_become_rows(finished, tmp_path, suffix):
     texts = ["=1+2", 'a "fine" film', "", "schön"]
@@ -330,7 +341,9 @@ def test_evaluate_writes_each_text_with_label_and_prediction(finished, tmp_path,
     assert main(flags) == 0
     record = json.loads(capsys.readouterr().out)
     answers = READERS[suffix](output)
-    assert list(answers.columns) == ["split", "file", "row", "line", "text", "label", *ADDED]
+    assert list(answers.columns) == ["split", "file", "row", "line", "text", "label", *ADDED, "id", "note"]
+    assert list(answers["id"]) == list(table["id"])
+    assert list(answers["note"]) == list(table["note"])
     assert list(answers["text"]) == TEXTS
     assert list(answers["label"]) == list(table["label"])
     assert (answers["label"] == answers["predicted"]).mean() == record["accuracy"]
@@ -411,6 +424,11 @@ def test_a_fifo_is_not_replaced(tmp_path, capsys, command):
     assert main([*command, "--output", str(tmp_path / "pipe.csv")]) == 2
     assert "which is not a regular file" in capsys.readouterr().err
     assert (tmp_path / "pipe.csv").is_fifo()
+
+
+def test_a_link_to_itself_is_no_file_of_a_run(tmp_path):
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    assert find_output_problems(tmp_path / "loop.csv", [tmp_path]) == []
 
 
 def link_names(tmp_path, file):

@@ -105,12 +105,13 @@ def test_the_texts_that_lose_their_beginning_are_counted(finished, tmp_path, cap
     for limit in (max(lengths) - 1, min(lengths)):
         assert main([*words, "--max-length", str(limit)]) == 0
         cut = sum(length > limit for length in lengths)
-        expected = f"Note: {cut:,} of 29 examples are longer than --max-length {limit} and keep their end; "
+        longer, keep = ("is longer", "keeps its") if cut == 1 else ("are longer", "keep their")
+        expected = f"Note: {cut:,} of 29 examples {longer} than --max-length {limit} and {keep} end; "
         assert capsys.readouterr().err.count(expected) == 1
     assert main([*words, "--max-length", str(min(lengths)), "--quiet"]) == 0
     assert "Note" not in capsys.readouterr().err
     assert main([*words, "--max-length", str(max(lengths))]) == 0
-    assert "are longer than" not in capsys.readouterr().err
+    assert "longer than" not in capsys.readouterr().err
 
 
 def test_every_place_of_a_model_is_found(finished, inputs, tmp_path):
@@ -334,6 +335,8 @@ def test_a_run_leaves_the_scores_that_evaluate_finds(finished, capsys):
     assert list(written) == list(found)
     for part in ("split", "labels", "accuracy", "confusion", "macro_f1"):
         assert written[part] == found[part]
+    logged = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]
+    assert written["loss"] == logged["test_loss"] == pytest.approx(found["loss"], rel=1e-5)
     assert len(written["mistakes"]) == sum(map(sum, written["confusion"])) - sum(
         row[i] for i, row in enumerate(written["confusion"])
     )
@@ -493,9 +496,9 @@ def test_all_splits_are_judged_and_no_other_is_read(finished, inputs, tmp_path, 
     arguments = ["evaluate", str(finished), "--device", "cpu", "--json"]
     assert main([*arguments, "--split", "all"]) == 0
     counts = {name: sum(map(sum, found["confusion"])) for name, found in json.loads(capsys.readouterr().out).items()}
-    assert counts == {"train": 77, "validation": 12, "test": 4}
+    assert counts == {"train": 77, "validation": 12, "test": 4, "all": 93}
     assert main([*arguments[:-1], "--split", "all"]) == 0
-    assert len(re.findall(r"^(?:train|validation|test): \d+ examples", capsys.readouterr().out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^(?:train|validation|test|all): \d+ examples", capsys.readouterr().out, re.MULTILINE)) == 4
     shutil.copytree(inputs[3], tmp_path / "data")
     for name in ("train", "validation"):
         (tmp_path / "data" / f"{name}.parquet").write_bytes(b"PAR1 and nothing else")

@@ -1,7 +1,9 @@
 """Labels that are numbers other than 0, 1, ...: stars, -1 and 1, floats, booleans; from the file to `evaluate`."""
 
 import json
+import re
 
+import datasets
 import pandas
 import pytest
 
@@ -84,7 +86,9 @@ def test_label_names_name_them_in_ascending_order(train, tmp_path, capsys, name,
     own = ft.Run(run, device="cpu")
     of_file = pandas.DataFrame({"body": ["a", "b", "c"], "stars": [labels[1], labels[3], labels[3]]})
     assert own.evaluate(of_file) == own.evaluate(["a", "b", "c"], ["bad", "superb", "superb"])
-    with pytest.raises(ft.FtError, match=r"labels has 3 at 0, the model has .* \(awful, bad, good, superb\)"):
+    with pytest.raises(
+        ft.FtError, match=r"row 0 of the given split is 3, the model has .* \(awful, bad, good, superb\)"
+    ):
         own.evaluate(["a"], [3])
     assert train(path, "--label-names", "awful,bad,good,superb", "--resume", "--max-steps", "3") == 0
 
@@ -109,3 +113,52 @@ def test_a_label_that_the_model_does_not_have_is_named_by_file_and_line(train, t
     assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu", "--dataset", str(unknown)]) == 1
     expected = f"the label in row 2 of {unknown} (line 4) is 3, the model has 1, 2, 4, 5"
     assert expected in capsys.readouterr().err
+
+
+def of_words(labels):
+    return [["awful", "bad"][label] for label in labels]
+
+
+def of_features(labels, names):
+    features = datasets.Features({"body": datasets.Value("string"), "stars": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"body": [f"film {n}" for n in range(len(labels))], "stars": labels}, features)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: pandas.DataFrame({"stars": [0, 1, 1, 0]}), [0, 1, 1, 0]),
+        (lambda: pandas.DataFrame({"stars": [0.0, 1.0, 1.0]}), [0, 1, 1]),
+        (lambda: pandas.DataFrame({"stars": of_words([0, 1, 1])}), [0, 1, 1]),
+        (lambda: pandas.DataFrame({"stars": [" bad ", "awful"]}), [1, 0]),
+        (lambda: of_features([0, 1, 1], ["awful", "bad"]), [0, 1, 1]),
+        (lambda: of_features([0, 1, 1], ["bad", "awful"]), [1, 0, 0]),
+        (lambda: of_features([2, 0, 0], ["bad", "unused", "awful"]), [0, 1, 1]),
+        (lambda: of_features([0, 1, 1], ["one", "two"]), [0, 1, 1]),
+        (lambda: of_features([0, 1, 1], ["good", "bad"]), "is 'good', the labels are awful, bad"),
+        (lambda: pandas.DataFrame({"stars": [0, 2]}), r"is 2, the model has 0, 1 \(awful, bad\)"),
+        (lambda: pandas.DataFrame({"stars": [0, -3]}), r"is -3, the model has 0, 1 \(awful, bad\)"),
+        (lambda: pandas.DataFrame({"stars": ["bad", "good"]}), "is 'good', the labels are awful, bad"),
+    ],
+)
+def test_python_and_the_command_line_number_labels_alike(train, tmp_path, capsys, make, expected):
+    words = write(tmp_path / "words.csv", of_words([0, 1]) * 12)
+    assert train(words) == 0
+    run, path, table = tmp_path / "run", tmp_path / "mine.parquet", make()
+    if isinstance(table, pandas.DataFrame):
+        table.insert(0, "body", [f"film {n}" for n in range(len(table))])
+    table.to_parquet(str(path))
+    arguments = ["evaluate", str(run), "--device", "cpu", "--dataset", str(path), "--json"]
+    capsys.readouterr()
+    if isinstance(expected, str):
+        with pytest.raises(ft.FtError, match=expected):
+            ft.Run(run, device="cpu").evaluate(table)
+        assert main(arguments) == 1
+        assert re.search(expected, capsys.readouterr().err)
+        return
+    of_words_alone = ft.Run(run, device="cpu").evaluate(list(table["body"]), of_words(expected))
+    assert ft.Run(run, device="cpu").evaluate(table) == of_words_alone
+    assert main(arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [sum(row) for row in record["confusion"]] == [expected.count(0), expected.count(1)]
+    assert {name: record[name] for name in of_words_alone} == pytest.approx(of_words_alone)

@@ -150,7 +150,7 @@ def test_words_are_numbered_by_the_names_given(tmp_path):
         ("x.csv", b"", "is empty: its first line must name the columns"),
         ("x.csv", b"text,label\n", "the train split has no rows"),
         ("x.csv", b"text,label\na,1,2\n", "cannot read .*x.csv: line 2 has 3 values and the first line 2; put quotes"),
-        ("x.csv", b"text,label\na\n", "cannot read .*x.csv: line 2 has 1 values and the first line 2"),
+        ("x.csv", b"text,label\na\n", "cannot read .*x.csv: line 2 has 1 value and the first line 2"),
         (
             "x.csv",
             b"text,mark\na,1\nb,0\nc,1\n",
@@ -520,7 +520,7 @@ def test_settings_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, 
         ("notes.txt", "whose format is not supported: it must be one of .parquet, .arrow, .csv"),
         ("page.csv", "begins with b'<!DOCTYPE html>': put the file itself there"),
         ("pointer.csv", "is a Git LFS pointer"),
-        ("one.csv", "no validation split, and its 1 training rows are too few"),
+        ("one.csv", "no validation split, and 1 training row is too few"),
     ],
 )
 def test_a_file_that_is_no_data_set(demo_inputs, tmp_path, monkeypatch, capsys, dataset, message):

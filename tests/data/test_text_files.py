@@ -18,7 +18,7 @@ from ft.cli.main import main
 from ft.config import Config
 from ft.data import text_files
 from ft.data.load import read_splits
-from ft.data.tables import Columns, NoLabelsError, read_split
+from ft.data.tables import Columns, NoLabelsError, read_split, read_table
 from ft.data.text_files import TextFormat, plain_lines
 from ft.errors import FtError, UsageError
 from tests.conftest import ROOT, write_parquet
@@ -202,6 +202,31 @@ def test_rows_without_any_value_are_left_out_with_a_note(tmp_path):
     split = split_of(tmp_path / "x.csv")
     assert split.texts == ["a", "b"]
     assert split.notes == ("2 rows of x.csv without any value are left out",)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv"])
+@pytest.mark.parametrize(
+    "lines", [["a", "", "b"], ["", "", "a b"], ["a", '""', "", '"b"'], ["a", "  ", "b"], ['"a', "", 'b"', "", "c"]]
+)
+def test_blank_lines_of_one_column_are_empty_values_except_at_the_end(tmp_path, lines, name, newline, end):
+    path = tmp_path / name
+    path.write_bytes((newline.join(["text", *lines]) + end.replace("\n", newline)).encode())
+    theirs = pandas.read_csv(path, skip_blank_lines=False, keep_default_na=False, sep="\t")["text"].tolist()
+    while theirs[-1] == "":
+        theirs.pop()
+    table, texts = read_table(path, "text")
+    if name == "x.csv" or '"' not in "".join(lines):  # whose quotes are characters like others
+        assert texts == theirs
+    assert len(texts) == len(table.lines)
+    assert (texts[-1], table.lines[-1]) == (lines[-1].strip('"') if name == "x.csv" else lines[-1], len(lines) + 1)
+
+
+def test_a_quoted_empty_value_at_the_end_is_a_row(tmp_path):
+    (tmp_path / "x.csv").write_text('text\na\n""\n\n')
+    table, texts = read_table(tmp_path / "x.csv", "text")
+    assert (texts, table.lines) == (["a", ""], [2, 3])
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-16-be"])
@@ -517,7 +542,7 @@ def test_what_save_to_disk_wrote_is_read(inputs, tmp_path):
     parts["Test"].save_to_disk(tmp_path / "one")
     (shard,) = (tmp_path / "one").glob("*.arrow")
     for path in (tmp_path / "one", shard):
-        with pytest.raises(FtError, match="has no validation split, and its 2 training rows are too few"):
+        with pytest.raises(FtError, match="has no validation split, and 2 training rows are too few"):
             read_splits(Config(dataset=str(path)))
     (tmp_path / "saved" / "train" / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(FtError, match=r"lacks 1 of the 3 shards of train: train/data-00001-of-00003.arrow"):
@@ -668,7 +693,7 @@ def test_a_header_in_the_middle_of_joined_files_is_no_row(tmp_path):
     path.write_text("".join(f"text,label\n{x},pos\n{y},neg\n" for x, y in parts), encoding="utf-8")
     split = split_of(path)
     assert (split.texts, split.label_names) == (list("abcd"), ("neg", "pos"))
-    assert split.notes == ("1 rows of x.csv that repeat the names of its columns are left out",)
+    assert split.notes == ("1 row of x.csv with the names of the columns again is left out",)
 
 
 @pytest.mark.parametrize(

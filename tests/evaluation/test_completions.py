@@ -146,6 +146,30 @@ def test_evaluate_prints_a_summary_and_the_worst(finished, capsys):
     assert "validation: 18 completions" in capsys.readouterr().out
 
 
+def test_all_splits_together_are_scored_as_their_rows(finished, reference, tmp_path, capsys):
+    output = tmp_path / "all.jsonl"
+    flags = ["--device", "cpu", "--split", "all", "--mistakes", "4"]
+    assert main(["evaluate", str(finished), *flags, "--json", "--output", str(output)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == ["train", "validation", "test", "all"]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = [scored_by_reference(reference, row["prompt"], row["completion"]) for row in rows]
+    counts = [len(after) for *_, after in expected]
+    record = result["all"]
+    assert (record["completions"], record["tokens"]) == (len(rows), sum(counts))
+    assert record["loss"] == pytest.approx(sum(loss for loss, *_ in expected) / sum(counts), rel=1e-4)
+    assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+    assert record["accuracy"] == pytest.approx(sum(hits for _, hits, *_ in expected) / sum(counts))
+    exact = [written == after for _, _, written, after in expected]
+    assert record["exact_match"] == pytest.approx(sum(exact) / len(rows))
+    every = [mistake for name in ("train", "validation", "test") for mistake in result[name]["mistakes"]]
+    assert record["mistakes"] == sorted(every, key=lambda mistake: -mistake["loss"])[:4]
+    assert main(["evaluate", str(finished), *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count("nats per token") == 4
+    assert f"\nall: {len(rows)} completions of {sum(counts):,} tokens, loss " in out
+
+
 def test_truncated_completions_are_reported(finished, capsys):
     assert main(["evaluate", str(finished), "--device", "cpu", "--max-length", "3", "--json"]) == 0
     out, error = capsys.readouterr()
