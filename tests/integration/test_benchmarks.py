@@ -38,6 +38,14 @@ def test_results_are_published_only_on_request():
         parser.parse_args(["--publish", "--output", "here"])
 
 
+def test_the_published_results_can_be_compared():
+    """All are of one processor and one version of PyTorch; those of a GPU name it themselves."""
+    results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    machines = {name: each["machine"] for name, each in results.items() if each["machine"]["gpu"] is None}
+    of = ("processor", "instruction_sets", "cores", "torch")
+    assert len({tuple(str(machine[name]) for name in of) for machine in machines.values()}) == 1, list(machines)
+
+
 def test_a_result_names_the_instruction_sets_of_the_processor(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "INSTRUCTION_SETS", {"fpu": "X87", "unheard_of": "ABC"})
     common.write_result(tmp_path / "new", "name", {"seconds": 1}, "| a table |")
