@@ -344,7 +344,7 @@ def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(WAYS)), list(WAYS.values()))
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.set(xlabel="seconds that a checkpoint costs the training (median)")
     figure.savefig(path, dpi=120)
 
