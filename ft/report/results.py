@@ -12,7 +12,7 @@ from ft.data.examples import Example
 from ft.device import peak_memory
 from ft.errors import printable, program, quoted
 from ft.io.atomic import atomic_directory
-from ft.io.model_layout import EXPORTED_FILES
+from ft.io.model_layout import EXPORTED_FILES, GGUF
 from ft.model.flops import training_flops
 from ft.model.gpt2 import GPT2, GPT2Config
 from ft.model.lora import adapter_parameters, lora_settings, merge_lora
@@ -60,8 +60,12 @@ def notes_on_exports(run: Path) -> str:
     """A line for each export in the run directory that is of an earlier model; empty without any."""
     commands: Mapping[Path, str] = {
         run / name: f"{program()} export {quoted(run)} --to {name} --overwrite"
+        + (" --dtype f16" if (run / name / f"model-f16{GGUF}").exists() else "")
         for name in EXPORTED_FILES
         if (run / name).exists()
     }
-    lines = (printable(f"Note: {path} is of the model before: {command}") for path, command in commands.items())
+    lines = (
+        printable(f"Note: {path} is of the model before; to replace it: {command}")
+        for path, command in commands.items()
+    )
     return "".join(f"{line}\n" for line in lines)

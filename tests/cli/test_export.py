@@ -198,14 +198,17 @@ def test_an_edited_card_does_not_prevent_an_export(run, content):
     assert ModelCard.load(run / "classifier" / "README.md").text.count('pipeline("text-classification"') == 1
 
 
-def test_exports_of_an_earlier_model_do_not_stay_unnoticed(run, inputs, capsys):
-    """A new run deletes them with `final/`; a longer one names them."""
-    assert main(["export", "runs/it", "--to", "gguf"]) == 0
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_exports_of_an_earlier_model_do_not_stay_unnoticed(run, inputs, capsys, dtype):
+    """A new run deletes them with `final/`; a longer one names them, and the command that writes the same file."""
+    assert main(["export", "runs/it", "--to", "gguf", "--dtype", dtype]) == 0
     capsys.readouterr()
     assert main(["--resume", "runs/it", "--max-steps", "6"]) == 0
-    assert (
-        "Note: runs/it/gguf is of the model before: python run.py export runs/it --to gguf" in capsys.readouterr().out
-    )
+    note = "Note: runs/it/gguf is of the model before; to replace it: python run.py "
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(note)]
+    assert main(command.removeprefix(note).split()) == 0
+    assert [path.name for path in (run / "gguf").glob("*.gguf")] == [f"model-{dtype}.gguf"]
+    capsys.readouterr()
     assert main([*inputs, "--max-steps", "2", "--output-dir", "runs/it", "--overwrite"]) == 0
     assert not (run / "gguf").exists()
     assert "Note: runs/it/gguf" not in capsys.readouterr().out
