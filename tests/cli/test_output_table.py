@@ -465,14 +465,15 @@ def test_no_file_that_is_read_is_replaced_under_any_name(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     for file in ("run/metrics.jsonl", "run/final/model.safetensors", "base/model.safetensors", *INPUTS_OF_COMMANDS):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("old")
+        (tmp_path / file).write_text("PAR1, old" if file.endswith(".parquet") else "old")  # as parquet files begin
+    before = (tmp_path / name).read_text()
     for output in link_names(tmp_path, tmp_path / name):
         if name == "run/gguf/added.csv" and output.name.startswith("hard"):
             continue  # nothing that the command reads
         words = [word.format(file=tmp_path / name) for word in command]
         assert main([*words, "--output", str(output)]) == 2
         assert "name another" in capsys.readouterr().err
-    assert (tmp_path / name).read_text() == "old"
+    assert (tmp_path / name).read_text() == before
 
 
 def test_a_new_file_is_not_put_among_the_inputs_of_a_run_and_earlier_predictions_are_replaced(finished, capsys):
