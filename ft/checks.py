@@ -8,7 +8,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, Literal
 
@@ -214,7 +214,7 @@ def find_problems(config: Any) -> list[str]:  # noqa: ANN401
             "--compile, --cuda-graphs and --static-shapes need one target per row, which completions have not: leave "
             "them out, or train on labels"
         )
-    problems += _lora_problems(config)
+    problems += _lora_problems(config, problems)
     return problems
 
 
@@ -227,11 +227,12 @@ def is_encoding(name: str) -> bool:
     return True
 
 
-def _lora_problems(config: Any) -> list[str]:  # noqa: ANN401
-    """What contradicts LoRA, or has no effect without it."""
+def _lora_problems(config: Any, found: Sequence[str]) -> list[str]:  # noqa: ANN401
+    """What contradicts LoRA, or has no effect without it; of settings whose value is not wrong by itself (`found`)."""
     if config.lora_rank is None and config.adapter is None:
         given = [name for name in _OF_LORA if getattr(config, name) not in (None, ())]
-        return [f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in given]
+        right = [name for name in given if not any(problem.startswith(f"{flag(name)} is ") for problem in found)]
+        return [f"{flag(name)} is for LoRA, which --lora-rank 8 or --adapter turns on" for name in right]
     if config.init == "random":
         return ["--init random trains all weights anew, and LoRA changes pretrained ones: leave one out"]
     return []

@@ -153,12 +153,12 @@ def test_a_run_records_the_rows_of_its_validation_split(inputs, trained, tmp_pat
 
 def test_extreme_figures_and_names_make_no_wide_table(tmp_path, capsys):
     run = tmp_path / ("\x1b[31m" + "\u202e" * 50)
-    write_run(run, [1e299], dataset="x" * 10_000, finished=False)
+    write_run(run, [1e299], label_names="x" * 10_000, finished=False)
     line = {"step": 10**298, "eval_loss": 1e299, "eval_accuracy": 1e299, "eval_macro_f1": 1e299}
     line |= {"eval_majority_baseline": 1e299, "test_accuracy": 1e299, "test_macro_f1": 1e299}
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     (run / "summary.json").write_text('{"seconds": 1e299, "peak_memory_bytes": 1e299}')
-    write_run(tmp_path / "other", [0.5], dataset="y" * 10_000)
+    write_run(tmp_path / "other", [0.5], label_names="y" * 10_000)
     for name, state in (("done", True), ("lacks its configuration", False)):
         shutil.copytree(run, tmp_path / name)
         write_run(tmp_path / f"{name} too", [0.5], finished=state)
