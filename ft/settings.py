@@ -161,7 +161,7 @@ def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = {name: expand_home(value) for name, value in settings.items()}
     resume = settings.get("resume")
-    places = [settings.get("output_dir", ""), resume or ""]
+    places = [settings.get("output_dir", ""), "" if resume is None else resume]
     if not all(isinstance(place, str) and not is_too_long(place) for place in places):
         return {}  # `Config` raises for it
     if resume is not None and resume != NEWEST:

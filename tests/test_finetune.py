@@ -71,6 +71,7 @@ def test_the_program_from_start_to_end(small, tmp_path):
         "seconds_by_part",
     ]
     scores = ["loss", "accuracy", "macro_f1", "majority_baseline"]
+    scores.append("rows_sha256")
     assert list(evaluation) == ["step", "epoch", *(f"eval_{name}" for name in scores), "seconds_by_part"]
     assert list(test) == ["step", "epoch", *(f"test_{name}" for name in scores), "seconds_by_part"]
     assert list(training["seconds_by_part"]) == ["data", "forward", "backward", "update"]
@@ -140,7 +141,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(small, monkeypatch, c
 def test_a_resumed_run_whose_format_the_device_does_not_compute_is_refused(small, monkeypatch, capsys):
     arguments = command({**small, "--precision": "auto", "--save-steps": "2"})
     monkeypatch.setattr(device, "has_amx", lambda: True)
-    monkeypatch.setattr("ft.setup.SMALL_MODEL", 0)
+    monkeypatch.setattr(device, "SMALL_MODEL", 0)
     assert main([*arguments, "--max-steps", "2"]) == 0
     monkeypatch.setattr(device, "has_amx", lambda: False)
     mac = torch.device("mps")  # before macOS 14, as this PyTorch has no MPS

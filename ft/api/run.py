@@ -74,7 +74,9 @@ class Run:
 
     @cached_property
     def model(self) -> Classifier:
-        """The final model, or of an unfinished run that of the newest checkpoint; loaded at first use.
+        """The model in final/, or without one that of the newest checkpoint; loaded at first use.
+
+        While a finished run is being continued, final/ is still the earlier model.
 
         Raises:
             FtError: there is none yet.

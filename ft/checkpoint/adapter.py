@@ -305,8 +305,8 @@ def load_adapter(model: GPT2, directory: Path) -> None:
     """Copy an adapter into a model to which `add_lora` has added one of the same settings.
 
     Raises:
-        FtError: a tensor is missing, unexpected, of another shape, or holds NaN or inf; a bias counts as either by
-            `bias` of the settings.
+        FtError: a tensor is missing, unexpected, of another shape, or holds NaN or inf. `bias` in
+            adapter_config.json says which biases must be there.
     """
     path = directory / ADAPTER_WEIGHTS
     parameters = dict(model.named_parameters())

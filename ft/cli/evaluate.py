@@ -173,7 +173,7 @@ def _build_config(options: argparse.Namespace, parsing_problems: Sequence[str]) 
 
 def _local_files(settings: Mapping[str, Any]) -> list[Path]:
     """All files of the data set that the settings name, if it is not on the Hub."""
-    if "dataset" not in settings:
+    if not isinstance(settings.get("dataset"), str):  # of a config.json, which `Config` refuses
         return []
     path = Path(expand_home(settings["dataset"]))
     found = [path] if path.is_file() else []

@@ -91,7 +91,7 @@ class TableWriter:
             if self._kind in (".csv", ".tsv"):
                 lines.append(_csv_line(map(_cell, values), self._delimiter))
             else:
-                line = json.dumps(dict(zip(self._header, map(_json_value, values), strict=True)), ensure_ascii=False)
+                line = self._json_line(dict(zip(self._header, map(_json_value, values), strict=True)))
                 comma = "," if self._done and self._kind == ".json" else ""
                 lines.append(f"{comma}\n{line}" if self._kind == ".json" else f"{line}\n")
             self._done += 1
@@ -111,7 +111,7 @@ class TableWriter:
 
             try:
                 pq.write_table(self._arrow_table(), self._file)
-            except (pa.ArrowException, TypeError) as error:
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 raise FtError(
                     f"the table cannot be written as parquet: {first_line(error)}; name an --output that ends in .jsonl"
                 ) from error
@@ -123,8 +123,17 @@ class TableWriter:
             lacking = shown(error.object[error.start : error.end])
             raise FtError(
                 f"{lacking} cannot be written in {self._encoding}, the encoding of the input: name an --output that "
-                "ends in .jsonl or .parquet"
+                "ends in .jsonl"
             ) from error
+
+    def _json_line(self, row: Mapping[str, Any]) -> str:
+        """A row as JSON; where a text does not fit the encoding, such as half of a surrogate pair, all in ASCII."""
+        line = json.dumps(row, ensure_ascii=False)
+        try:
+            line.encode(self._encoding)
+        except UnicodeEncodeError:
+            return json.dumps(row)
+        return line
 
     def _arrow_table(self) -> "pa.Table":
         import pyarrow as pa

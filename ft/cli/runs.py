@@ -32,7 +32,7 @@ def runs(arguments: Sequence[str]) -> None:
         choices=SORT_KEYS,
         default="best",
         help=f"by which figure: {', '.join(SORT_KEYS)} (default: best, the best validation by --best-metric, for each "
-        "data set in turn)",
+        "set of validation rows in turn)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     parser.add_argument(

@@ -69,12 +69,12 @@ def number_as_model(
 ) -> tuple[Split, list[str]]:
     """Number the labels of a split as a model does.
 
-    Labels with names, in words or published, are found by their names, if the model has any of these. Other labels are
-    the numbers that the model's names stand for in its training data, and these are:
+    Labels that are words, or numbers that the data set names (`ClassLabel`), are matched by name if the model has any
+    of these names. Other labels are numbers, and the model's names stand for:
 
-    - `numbers`, if they are known;
+    - `numbers`, if these are known;
     - the names themselves, if they are numbers, such as stars from 1 to 5;
-    - else 0, 1, ..., and these too if the user gives the names.
+    - otherwise, and whenever the user gives the names, 0, 1, ...
 
     Args:
         split: numbered by `number_labels` with the label names of the model.

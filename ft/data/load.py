@@ -173,7 +173,7 @@ def _require_name_for_each(train: Split, names: Sequence[str]) -> None:
     A single name is left for `label_tokens`.
 
     Raises:
-        UsageError: there are fewer or more names than other numbers.
+        UsageError: a label is not one of 0, 1, ..., and there are not as many names as labels.
     """
     numbers = sorted(set(train.labels))
     row = next((row for row, label in enumerate(train.labels) if not 0 <= label < len(names)), None)

@@ -32,8 +32,8 @@ class DirectoryLock:
         """Create the directory if it does not exist, and lock it.
 
         Raises:
-            FtError: another process holds the lock, or may hold it on a file system without locks; the file is a link
-                or a FIFO.
+            FtError: another process holds the lock, or may hold it, on Windows or a file system without locks; the file
+                is a link or a FIFO.
             OSError: the directory cannot be created or written.
         """
         self.directory, self._file = directory, _locked_file(directory)
@@ -95,7 +95,11 @@ def is_locked(directory: Path) -> bool:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[DirectoryLock]:
-    """Hold a `DirectoryLock`. The system releases it when the process ends, however it ends."""
+    """Hold a `DirectoryLock`.
+
+    The system releases a lock by flock when the process ends, however it ends. Elsewhere the lock counts as released
+    when no process has the id in the file.
+    """
     lock = DirectoryLock(directory)
     try:
         yield lock

@@ -64,8 +64,11 @@ def find_output_problems(path: Path, inputs: Sequence[Path] = ()) -> list[str]:
         ]
     if path.exists() and not path.is_file():
         return [f"--output is {shown(str(path))}, which is not a regular file: name another"]
-    if _is_of_a_run_or_model(path):
+    real = Path(os.path.realpath(path))  # `Path.resolve` raises an error for a link to itself
+    if real.name in _FILES_OF_RUNS and real.exists() and _is_run_or_model(real.parent):
         return [f"--output is {shown(str(path))}, a file of the run or model in that directory: name another"]
+    if any(map(_is_written_by_a_run, real.parents)):
+        return [f"--output is {shown(str(path))}, in a directory that a run writes: name a file outside it"]
     if path.exists():  # also as a hard link, or under a name with other capitals
         for source in (file for given in inputs for file in _files_of(given)):
             if source.exists() and path.samefile(source):
@@ -78,18 +81,10 @@ def _is_run_or_model(directory: Path) -> bool:
     return any((directory / name).exists() for name in ("metrics.jsonl", *_WEIGHTS))
 
 
-def _is_of_a_run_or_model(path: Path) -> bool:
-    """Whether a path is that of a file that a run or a model has or reads, or is in one of a run's own directories.
-
-    Links in the path are followed first. What a user keeps beside these files, such as earlier predictions, is not one.
-    """
-    path = Path(os.path.realpath(path))  # `Path.resolve` raises an error for a link to itself
-    if path.name in _FILES_OF_RUNS and path.exists() and _is_run_or_model(path.parent):
-        return True
-    return any(
-        _DIRECTORIES_OF_RUNS.fullmatch(directory.name) and (directory.parent / "metrics.jsonl").exists()
-        for directory in path.parents
-    )
+def _is_written_by_a_run(directory: Path) -> bool:
+    """Whether a directory is one of a run's own, such as final/; earlier predictions beside these can be replaced."""
+    of_a_run = _DIRECTORIES_OF_RUNS.fullmatch(directory.name) is not None
+    return of_a_run and (directory.parent / "metrics.jsonl").exists()
 
 
 def _files_of(source: Path) -> Iterator[Path]:

@@ -189,7 +189,7 @@ def is_lora(name: str) -> bool:
 
 
 def recorded_biases(names: Collection[str], settings: LoRASettings) -> set[str]:
-    """The biases among the names of a model's parameters that its adapter has by `settings.bias`."""
+    """The biases, among the names of a model's parameters, that an adapter with these settings must have."""
     of_targets = {f"{target}.bias" for target in settings.targets}
     return {
         name

@@ -47,7 +47,7 @@ def compared(runs: Sequence[Recorded]) -> str:
                 state_badge(run),
             ]
         )
-    head = ["run", *(["data set"] if len(best) > 1 else []), "best validation", *(words for _, words, _ in heads), ""]
+    head = ["run", *(["rows"] if len(best) > 1 else []), "best validation", *(words for _, words, _ in heads), ""]
     note = f'<p class="note">{_note_on_best(runs, data_sets)} Other figures are the newest.</p>'
     result = table(head, rows, "The runs and their newest metrics", "by-run") + f"\n{note if best else ''}"
     names = dict.fromkeys(name for run in runs for name in run.config if name not in IGNORED_SETTINGS)
@@ -83,8 +83,8 @@ def _note_on_best(runs: Sequence[Recorded], data_sets: Sequence[int | None]) -> 
     if len(metrics) < 2:
         return f"The best run has the best validation {metric}."
     return (
-        f"The best run of each data set has the best validation {metric}; figures on the rows of different data sets "
-        "cannot be compared."
+        "Only figures on the same validation rows can be compared, which the column numbers. Without a validation split "
+        f"--seed draws them. The best run on each has the best validation {metric}."
     )
 
 

@@ -15,8 +15,8 @@ class Performance:
     Attributes:
         speed: of the steps of this process.
         flops_per_second: the operations that the loss needs (ft/model/flops.py), per second of training.
-        peak_memory_bytes: of rank 0: on a CUDA device what PyTorch allocated there in this run, else resident memory
-            since the start of the process; None if not known.
+        peak_memory_bytes: of rank 0: on a CUDA device the peak of what PyTorch had allocated there during this run,
+            else resident memory since the start of the process; None if not known.
     """
 
     speed: Speed

@@ -65,7 +65,7 @@ def notes_on_exports(run: Path) -> str:
         if (run / name).exists()
     }
     lines = (
-        printable(f"Note: {path} is of the model before; to replace it: {command}")
+        printable(f"Note: {path} was exported from the earlier model; to replace it: {command}")
         for path, command in commands.items()
     )
     return "".join(f"{line}\n" for line in lines)

@@ -177,8 +177,8 @@ def sorted_rows(rows: Sequence[RunRow], key: str) -> list[RunRow]:
 
     Args:
         rows: the runs.
-        key: one of `SORT_KEYS`; `best` is the best evaluation of each data set in turn, by the metric of the runs on
-            it, by accuracy if they differ.
+        key: one of `SORT_KEYS`; `best` is the best evaluation on each set of validation rows in turn, by the metric
+            of the runs on it, by accuracy if they differ.
     """
     metrics = {
         number: common_metric(row.best_metric for row in rows if row.data_set == number)
@@ -222,7 +222,7 @@ def as_text(rows: Sequence[RunRow]) -> str:
     """The rows as an aligned table for people; a column without a figure is left out."""
     best, final = ("best acc", "at step", "best F1"), ("final acc", "final F1", "final loss", "baseline")
     has_several_data_sets = sum(row.is_best for row in rows) > 1
-    heads = ("run", "state", "data set", *best, *final, "test acc", "test F1", "time", "memory", "settings that differ")
+    heads = ("run", "state", "rows", *best, *final, "test acc", "test F1", "time", "memory", "settings that differ")
     table = [list(heads)]
     for row in rows:
         data_set = f"{row.data_set}{', best' * row.is_best}" if has_several_data_sets and row.data_set else ""
@@ -249,7 +249,7 @@ def as_text(rows: Sequence[RunRow]) -> str:
         )
     columns = [column for column in zip(*table, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    is_text = [column[0] in ("run", "state", "data set", "settings that differ") for column in columns]
+    is_text = [column[0] in ("run", "state", "rows", "settings that differ") for column in columns]
     lines = [
         "  ".join(
             cell.ljust(width) if left else cell.rjust(width)
@@ -258,7 +258,10 @@ def as_text(rows: Sequence[RunRow]) -> str:
         for line in zip(*columns, strict=True)
     ]
     if has_several_data_sets:
-        lines.append("Figures on the rows of different data sets cannot be compared: each has a best run of its own.")
+        lines.append(
+            "rows: runs with the same number have the same validation rows, and only their figures can be compared.\n"
+            "Without a validation split, --seed draws these rows."
+        )
     return "\n".join(lines)
 
 

@@ -204,7 +204,7 @@ def test_exports_of_an_earlier_model_do_not_stay_unnoticed(run, inputs, capsys, 
     assert main(["export", "runs/it", "--to", "gguf", "--dtype", dtype]) == 0
     capsys.readouterr()
     assert main(["--resume", "runs/it", "--max-steps", "6"]) == 0
-    note = "Note: runs/it/gguf is of the model before; to replace it: python run.py "
+    note = "Note: runs/it/gguf was exported from the earlier model; to replace it: python run.py "
     (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(note)]
     assert main(command.removeprefix(note).split()) == 0
     assert [path.name for path in (run / "gguf").glob("*.gguf")] == [f"model-{dtype}.gguf"]

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from decimal import Decimal
 
@@ -17,7 +18,8 @@ import pytest
 import ft
 from ft.cli import output_table
 from ft.cli.main import main
-from ft.io.paths import find_output_problems
+from ft.errors import FtError
+from ft.io.paths import OUTPUT_SUFFIXES, find_output_problems
 
 TEXTS = ["=1+2", 'a "fine" film', "a, comma", "two\nlines", "a;b|c~d", "schön", " blanks ", "@cmd", "-3", "'"]
 READERS = {
@@ -287,6 +289,25 @@ def test_values_that_the_encoding_lacks_are_an_error_with_a_remedy(finished, tmp
     assert "cannot be written in cp1252" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [2**70, -(2**70), "\ud83d", ["\ud83d"], {"a": 2**70}], ids=repr)
+@pytest.mark.parametrize("suffix", OUTPUT_SUFFIXES)
+def test_values_that_a_format_lacks_are_an_error_with_a_remedy_that_works(tmp_path, value, suffix):
+    """JSON holds every text and number."""
+    path = tmp_path / f"out{suffix}"
+    problem = None
+    try:
+        with output_table.open_output(path, ["text", "x"]) as writer:
+            writer.write([["a", value]])
+    except FtError as error:
+        problem = str(error)
+    if suffix in (".json", ".jsonl"):
+        found = json.loads(path.read_text())
+        assert (found[0] if suffix == ".json" else found) == {"text": "a", "x": value}
+    if problem is not None:
+        assert problem.endswith("name an --output that ends in .jsonl")
+        assert not path.exists()
+
+
 def test_a_column_of_several_types_is_no_parquet(finished, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "y"}\n')
     assert predict(finished, "--file", tmp_path / "in.jsonl", "--output", tmp_path / "out.parquet") == 1
@@ -472,13 +493,13 @@ def test_no_file_that_is_read_is_replaced_under_any_name(tmp_path, capsys, monke
             continue  # nothing that the command reads
         words = [word.format(file=tmp_path / name) for word in command]
         assert main([*words, "--output", str(output)]) == 2
-        assert "name another" in capsys.readouterr().err
+        assert re.search("name another|name a file outside it", capsys.readouterr().err)
     assert (tmp_path / name).read_text() == before
 
 
 def test_a_new_file_is_not_put_among_the_inputs_of_a_run_and_earlier_predictions_are_replaced(finished, capsys):
     (finished / "inputs" / "dataset").mkdir(parents=True, exist_ok=True)
     assert main(["predict", str(finished), "a", "--output", str(finished / "inputs" / "dataset" / "test.csv")]) == 2
-    assert "a file of the run or model in that directory" in capsys.readouterr().err
+    assert "in a directory that a run writes: name a file outside it" in capsys.readouterr().err
     for _ in range(2):
         assert main(["predict", str(finished), "a", "--device", "cpu", "--output", str(finished / "a.csv")]) == 0

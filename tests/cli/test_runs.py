@@ -121,7 +121,7 @@ def test_the_best_of_each_data_set_comes_first(tmp_path, capsys):
     assert next(iter(table(tmp_path, capsys, "--sort", "accuracy"))) == "other"
     assert main(["runs", str(tmp_path)]) == 0
     head, *lines, note = capsys.readouterr().out.splitlines()
-    at = head.index("data set")
+    at = head.index("rows")
     marks = [line[at:].split("  ")[0] for line in lines]
     assert marks == ["1, best", "1", "2, best", "3, best", "3", ""]
     assert note == "Figures on the rows of different data sets cannot be compared: each has a best run of its own."
@@ -136,7 +136,7 @@ def test_runs_of_earlier_versions_have_the_rows_that_their_settings_name(tmp_pat
     shutil.rmtree(tmp_path / "demo")
     shutil.rmtree(tmp_path / "moved")
     assert main(["runs", str(tmp_path)]) == 0
-    assert "data set" not in capsys.readouterr().out, "there is one"
+    assert "rows" not in capsys.readouterr().out, "there is one"
 
 
 def test_a_run_records_the_rows_of_its_validation_split(inputs, trained, tmp_path, capsys):
