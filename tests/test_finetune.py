@@ -144,7 +144,8 @@ def test_a_resumed_run_whose_format_the_device_does_not_compute_is_refused(small
     monkeypatch.setattr(device, "SMALL_MODEL", 0)
     assert main([*arguments, "--max-steps", "2"]) == 0
     monkeypatch.setattr(device, "has_amx", lambda: False)
-    mac = torch.device("mps")  # before macOS 14, as this PyTorch has no MPS
+    mac = torch.device("mps")
+    monkeypatch.setattr("torch.backends.mps.is_macos_or_newer", lambda *_: False)
     monkeypatch.setattr("ft.setup.choose_precision", lambda *_: device.Precision("fp32", "pretended", mac))
     capsys.readouterr()
     assert main([*arguments, "--max-steps", "4", "--resume"]) == 2

@@ -83,8 +83,8 @@ def _note_on_best(runs: Sequence[Recorded], data_sets: Sequence[int | None]) -> 
     if len(metrics) < 2:
         return f"The best run has the best validation {metric}."
     return (
-        "Only figures on the same validation rows can be compared, which the column numbers. Without a validation split "
-        f"--seed draws them. The best run on each has the best validation {metric}."
+        "Only figures on the same validation rows can be compared; the column numbers them. Without a validation "
+        f"split, --seed draws them. The best run on each has the best validation {metric}."
     )
 
 
