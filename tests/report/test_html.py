@@ -285,7 +285,7 @@ def test_the_best_run_of_each_data_set_is_marked(tmp_path):
     numbers = {name: re.search(r"<td>([0-9]*)</td>", row)[1] for name, row in rows.items()}
     assert list(numbers.values()) == ["1", "1", "2", "3", "1"]
     assert '<th scope="col">rows</th>' in table
-    assert "figures on the rows of different data sets cannot be compared" in markup
+    assert "Only figures on the same validation rows can be compared" in markup
     markup = report_of(*runs[:2], runs[-1], output=tmp_path / "all.html")
     assert markup.count(">best</span>") == 1
     assert "validation rows" not in markup
