@@ -120,11 +120,12 @@ def test_the_best_of_each_data_set_comes_first(tmp_path, capsys):
     assert [name for name, row in rows.items() if row["is_best"]] == ["b", "held out by another seed", "other"]
     assert next(iter(table(tmp_path, capsys, "--sort", "accuracy"))) == "other"
     assert main(["runs", str(tmp_path)]) == 0
-    head, *lines, note = capsys.readouterr().out.splitlines()
+    head, *lines, note, more = capsys.readouterr().out.splitlines()
     at = head.index("rows")
     marks = [line[at:].split("  ")[0] for line in lines]
     assert marks == ["1, best", "1", "2, best", "3, best", "3", ""]
-    assert note == "Figures on the rows of different data sets cannot be compared: each has a best run of its own."
+    assert note.endswith("the same number have the same validation rows, and only their figures can be compared.")
+    assert more == "Without a validation split, --seed draws these rows."
 
 
 def test_runs_of_earlier_versions_have_the_rows_that_their_settings_name(tmp_path, capsys):
