@@ -14,7 +14,6 @@ T = TypeVar("T")
 # Settings that are paths, some of them optionally: a model may also be a Hub id.
 SETTINGS = ("model", "dataset", "save_dataset", "output_dir", "resume", "forgetting", "profile", "adapter")
 
-
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of tables
 # The weights of a model or adapter, and the files of a run or model whose names end as those of tables.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")

@@ -149,7 +149,7 @@ def _name_of_rows(config: dict[str, Any]) -> str:
 
 
 def best_runs(runs: Sequence[Recorded], data_sets: Sequence[int | None]) -> list[Recorded]:
-    """The run with the best evaluation of each data set, by the `--best-metric` that the runs on it have in common.
+    """The run with the best evaluation on each set of validation rows, by the `--best-metric` that its runs share.
 
     Args:
         runs: the runs.

@@ -44,7 +44,7 @@ class RunRow:
         step: the last step in metrics.jsonl.
         data_set: the number of the validation rows, the same for runs whose figures can be compared; None without an
             evaluation.
-        is_best: whether this run has the best evaluation of its data set.
+        is_best: whether this run has the best evaluation on its validation rows.
         best_metric: by which the best evaluation is chosen.
         best_step, best_accuracy, best_macro_f1, best_loss: the best evaluation of the validation split.
         accuracy, macro_f1, loss: the last one.
@@ -191,7 +191,7 @@ def sorted_rows(rows: Sequence[RunRow], key: str) -> list[RunRow]:
         if row.best_loss is None or row.best_accuracy is None:
             return None
         rank = evaluation_rank(metrics[row.data_set], row.best_loss, row.best_accuracy, row.best_macro_f1)
-        return (-(row.data_set or 0), *rank)  # figures of different data sets cannot be compared
+        return (-(row.data_set or 0), *rank)  # figures on different rows cannot be compared
 
     known = [row for row in rows if value(row) is not None]
     return sorted(known, key=value, reverse=key not in ASCENDING) + [row for row in rows if value(row) is None]
