@@ -17,7 +17,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
@@ -45,7 +45,7 @@ from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.tables import read_split
 from ft.device import Precision, disable_malloc_trim
 from ft.io.plain_files import read_json
-from ft.model import dropout, matmul
+from ft.model import dropout, gpt2, matmul
 from ft.model.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.model.packing import Packing
 from ft.model.pretrained import load_weights
@@ -72,6 +72,7 @@ class Variant:
         clips_in_optimizer: AdamW scales the gradients as it reads them; only the fused one can.
         keeps_memory: the process keeps freed memory (malloc_trim is disabled).
         dropout_by_element: PyTorch's own dropout, which draws a random number for each element.
+        attention_by_pytorch: attention with dropout by PyTorch, which draws a random number for each weight.
         mkl_only: no matrix product uses oneDNN.
         casts_at_use: autocast casts each weight where it is used, in half precision.
     """
@@ -85,6 +86,7 @@ class Variant:
     clips_in_optimizer: bool = True
     keeps_memory: bool = True
     dropout_by_element: bool = False
+    attention_by_pytorch: bool = False
     mkl_only: bool = False
     casts_at_use: bool = False
 
@@ -94,7 +96,7 @@ class Variant:
             return True
         if self.casts_at_use:
             return precision.name != "fp32"
-        only_on_cpus = not self.keeps_memory or self.dropout_by_element or self.mkl_only
+        only_on_cpus = not self.keeps_memory or self.dropout_by_element or self.attention_by_pytorch or self.mkl_only
         return not (only_on_cpus and is_gpu(precision.device))
 
 
@@ -111,9 +113,10 @@ VARIANTS = (
     Variant("clipping as its own pass", clips_in_optimizer=False),
     Variant("freed memory returned to the system", keeps_memory=False),
     Variant("PyTorch's own dropout", dropout_by_element=True),
+    Variant("PyTorch's own attention", attention_by_pytorch=True),
     Variant("matrix products by MKL alone", mkl_only=True),
     Variant("weights cast at each use", casts_at_use=True),
-    Variant("no optimization", True, True, "loss", True, "for-loop", False, False, True, True, True),
+    Variant("no optimization", True, True, "loss", True, "for-loop", False, False, True, True, True, True),
 )
 
 
@@ -164,6 +167,12 @@ def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
     return logits.index_select(0, rows) if variant.selected_before == "loss" else logits
 
 
+def attention_by_pytorch(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """`attention` in `ft/model/matmul.py` without the program's own way for dropout."""
+    with torch.autocast("cpu", enabled=False) if matmul.rounds_inputs_of(queries) else nullcontext():
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **options)
+
+
 def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
     """Clip the gradients and update the weights."""
     for group in optimizer.param_groups:
@@ -186,6 +195,8 @@ def step(
     with ExitStack() as patches:
         if variant.dropout_by_element:
             patches.enter_context(patch.object(dropout, "dropout_by_16_bits", F.dropout))
+        if variant.attention_by_pytorch:
+            patches.enter_context(patch.object(gpt2, "attention", attention_by_pytorch))
         if variant.mkl_only:
             patches.enter_context(patch.object(matmul, "onednn_is_faster", lambda: False))
         if variant.casts_at_use:

@@ -4,7 +4,8 @@
 
 Least time = matrix products that the loss needs / their measured rate, shape by shape, + bytes that AdamW must move /
 measured memory bandwidth (after Williams et al., "Roofline: An Insightful Visual Performance Model", 2009). The step
-is that of `ft.train.train`, timed part by part. On a CPU without --precision, steps in fp32 and bf16 take turns.
+is that of `ft.train.train`, timed part by part. On a CPU without --precision, fp32 and bf16 take turns, as do steps and
+what the bound is calculated from.
 Without the two folders the reviews are random tokens, as long as the real ones.
 """
 
@@ -119,28 +120,36 @@ def measure(options: argparse.Namespace, precisions: Sequence[Precision]) -> tup
     else:
         examples = real_examples(options.dataset, options.tokenizer, per_turn * turns)
     builds = {precision.name: build(options.size, precision=precision)[:2] for precision in precisions}
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(turns):
-        read = examples[turn * per_turn : (turn + 1) * per_turn]
-        for precision in precisions if turn % 2 == 0 else precisions[::-1]:
-            timed = timed_steps(*builds[precision.name], read, options.batch_size, precision=precision)
-            steps[precision.name] += timed[warm_up(device) :]
+    model, optimizer = builds[names[0]]
     counted = examples[: 2 * options.batch_size]
-    needed, model, optimizer = sum(needed_flops(config, counted).values()), *builds[names[0]]
+    needed = sum(needed_flops(config, counted).values())
     surplus = {
         precision.name: performed_flops(*builds[precision.name], counted, options.batch_size, precision=precision)
         / needed
         for precision in precisions
     }
-    bytes_of_adamw = ADAMW_BYTES * parameter_count(model)
-    bandwidth = bandwidths(options.repetitions, device)
-    bandwidth["AdamW"] = bytes_of_adamw / adamw_seconds(model, optimizer, options.repetitions, device)
-    del model, optimizer, builds
-
     batches = len(examples) / options.batch_size
     mean_rows = sum(len(example.input_ids) for example in examples) / batches
     layers = linear_layers(config, mean_rows, options.batch_size)
     attention = needed_flops(config, examples)["attention"] / batches
+    bytes_of_adamw = ADAMW_BYTES * parameter_count(model)
+
+    # Steps, products and bandwidth take turns: the speed of a machine that others share changes within minutes.
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    rates_of_turns: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}
+    bandwidth_of_turns: list[dict[str, float]] = []
+    repetitions = math.ceil(options.repetitions / turns)
+    for turn in range(turns):
+        read = examples[turn * per_turn : (turn + 1) * per_turn]
+        for precision in precisions if turn % 2 == 0 else precisions[::-1]:
+            timed = timed_steps(*builds[precision.name], read, options.batch_size, precision=precision)
+            steps[precision.name] += timed[warm_up(device) :]
+            rates = {layer.name: product_rates(layer, repetitions, precision) for layer in layers}
+            rates_of_turns[precision.name].append(rates)
+        in_adamw = bytes_of_adamw / adamw_seconds(model, optimizer, repetitions, device)
+        bandwidth_of_turns.append(bandwidths(repetitions, device) | {"AdamW": in_adamw})
+    bandwidth = {way: statistics.median(each[way] for each in bandwidth_of_turns) for way in bandwidth_of_turns[0]}
+
     figures: dict[str, Any] = {
         "size": options.size,
         "batch_size": options.batch_size,
@@ -153,7 +162,12 @@ def measure(options: argparse.Namespace, precisions: Sequence[Precision]) -> tup
     }
     for precision in precisions:
         taken = steps[precision.name]
-        rates = {layer.name: product_rates(layer, options.repetitions, precision) for layer in layers}
+        rates = {
+            layer.name: {
+                of: statistics.median(each[layer.name][of] for each in rates_of_turns[precision.name]) for of in PASSES
+            }
+            for layer in layers
+        }
         bounds = lower_bounds(layers, rates, attention, bytes_of_adamw / max(bandwidth.values()))
         seconds = statistics.median(sum(step.values()) for step in taken)
         figures["precisions"][precision.name] = {

@@ -54,7 +54,8 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= major)
         monkeypatch.setattr(device, "Path", FakePath)
-        monkeypatch.setattr(device, "has_amx", device.has_amx.__wrapped__)  # not what the real processor has
+        for name in ("has_amx", "has_amd_bf16"):  # not what the real processor has
+            monkeypatch.setattr(device, name, getattr(device, name).__wrapped__)
 
     return pretend
 
@@ -114,7 +115,10 @@ def test_a_device_that_is_absent_or_unknown_is_refused_by_its_flag(pretend, name
 # --- the number format ------------------------------------------------------------------------------------------------
 
 HAS_AMX = "this processor has AMX, which multiplies bf16 matrices"
-NO_AMX = "auto uses bf16 only on CPUs with AMX (amx_bf16), and this one has none"
+HAS_AMD_BF16 = "this AMD processor has AVX512_BF16, at twice the rate of fp32"
+NEITHER = "auto uses bf16 on CPUs with AMX, and on AMD's with AVX512_BF16, and this one has neither"
+ZEN4 = "vendor_id : AuthenticAMD\nflags : fpu avx512f avx512_bf16\n"
+ZEN3 = "vendor_id : AuthenticAMD\nflags : fpu avx2\n"
 AMX = "processor : 0\nflags : fpu avx512f avx512_bf16 amx_bf16 amx_tile\n"
 AVX512 = "processor : 0\nflags : fpu avx512f avx512_bf16\n"
 
@@ -127,10 +131,12 @@ AVX512 = "processor : 0\nflags : fpu avx512f avx512_bf16\n"
         (MPS, {"mps": True}, "fp32", "the format that MPS computes most reliably"),
         (MPS, {"mps": True, "cpuinfo": AMX}, "fp32", "the format that MPS computes most reliably"),
         (CPU, {"cpuinfo": AMX}, "bf16", HAS_AMX),
-        (CPU, {"cpuinfo": AVX512}, "fp32", NO_AMX),
-        (CPU, {"cpuinfo": ""}, "fp32", NO_AMX),
-        (CPU, {"cpuinfo": None}, "fp32", NO_AMX),
-        (CPU, {"cpuinfo": AVX512, "cuda": 1}, "fp32", NO_AMX),
+        (CPU, {"cpuinfo": AVX512}, "fp32", NEITHER),
+        (CPU, {"cpuinfo": ZEN4}, "bf16", HAS_AMD_BF16),
+        (CPU, {"cpuinfo": ZEN3}, "fp32", NEITHER),
+        (CPU, {"cpuinfo": ""}, "fp32", NEITHER),
+        (CPU, {"cpuinfo": None}, "fp32", NEITHER),
+        (CPU, {"cpuinfo": AVX512, "cuda": 1}, "fp32", NEITHER),
     ],
 )
 def test_auto_takes_the_fastest_format_that_is_computed_in_hardware(pretend, device, machine_has, name, reason):

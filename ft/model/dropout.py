@@ -35,4 +35,5 @@ def dropout_by_16_bits(x: Tensor, p: float) -> Tensor:
     dropped = min(round(p * LEVELS), LEVELS - 1)
     numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = numbers.view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.where(bits >= dropped - LEVELS // 2, x * (LEVELS / (LEVELS - dropped)), 0.0)
+    # A product with the mask takes a third of the time of `torch.where`.
+    return x * (LEVELS / (LEVELS - dropped)) * (bits >= dropped - LEVELS // 2)

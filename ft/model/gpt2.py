@@ -157,7 +157,7 @@ class Attention(nn.Module):
             self._by_head(queries),
             self._by_head(keys),
             self._by_head(values),
-            attn_mask=None if selection is None else selection.mask,
+            None if selection is None else selection.mask,
             is_causal=selection is None and queries.shape[1] > 1,
             dropout_p=self.attn_pdrop if self.training else 0.0,
         )

@@ -10,9 +10,9 @@ oneDNN is faster in two cases:
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ft.device import has_amx
+from ft.device import cpu_has, has_amx
+from ft.model.dropout import dropout_by_16_bits
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,20 +37,53 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return OneDNNAffine.apply(x, weight, bias, False)
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:  # noqa: ANN401
-    """`F.scaled_dot_product_attention`, in fp32 where autocast would only add casts.
+def attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool, dropout_p: float
+) -> Tensor:
+    """Attention of (B, H, Q, D) queries to (B, H, T, D) keys and values -> (B, H, Q, D).
 
-    With dropout PyTorch computes it step by step on CPUs, for bf16 inputs in fp32 too.
+    By `F.scaled_dot_product_attention`, in fp32 where autocast would only add casts. With dropout PyTorch has no fused
+    kernel for CPUs, and `attention_with_dropout` is faster.
+
+    Args:
+        queries: Q of each of B x H heads.
+        keys: T of each head.
+        values: as many.
+        mask: bool, broadcast to (B, H, Q, T): the keys that each query attends to. Default: all.
+        is_causal: without a mask, query n attends to keys up to n.
+        dropout_p: the probability with which each attention weight is dropped.
     """
-    if rounds_inputs_of(queries):
+    if dropout_p > 0 and queries.device.type == "cpu" and not torch.compiler.is_compiling():
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(queries, keys, values, **options)
-    return F.scaled_dot_product_attention(queries, keys, values, **options)
+            return attention_with_dropout(queries, keys, values, mask, is_causal=is_causal, dropout_p=dropout_p)
+    with torch.autocast("cpu", enabled=False) if rounds_inputs_of(queries) else nullcontext():
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p
+        )
+
+
+def attention_with_dropout(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool, dropout_p: float
+) -> Tensor:
+    """The same step by step, softmax(Q K^T / sqrt(D)) V in fp32, as PyTorch does it too, with cheaper dropout."""
+    shape, dtype, scores_shape = queries.shape, queries.dtype, (*queries.shape[:3], keys.shape[2])
+    # (B, H, Q, D) -> (B H, Q, D), as `bmm` takes it
+    queries, keys, values = (tensor.float().flatten(0, 1) for tensor in (queries, keys, values))
+    if is_causal:
+        hidden = queries.new_full(scores_shape[2:], -math.inf).triu(diagonal=1)  # (Q, T)
+    elif mask is None:
+        hidden = queries.new_zeros(())
+    else:
+        hidden = queries.new_zeros(mask.shape).masked_fill(~mask, -math.inf).expand(scores_shape).flatten(0, 1)
+    scores = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=1 / math.sqrt(shape[-1]))  # (B H, Q, T)
+    weights = dropout_by_16_bits(scores.softmax(dim=-1), dropout_p)
+    return torch.bmm(weights, values).view(shape).to(dtype)
 
 
 def matrix_products() -> set[Any]:
     """The PyTorch operators that compute the matrix products of this model."""
-    plain = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+    aten = torch.ops.aten
+    plain = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
     return plain | {torch.ops.mkldnn._linear_pointwise.default} if has_onednn() else plain
 
 
@@ -72,11 +106,7 @@ def has_onednn() -> bool:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether this is an AMD processor with 512-bit instructions and PyTorch includes oneDNN."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or not has_onednn():
-        return False
-    text = cpuinfo.read_text()
-    return "AuthenticAMD" in text and "avx512f" in text
+    return has_onednn() and cpu_has("AuthenticAMD", "avx512f")
 
 
 @contextmanager
@@ -91,11 +121,10 @@ def rounded_inputs() -> Iterator[None]:
 
 
 class OneDNNAffine(torch.autograd.Function):
-    """The linear map y = x W + b in fp32, with the forward pass and the gradient of x computed by oneDNN.
+    """The linear map y = x W + b in fp32, with its three products computed by oneDNN.
 
     With the gradient g of y, the gradient of x is g W^T, that of W is x^T g, and that of b is the sum of the rows of g.
-    MKL computes x^T g as fast as oneDNN, but rounds no inputs: where they may be rounded PyTorch calls oneDNN for this
-    one too. oneDNN keeps fp32 for some products of few rows.
+    Where inputs may be rounded, PyTorch's own product calls oneDNN too, and keeps fp32 for some products of few rows.
     """
 
     @staticmethod
@@ -115,19 +144,20 @@ class OneDNNAffine(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = context.needs_input_grad
         with rounded_inputs() if context.rounded else nullcontext():
             return (
-                _product(gradient, weight.T, None) if needs_x else None,
-                _weight_gradient(x, weight, gradient) if needs_weight else None,
+                _product(gradient, weight.T) if needs_x else None,
+                _weight_gradient(x, weight, gradient, context.rounded) if needs_weight else None,
                 gradient.sum(dim=0) if needs_bias else None,
                 None,
             )
 
 
-def _weight_gradient(x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+def _weight_gradient(x: Tensor, weight: Tensor, gradient: Tensor, rounded: bool) -> Tensor:
     """The product x^T g in the memory layout of `weight`: autograd would copy any other, 154 MB for the head."""
+    product = torch.mm if rounded else _product
     is_transposed_view = weight.stride(0) == 1
-    return (gradient.T @ x).T if is_transposed_view else x.T @ gradient
+    return product(gradient.T, x).T if is_transposed_view else product(x.T, gradient)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x W + b by oneDNN, whose linear operator takes W^T; a transposed view is fine."""
     return torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")

@@ -1,9 +1,11 @@
-"""Products by oneDNN against PyTorch's own, values and gradients."""
+"""Products by oneDNN and attention with dropout against PyTorch's own, values and gradients."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ft.model import matmul
+from ft.model.dropout import dropout_by_16_bits
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
@@ -64,8 +66,8 @@ def test_only_wanted_gradients_are_computed():
 )
 @needs_onednn
 def test_it_is_chosen_on_amd_with_512_bit_instructions(monkeypatch, cpuinfo, expected):
-    monkeypatch.setattr("ft.model.matmul.Path.exists", lambda self: True)
-    monkeypatch.setattr("ft.model.matmul.Path.read_text", lambda self: cpuinfo)
+    monkeypatch.setattr("ft.device.Path.exists", lambda self: True)
+    monkeypatch.setattr("ft.device.Path.read_text", lambda self: cpuinfo)
     assert matmul.onednn_is_faster.__wrapped__() is expected
 
 
@@ -132,3 +134,60 @@ def test_autocast_to_bf16_on_a_cpu_with_amx_takes_it(monkeypatch, amx):
     assert not taken(torch.float16, weight)
     assert not taken(torch.bfloat16, weight.bfloat16())
     assert taken(torch.bfloat16, weight[:, 8:16]) is amx
+
+
+def attention_inputs(queries, keys, dtype=torch.float32):
+    """(B, H, Q, D) and twice (B, H, T, D), as views of (B, T, H, D), like those of the model."""
+    generator = torch.Generator().manual_seed(keys)
+    made = (torch.empty(3, rows, 4, 16).normal_(generator=generator) for rows in (queries, keys, keys))
+    return [x.to(dtype).transpose(1, 2).detach().requires_grad_() for x in made]
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+CASES = {
+    "causal": (7, {"mask": None, "is_causal": True}),
+    "selected rows": (1, {"mask": MASK[:, None, None], "is_causal": False}),
+    "all rows": (2, {"mask": None, "is_causal": False}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_with_dropout_of_nothing_equals_pytorchs(case, dtype):
+    queries, how = CASES[case]
+    results = []
+    for ours in (True, False):
+        inputs = attention_inputs(queries, 7, dtype)
+        if ours:  # the probability is rounded to 0
+            attended = matmul.attention(*inputs, **how, dropout_p=1e-6)
+        else:
+            attended = F.scaled_dot_product_attention(*inputs, attn_mask=how["mask"], is_causal=how["is_causal"])
+        attended.float().square().sum().backward()
+        results.append([attended, *(x.grad for x in inputs)])
+    for own, expected in zip(*results, strict=True):
+        assert (own.shape, own.dtype) == (expected.shape, expected.dtype)
+        assert (own - expected).float().norm() <= (1e-6 if dtype == torch.float32 else 0.01) * expected.float().norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_weights_are_dropped_after_the_softmax(case):
+    queries, how = CASES[case]
+    inputs = attention_inputs(queries, 7)
+    torch.manual_seed(5)
+    attended = matmul.attention(*inputs, **how, dropout_p=0.5)
+    attended.square().sum().backward()
+
+    torch.manual_seed(5)
+    noise = dropout_by_16_bits(torch.ones(12, queries, 7), 0.5).view(3, 4, queries, 7)  # 0 or 2
+    assert 0.3 < (noise == 0).double().mean() < 0.7
+    q, k, v = (x.detach().double().requires_grad_() for x in inputs)
+    scores = q @ k.transpose(2, 3) / 16**0.5
+    if how["is_causal"]:
+        scores = scores.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), float("-inf"))
+    elif how["mask"] is not None:
+        scores = scores.masked_fill(~how["mask"], float("-inf"))
+    expected = (scores.softmax(-1) * noise.double()) @ v
+    expected.square().sum().backward()
+    torch.testing.assert_close(attended.double(), expected, rtol=1e-5, atol=1e-6)
+    for own, exact in zip(inputs, (q, k, v), strict=True):
+        torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
