@@ -4,8 +4,7 @@
 
 Least time = matrix products that the loss needs / their measured rate, shape by shape, + bytes that AdamW must move /
 measured memory bandwidth (after Williams et al., "Roofline: An Insightful Visual Performance Model", 2009). The step
-is that of `ft.train.train`, timed part by part. On a CPU without --precision, fp32 and bf16 take turns, as do steps and
-what the bound is calculated from.
+is that of `ft.train.train`, timed part by part. On a CPU without --precision, steps in fp32 and bf16 take turns.
 Without the two folders the reviews are random tokens, as long as the real ones.
 """
 
@@ -56,7 +55,7 @@ PASSES = ("forward", "input gradient", "weight gradient")
 ADAMW_BYTES = 28  # per parameter: read weight, gradient and two moments, write all but the gradient
 BEYOND_CACHES = 2**28  # bytes of weights that a rate is measured over: more than a cache holds
 BANDWIDTH_NUMBERS = 2**27  # per array, 512 MiB
-TURN = 8  # timed steps of one precision until the other's turn
+TURN = 16  # steps of one precision until the other's turn
 
 Product = Callable[[Tensor, Tensor, Tensor], Any]  # of a and b into the array given
 
@@ -114,11 +113,11 @@ def measure(options: argparse.Namespace, precisions: Sequence[Precision]) -> tup
     device, names = precisions[0].device, [precision.name for precision in precisions]
     config = GPT2Config.from_dict(model_config(options.size))
     turns = math.ceil(options.steps / TURN)
-    per_turn = options.batch_size * (TURN + warm_up(device))
+    count = options.batch_size * (warm_up(device) + TURN)
     if options.dataset is None:
-        examples = random_examples(review_like_lengths(per_turn * turns), config.vocab_size)
+        examples = random_examples(review_like_lengths(count), config.vocab_size)
     else:
-        examples = real_examples(options.dataset, options.tokenizer, per_turn * turns)
+        examples = real_examples(options.dataset, options.tokenizer, count)
     builds = {precision.name: build(options.size, precision=precision)[:2] for precision in precisions}
     model, optimizer = builds[names[0]]
     counted = examples[: 2 * options.batch_size]
@@ -132,23 +131,23 @@ def measure(options: argparse.Namespace, precisions: Sequence[Precision]) -> tup
     mean_rows = sum(len(example.input_ids) for example in examples) / batches
     layers = linear_layers(config, mean_rows, options.batch_size)
     attention = needed_flops(config, examples)["attention"] / batches
-    bytes_of_adamw = ADAMW_BYTES * parameter_count(model)
-
-    # Steps, products and bandwidth take turns: the speed of a machine that others share changes within minutes.
+    parameters = parameter_count(model)
+    # The speed of a machine that others share changes within minutes: AdamW alone takes turns with the steps, and the
+    # products are measured before and after them. All turns have the same batches, and the first one is not counted:
+    # oneDNN generates code for each new number of rows, which most steps of a run have met before.
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    rates_of_turns: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}
-    bandwidth_of_turns: list[dict[str, float]] = []
-    repetitions = math.ceil(options.repetitions / turns)
-    for turn in range(turns):
-        read = examples[turn * per_turn : (turn + 1) * per_turn]
+    adamw = []
+    repetitions = math.ceil(options.repetitions / 2)
+    before = measured_products(layers, repetitions, precisions)
+    for turn in range(1 + turns):
         for precision in precisions if turn % 2 == 0 else precisions[::-1]:
-            timed = timed_steps(*builds[precision.name], read, options.batch_size, precision=precision)
-            steps[precision.name] += timed[warm_up(device) :]
-            rates = {layer.name: product_rates(layer, repetitions, precision) for layer in layers}
-            rates_of_turns[precision.name].append(rates)
-        in_adamw = bytes_of_adamw / adamw_seconds(model, optimizer, repetitions, device)
-        bandwidth_of_turns.append(bandwidths(repetitions, device) | {"AdamW": in_adamw})
-    bandwidth = {way: statistics.median(each[way] for each in bandwidth_of_turns) for way in bandwidth_of_turns[0]}
+            timed = timed_steps(*builds[precision.name], examples, options.batch_size, precision=precision)
+            steps[precision.name] += timed[warm_up(device) :] if turn > 0 else []
+            adamw.append(adamw_seconds(model, optimizer, 2, device))
+    after = measured_products(layers, repetitions, precisions)
+    bandwidth = bandwidths(options.repetitions, device)
+    bandwidth["AdamW"] = ADAMW_BYTES * parameters / statistics.median(adamw)
+    del model, optimizer, builds
 
     figures: dict[str, Any] = {
         "size": options.size,
@@ -164,11 +163,12 @@ def measure(options: argparse.Namespace, precisions: Sequence[Precision]) -> tup
         taken = steps[precision.name]
         rates = {
             layer.name: {
-                of: statistics.median(each[layer.name][of] for each in rates_of_turns[precision.name]) for of in PASSES
+                of: (before[precision.name, layer.name][of] + after[precision.name, layer.name][of]) / 2
+                for of in PASSES
             }
             for layer in layers
         }
-        bounds = lower_bounds(layers, rates, attention, bytes_of_adamw / max(bandwidth.values()))
+        bounds = lower_bounds(layers, rates, attention, ADAMW_BYTES * parameters / max(bandwidth.values()))
         seconds = statistics.median(sum(step.values()) for step in taken)
         figures["precisions"][precision.name] = {
             "step_seconds": seconds,
@@ -243,6 +243,17 @@ def lower_bounds(
         "forward": by_pass["forward"] + attention / 3,
         "backward": by_pass["input gradient"] + by_pass["weight gradient"] + attention * 2 / 3,
         "AdamW": adamw_seconds,
+    }
+
+
+def measured_products(
+    layers: Sequence[Layer], repetitions: int, precisions: Sequence[Precision]
+) -> dict[tuple[str, str], dict[str, float]]:
+    """The rates of each layer's products, by the names of precision and layer."""
+    return {
+        (precision.name, layer.name): product_rates(layer, repetitions, precision)
+        for precision in precisions
+        for layer in layers
     }
 
 

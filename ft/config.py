@@ -25,7 +25,7 @@ from ft.checks import (
 )
 from ft.errors import UsageError
 from ft.io import paths
-from ft.io.atomic import atomic_write_text
+from ft.io.plain_files import atomic_write_text
 
 
 @dataclass(frozen=True)

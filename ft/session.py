@@ -21,7 +21,7 @@ from ft.errors import FtError, program, quoted
 from ft.evaluation.classification import majority_baseline, write_scores
 from ft.evaluation.evaluate import Evaluation, evaluate
 from ft.evaluation.perplexity import WINDOWS_AT_ONCE, perplexity
-from ft.io.atomic import atomic_write_text
+from ft.io.plain_files import atomic_write_text
 from ft.io.standard_streams import results
 from ft.model.compile import eager_mode
 from ft.model.gpt2 import GPT2

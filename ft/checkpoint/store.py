@@ -26,9 +26,9 @@ from ft.checkpoint.adapter import ADAPTER_FILES, Base, is_adapter, write_adapter
 from ft.checkpoint.saved_task import task_fields
 from ft.checkpoint.snapshot import OPTIMIZER, RANDOM, STATE, WEIGHTS, Snapshot, read_state
 from ft.errors import FtError
-from ft.io.atomic import UNFINISHED, StagedDirectory, atomic_directory
+from ft.io.atomic import StagedDirectory, atomic_directory
 from ft.io.manifest import verify_manifest
-from ft.io.plain_files import remove
+from ft.io.plain_files import UNFINISHED, remove
 from ft.io.safetensors_file import safetensors_chunks
 from ft.model.gpt2 import GPT2Config
 from ft.train.state import State

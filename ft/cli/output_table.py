@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ft.data.table import Table, first_line, read_values
 from ft.errors import FtError, one_line, shown
-from ft.io.atomic import atomic_file
+from ft.io.plain_files import atomic_file
 from ft.io.standard_streams import print_notes
 
 if TYPE_CHECKING:

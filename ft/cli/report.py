@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ft.cli.parsers import CommandParser, to_path
 from ft.errors import FtError, UsageError, printable, shown
-from ft.io.atomic import atomic_write_text
+from ft.io.plain_files import atomic_write_text
 from ft.report.run_record import Recorded, read_run
 
 EXAMPLES = """\

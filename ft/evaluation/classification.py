@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ft.data.splits import Split
 from ft.errors import one_line
-from ft.io.atomic import atomic_write_text
-from ft.io.plain_files import read_regular
+from ft.io.plain_files import atomic_write_text, read_regular
 
 MOST_COLUMNS = 12  # classes up to which a table with a column per class is easy to read
 CONFUSIONS = 15  # pairs of labels that are printed if there are too many labels for a matrix

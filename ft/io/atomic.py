@@ -1,4 +1,4 @@
-"""Atomic writes: a directory or a text file has its complete new content or its old content, even after a crash."""
+"""Atomic writes: a directory has its complete new content or its old content, even after a crash."""
 
 import json
 import os
@@ -6,12 +6,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from ft.io.manifest import CHUNK, MANIFEST
-from ft.io.plain_files import remove
+from ft.io.plain_files import UNFINISHED, naming, remove
 
-UNFINISHED, REPLACED = ".unfinished-", ".replaced-"  # prefixes of staging directories, and of what they replace
+REPLACED = ".replaced-"  # prefix of a directory that a new one replaces
 
 
 class StagedDirectory:
@@ -23,7 +22,16 @@ class StagedDirectory:
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a new file; raises OSError if the disk is full or the system refuses."""
-        self._files[name] = _write_flushed(self.path / name, chunks)
+        size = crc = 0
+        with naming(self.path / name), open(self.path / name, "xb") as file:
+            for chunk in chunks:
+                for start in range(0, len(chunk), CHUNK):
+                    part = memoryview(chunk)[start : start + CHUNK]
+                    crc = zlib.crc32(part, crc)
+                    size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        self._files[name] = {"size": size, "crc32": f"{crc:08x}"}
 
     def write_json(self, name: str, value: Mapping[str, object]) -> None:
         """Write a JSON object."""
@@ -61,59 +69,13 @@ def atomic_directory(directory: Path) -> Iterator[StagedDirectory]:
 
 
 def remove_stale_staging(parent: Path) -> None:
-    """Clean up in `parent` after a process that died in `atomic_directory` or in `atomic_write_text`."""
+    """Clean up in `parent` after a process that died in `atomic_directory` or in `atomic_file`."""
     for replaced in parent.glob(f"{REPLACED}*"):
         directory = parent / replaced.name.removeprefix(REPLACED)
         if not os.path.lexists(directory):
             replaced.rename(directory)
     for stale in (*parent.glob(f"{REPLACED}*"), *parent.glob(f"{UNFINISHED}*")):
         remove(stale)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under a temporary name, flush it, and rename it when the context ends without an exception.
-
-    Raises:
-        OSError: the disk is full or the system refuses; `path` is unchanged.
-    """
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}")
-    try:
-        unfinished.unlink(missing_ok=True)  # a link planted here would be written through
-        with unfinished.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported without one
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file by `atomic_file`."""
-    with atomic_file(path) as file:
-        file.write(text.encode())
-
-
-def _write_flushed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, object]:
-    """Write a new file and flush it to the disk; returns its entry in a manifest."""
-    size = crc = 0
-    try:
-        with open(path, "xb") as file:
-            for chunk in chunks:
-                for start in range(0, len(chunk), CHUNK):
-                    part = memoryview(chunk)[start : start + CHUNK]
-                    crc = zlib.crc32(part, crc)
-                    size += file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported without one
-        raise
-    return {"size": size, "crc32": f"{crc:08x}"}
 
 
 def _fsync_directory(path: Path) -> None:

@@ -9,11 +9,14 @@ import json
 import os
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ft.errors import FtError
+
+UNFINISHED = ".unfinished-"  # prefix of what is still being written
 
 # Opening a FIFO would block until its other end is open; regular files ignore this flag.
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -93,3 +96,38 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FtError(f"{path} must contain a JSON object")
     return value
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name, flush it, and rename it when the context ends without an exception.
+
+    Raises:
+        OSError: the disk is full or the system refuses; `path` is unchanged.
+    """
+    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}")
+    try:
+        unfinished.unlink(missing_ok=True)  # a link planted here would be written through
+        with naming(path), unfinished.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A context in which an `OSError` without a file name, such as that of a full disk, gets that of `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -38,9 +38,13 @@ def test_results_are_published_only_on_request():
         parser.parse_args(["--publish", "--output", "here"])
 
 
-def test_the_published_results_can_be_compared():
-    """All are of one processor and one version of PyTorch; those of a GPU name it themselves."""
-    results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("folder", [RESULTS, *(path for path in RESULTS.iterdir() if path.is_dir())])
+def test_the_published_results_can_be_compared(folder):
+    """All of a folder are of one processor and one version of PyTorch; those of a GPU name it themselves."""
+    results = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
     machines = {name: each["machine"] for name, each in results.items() if each["machine"]["gpu"] is None}
     of = ("processor", "instruction_sets", "cores", "torch")
     assert len({tuple(str(machine[name]) for name in of) for machine in machines.values()}) == 1, list(machines)

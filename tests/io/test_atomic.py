@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from ft.errors import FtError
 from ft.io import atomic, lock, manifest
-from ft.io.atomic import StagedDirectory, atomic_directory, atomic_file, remove_stale_staging
+from ft.io.atomic import StagedDirectory, atomic_directory, remove_stale_staging
 from ft.io.lock import locked
 from ft.io.manifest import MANIFEST, verify_manifest
-from ft.io.plain_files import read_json
+from ft.io.plain_files import atomic_file, read_json
 from ft.io.safetensors_file import safetensors_chunks
 from tests.faults import Fault, Faults
 
@@ -277,7 +277,7 @@ def test_a_process_that_dies_between_the_two_renames_loses_nothing(tmp_path):
 
 
 def test_a_file_that_was_half_written_is_cleared(tmp_path):
-    from ft.io.atomic import atomic_write_text
+    from ft.io.plain_files import atomic_write_text
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # as if the process had died before
