@@ -51,6 +51,10 @@ class Continuation(Packing):
             cache=self.cache,
         )
 
+    def with_spare_rows(self) -> "Continuation":
+        """This packing: the rows of a single sequence are used as they are."""
+        return self
+
     def unpack(self, packed: Tensor) -> Tensor:
         """(T, C) -> (1, T, C): a single sequence has no padding."""
         return packed.unsqueeze(0)

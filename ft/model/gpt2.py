@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ft.errors import FtError, shown
 from ft.model.dropout import Dropout
 from ft.model.half_weights import HalfWeights
-from ft.model.matmul import affine, attention, matrix_products, rounds_inputs, rounds_inputs_of
+from ft.model.matmul import affine, attention, compiles_shapes, matrix_products, rounds_inputs, rounds_inputs_of
 from ft.model.packing import Packing, Selection
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -273,6 +273,9 @@ class GPT2(nn.Module):
         Returns:
             (S, V) logits, or (N, V) without a selection; with candidates K columns instead of V.
         """
+        if compiles_shapes(input_ids):
+            packing = packing.with_spare_rows()
+            input_ids = F.pad(input_ids, (0, packing.spare))
         tokens, table = TiedEmbedding.apply(self.wte.weight, input_ids)  # (N, C), (V, C)
         # Positions count from 0 in each sequence, although all sequences are in one tensor.
         hidden_states = self.drop(tokens + self.wpe(packing.positions))  # (N, C)
@@ -280,7 +283,7 @@ class GPT2(nn.Module):
         for block in self.h[:-1]:
             hidden_states = run_block(block, hidden_states, packing)  # (N, C)
         # Nothing after the last block mixes rows, so that from its queries on only the selected rows are computed.
-        hidden_states = run_block(self.h[-1], hidden_states, packing, selection)  # (S, C)
+        hidden_states = run_block(self.h[-1], hidden_states, packing, selection)[: len(packing.slots)]  # (S, C)
         return self.logits(hidden_states, table if candidates is None else table[candidates])
 
     def logits(self, hidden_states: Tensor, table: Tensor) -> Tensor:

@@ -98,6 +98,13 @@ def rounds_inputs_of(x: Tensor) -> bool:
     return active and rounds_inputs("cpu", torch.get_autocast_dtype("cpu"))
 
 
+def compiles_shapes(x: Tensor) -> bool:
+    """Whether oneDNN computes the products of this many rows or more: it generates code for each number of rows."""
+    if x.device.type != "cpu" or len(x) < 64 or torch.compiler.is_compiling():
+        return False
+    return torch.is_autocast_enabled("cpu") or onednn_is_faster()
+
+
 def has_onednn() -> bool:
     """Whether PyTorch includes oneDNN and its linear operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

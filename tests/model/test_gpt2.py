@@ -9,6 +9,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ft.errors import FtError
+from ft.model import matmul
 from ft.model.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.model.packing import Packing, Selection
 from ft.model.pretrained import load_published
@@ -323,3 +324,34 @@ def test_all_published_sizes_load_and_equal_transformers(size, tmp_path):
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         expected = reference(padded, attention_mask=mask).logits[mask.bool()]
     assert relative(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_spare_rows_change_neither_logits_nor_gradients(selected, monkeypatch):
+    lengths = [40, 33, 28, 40]
+    input_ids, _, _ = make_batch(lengths)
+    selection = Selection.last(lengths, [1, 2, 1, 3]) if selected else None
+    results = []
+    for spare in (True, False):
+        monkeypatch.setattr("ft.model.gpt2.compiles_shapes", lambda x, spare=spare: spare)
+        model = make_model().eval()
+        rows = []
+        model.h[1].register_forward_pre_hook(lambda module, inputs, rows=rows: rows.append(len(inputs[0])))
+        logits = model(input_ids, Packing.of(lengths), selection)
+        logits.square().sum().backward()
+        assert rows == [144 if spare else 141]
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for own, expected in zip(*results, strict=True):
+        assert own.shape == expected.shape
+        assert relative(own, expected) < 1e-12
+
+
+def test_spare_rows_are_for_large_batches_of_onednn_on_cpus(monkeypatch):
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
+    assert not matmul.compiles_shapes(torch.empty(100))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matmul.compiles_shapes(torch.empty(100))
+        assert not matmul.compiles_shapes(torch.empty(100, device="meta"))
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    assert matmul.compiles_shapes(torch.empty(100))
+    assert not matmul.compiles_shapes(torch.empty(60))

@@ -160,3 +160,24 @@ def test_moving_keeps_everything_but_the_device():
     assert torch.equal(same.mask, selection.mask)
     assert torch.equal(same.packing.slots, selection.packing.slots)
     assert torch.equal(same.packing.positions, selection.packing.positions)
+
+
+def test_spare_rows_leave_few_numbers_of_rows():
+    for low in (64, 128, 1024):
+        padded = [Packing.of([count]).with_spare_rows() for count in range(low, 2 * low)]
+        counts = [len(packing.positions) for packing in padded]
+        assert len(set(counts)) <= 33
+        assert all(count <= now <= count * 33 / 32 for count, now in zip(range(low, 2 * low), counts, strict=True))
+    assert Packing.of([20, 30]).with_spare_rows().spare == 0
+
+
+@pytest.mark.parametrize("contents", [0.0, float("nan")])
+def test_nothing_depends_on_spare_rows(contents):
+    plain = Packing.of([70, 51, 80])
+    packing = plain.with_spare_rows()
+    assert packing.spare == 3
+    rows = torch.randn(201, 5)
+    packed = torch.cat([rows, torch.full((3, 5), contents)])
+    assert torch.equal(packing.unpack(packed), plain.unpack(rows))
+    assert torch.equal(packing.pack(packing.unpack(packed))[:201], rows)
+    assert packing.pack(packing.unpack(packed)).shape == (204, 5)
