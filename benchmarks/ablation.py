@@ -71,9 +71,10 @@ class Variant:
         adamw: which of PyTorch's three implementations; the program calls the fused kernel itself.
         clips_in_optimizer: AdamW scales the gradients as it reads them; only the fused one can.
         keeps_memory: the process keeps freed memory (malloc_trim is disabled).
-        dropout_by_element: PyTorch's own dropout, which draws a random number for each element.
+        dropout_by_element: PyTorch's own dropout outside attention, which draws a random number for each element.
         attention_by_pytorch: attention with dropout by PyTorch, which draws a random number for each weight.
         mkl_only: no matrix product uses oneDNN.
+        every_shape: no spare rows leave few numbers of rows.
         casts_at_use: autocast casts each weight where it is used, in half precision.
     """
 
@@ -88,6 +89,7 @@ class Variant:
     dropout_by_element: bool = False
     attention_by_pytorch: bool = False
     mkl_only: bool = False
+    every_shape: bool = False
     casts_at_use: bool = False
 
     def changes_something(self, precision: Precision) -> bool:
@@ -115,8 +117,9 @@ VARIANTS = (
     Variant("PyTorch's own dropout", dropout_by_element=True),
     Variant("PyTorch's own attention", attention_by_pytorch=True),
     Variant("matrix products by MKL alone", mkl_only=True),
+    Variant("every number of rows", every_shape=True),
     Variant("weights cast at each use", casts_at_use=True),
-    Variant("no optimization", True, True, "loss", True, "for-loop", False, False, True, True, True, True),
+    Variant("no optimization", True, True, "loss", True, "for-loop", False, False, True, True, True, True, True),
 )
 
 
@@ -148,19 +151,22 @@ def padded(batch: Batch) -> Batch:
 
 def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
     """`GPT2.forward` with switches: the (S, V) logits of the selected rows."""
-    rows = batch.selection.rows
+    rows, packing = batch.selection.rows, batch.packing
+    if matmul.compiles_shapes(batch.input_ids) and not variant.every_shape:
+        packing = packing.with_spare_rows()
+    input_ids = F.pad(batch.input_ids, (0, packing.spare))
     if variant.dense_lookup:
-        tokens, table = F.embedding(batch.input_ids, model.wte.weight), model.wte.weight
+        tokens, table = F.embedding(input_ids, model.wte.weight), model.wte.weight
     else:
-        tokens, table = TiedEmbedding.apply(model.wte.weight, batch.input_ids)
-    hidden_states = model.drop(tokens + model.wpe(batch.packing.positions))
+        tokens, table = TiedEmbedding.apply(model.wte.weight, input_ids)
+    hidden_states = model.drop(tokens + model.wpe(packing.positions))
     call = model._block_runner()
     for block in model.h[:-1]:
-        hidden_states = call(block, hidden_states, batch.packing)
+        hidden_states = call(block, hidden_states, packing)
     if variant.selected_before == "last block":
-        hidden_states = call(model.h[-1], hidden_states, batch.packing, batch.selection)
+        hidden_states = call(model.h[-1], hidden_states, packing, batch.selection)
     else:
-        hidden_states = call(model.h[-1], hidden_states, batch.packing)
+        hidden_states = call(model.h[-1], hidden_states, packing)
     if variant.selected_before == "head":
         hidden_states = hidden_states.index_select(0, rows)
     logits = model.logits(hidden_states, table)

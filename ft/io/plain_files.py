@@ -2,6 +2,8 @@
 
 A run directory may come from someone else or be rearranged by hand. Writing and deleting in it never touches a file
 outside it, and opening a FIFO never blocks.
+
+Single files, these and those of `--output`, are written atomically.
 """
 
 import errno
@@ -129,5 +131,6 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise

@@ -36,4 +36,4 @@ def dropout_by_16_bits(x: Tensor, p: float) -> Tensor:
     numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = numbers.view(torch.int16)[: x.numel()].view(x.shape)
     # A product with the mask takes a third of the time of `torch.where`.
-    return x * (LEVELS / (LEVELS - dropped)) * (bits >= dropped - LEVELS // 2)
+    return x * (bits >= dropped - LEVELS // 2) * (LEVELS / (LEVELS - dropped))

@@ -10,7 +10,7 @@ comments use these letters:
     B  sequences in the batch               C  n_embd, the width of the hidden states
     T  tokens of the longest sequence       H  n_head
     N  tokens of all sequences together     D  C / H, the width of a head
-    S  rows selected for the loss           V  vocab_size
+    S  rows selected for the loss           V  vocab_size     (N and S with spare rows, see `Packing`)
     Q  selected rows of one sequence, at most
 """
 
@@ -276,6 +276,7 @@ class GPT2(nn.Module):
         if compiles_shapes(input_ids):
             packing = packing.with_spare_rows()
             input_ids = F.pad(input_ids, (0, packing.spare))
+            selection = None if selection is None else selection.with_spare_rows()
         tokens, table = TiedEmbedding.apply(self.wte.weight, input_ids)  # (N, C), (V, C)
         # Positions count from 0 in each sequence, although all sequences are in one tensor.
         hidden_states = self.drop(tokens + self.wpe(packing.positions))  # (N, C)
@@ -283,8 +284,10 @@ class GPT2(nn.Module):
         for block in self.h[:-1]:
             hidden_states = run_block(block, hidden_states, packing)  # (N, C)
         # Nothing after the last block mixes rows, so that from its queries on only the selected rows are computed.
-        hidden_states = run_block(self.h[-1], hidden_states, packing, selection)[: len(packing.slots)]  # (S, C)
-        return self.logits(hidden_states, table if candidates is None else table[candidates])
+        hidden_states = run_block(self.h[-1], hidden_states, packing, selection)  # (S, C)
+        logits = self.logits(hidden_states, table if candidates is None else table[candidates])
+        spare = (packing if selection is None else selection.packing).spare
+        return logits[:-spare] if spare else logits
 
     def logits(self, hidden_states: Tensor, table: Tensor) -> Tensor:
         """Final layer norm and head: hidden_states (S, C), rows of the token table (V, C) -> (S, V)."""
@@ -333,11 +336,8 @@ class GPT2(nn.Module):
                 parameter.fill_(1.0)
             else:
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                parameter.copy_(
-                    torch.empty(parameter.shape).normal_(
-                        0.0, self.config.initializer_range * scale, generator=generator
-                    )
-                )
+                std = self.config.initializer_range * scale
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
 def _run(block: nn.Module, *inputs: Any) -> Tensor:  # noqa: ANN401

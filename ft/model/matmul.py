@@ -49,7 +49,7 @@ def attention(
         queries: Q of each of B x H heads.
         keys: T of each head.
         values: as many.
-        mask: bool, broadcast to (B, H, Q, T): the keys that each query attends to. Default: all.
+        mask: bool, broadcast to (B, H, Q, T): the keys that each query attends to, at least one. Default: all.
         is_causal: without a mask, query n attends to keys up to n.
         dropout_p: the probability with which each attention weight is dropped.
     """
@@ -65,10 +65,14 @@ def attention(
 def attention_with_dropout(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool, dropout_p: float
 ) -> Tensor:
-    """The same step by step, softmax(Q K^T / sqrt(D)) V in fp32, as PyTorch does it too, with cheaper dropout."""
+    """The same step by step, softmax(Q K^T / sqrt(D)) V, with cheaper dropout.
+
+    Half precision is computed in fp32, as in PyTorch.
+    """
     shape, dtype, scores_shape = queries.shape, queries.dtype, (*queries.shape[:3], keys.shape[2])
     # (B, H, Q, D) -> (B H, Q, D), as `bmm` takes it
-    queries, keys, values = (tensor.float().flatten(0, 1) for tensor in (queries, keys, values))
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    queries, keys, values = (tensor.to(wide).flatten(0, 1) for tensor in (queries, keys, values))
     if is_causal:
         hidden = queries.new_full(scores_shape[2:], -math.inf).triu(diagonal=1)  # (Q, T)
     elif mask is None:
@@ -99,10 +103,10 @@ def rounds_inputs_of(x: Tensor) -> bool:
 
 
 def compiles_shapes(x: Tensor) -> bool:
-    """Whether oneDNN computes the products of this many rows or more: it generates code for each number of rows."""
-    if x.device.type != "cpu" or len(x) < 64 or torch.compiler.is_compiling():
+    """Whether oneDNN computes products with `x`, and so generates code for each number of rows."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return torch.is_autocast_enabled("cpu") or onednn_is_faster()
+    return has_onednn() and (torch.is_autocast_enabled("cpu") or onednn_is_faster())
 
 
 def has_onednn() -> bool:
@@ -160,8 +164,10 @@ class OneDNNAffine(torch.autograd.Function):
 
 def _weight_gradient(x: Tensor, weight: Tensor, gradient: Tensor, rounded: bool) -> Tensor:
     """The product x^T g in the memory layout of `weight`: autograd would copy any other, 154 MB for the head."""
-    product = torch.mm if rounded else _product
     is_transposed_view = weight.stride(0) == 1
+    # oneDNN copies its first factor, which is transposed. For many rows of logits the copy takes more than it saves.
+    many_logits = is_transposed_view and len(x) > 64
+    product = torch.mm if rounded or many_logits or len(x) == 0 else _product
     return product(gradient.T, x).T if is_transposed_view else product(x.T, gradient)
 
 

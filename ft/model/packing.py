@@ -8,6 +8,8 @@ A batch of B = 3 sequences of 4, 2 and 3 tokens is a tensor of N = 9 rows, not a
     positions  0  1  2  3   0  1    0  1  2            (N,) index into the position embeddings
     slots      0  1  2  3   4  5    8  9 10            (N,) index into the flattened grid
 
+Where oneDNN computes, up to 1/32 of spare rows follow the N rows (`with_spare_rows`).
+
 Position-wise layers (embeddings, layer norms, linear layers, GELU, dropout) treat each row independently and need not
 know the packing. Only attention mixes the rows of a sequence: it unpacks to the padded form and packs the result.
 """
@@ -50,21 +52,21 @@ class Packing:
     def with_spare_rows(self) -> "Packing":
         """This packing with up to 1/32 more rows, so that from a number to its double there are 32 numbers of rows.
 
-        oneDNN generates code for each number of rows, and keeps it: about 6 MB of the 124M model. Nothing depends on
-        what the spare rows contain, and their gradients are 0.
+        oneDNN generates code for each number of rows, and keeps it: about 6 MB for the 124M model. Nothing depends on
+        what the spare rows contain, and their gradients are 0. Fewer than 64 rows get none.
         """
         count = len(self.slots)
         spare = -count % 2 ** max(0, count.bit_length() - 6)
-        return replace(self, positions=F.pad(self.positions, (0, spare)), spare=spare)
+        return replace(self, positions=F.pad(self.positions[:count], (0, spare)), spare=spare)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(N, C) -> (B, T, C), with zeros as padding."""
+        """(N + spare, C) -> (B, T, C), with zeros as padding."""
         batch_size, max_length = self.shape
         padded = packed.new_zeros(batch_size * max_length, packed.shape[-1])
         return padded.index_copy_(0, self.slots, packed[: len(self.slots)]).unflatten(0, self.shape)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """(B, T, C) -> (N, C), without the padding."""
+        """(B, T, C) -> (N + spare, C), without the padding."""
         slots = F.pad(self.slots, (0, self.spare)) if self.spare else self.slots  # spare rows repeat the first slot
         return padded.flatten(0, 1).index_select(0, slots)
 
@@ -119,3 +121,8 @@ class Selection:
         mask = torch.arange(max_length) <= positions  # (B, Q, T)
         # A padding query attends to key 0: softmax over a fully masked row would be NaN.
         return cls(rows=torch.tensor(rows), packing=packing, mask=mask.unsqueeze(1))
+
+    def with_spare_rows(self) -> "Selection":
+        """This selection with the spare rows of `Packing.with_spare_rows`: they select row 0 once more."""
+        packing = self.packing.with_spare_rows()
+        return replace(self, rows=F.pad(self.rows, (0, packing.spare)), packing=packing)

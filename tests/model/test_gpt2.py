@@ -326,27 +326,31 @@ def test_all_published_sizes_load_and_equal_transformers(size, tmp_path):
     assert relative(logits, expected) < 1e-5
 
 
-@pytest.mark.parametrize("selected", [True, False])
-def test_spare_rows_change_neither_logits_nor_gradients(selected, monkeypatch):
+@pytest.mark.parametrize(
+    ("selected", "head_rows"), [([1, 2, 1, 3], (7, 7)), ([30, 33, 1, 9], (74, 73)), (None, (144, 141))]
+)
+def test_spare_rows_change_neither_logits_nor_gradients(selected, head_rows, monkeypatch):
     lengths = [40, 33, 28, 40]
     input_ids, _, _ = make_batch(lengths)
-    selection = Selection.last(lengths, [1, 2, 1, 3]) if selected else None
+    selection = Selection.last(lengths, selected) if selected else None
     results = []
     for spare in (True, False):
         monkeypatch.setattr("ft.model.gpt2.compiles_shapes", lambda x, spare=spare: spare)
         model = make_model().eval()
         rows = []
-        model.h[1].register_forward_pre_hook(lambda module, inputs, rows=rows: rows.append(len(inputs[0])))
+        for module in (model.h[1], model.ln_f):
+            module.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
         logits = model(input_ids, Packing.of(lengths), selection)
         logits.square().sum().backward()
-        assert rows == [144 if spare else 141]
+        assert rows == [144, head_rows[0]] if spare else [141, head_rows[1]]
         results.append([logits, *(parameter.grad for parameter in model.parameters())])
     for own, expected in zip(*results, strict=True):
         assert own.shape == expected.shape
         assert relative(own, expected) < 1e-12
 
 
-def test_spare_rows_are_for_large_batches_of_onednn_on_cpus(monkeypatch):
+def test_spare_rows_are_for_onednn_on_cpus(monkeypatch):
+    monkeypatch.setattr(matmul, "has_onednn", lambda: True)
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
     assert not matmul.compiles_shapes(torch.empty(100))
     with torch.autocast("cpu", torch.bfloat16):
@@ -354,4 +358,5 @@ def test_spare_rows_are_for_large_batches_of_onednn_on_cpus(monkeypatch):
         assert not matmul.compiles_shapes(torch.empty(100, device="meta"))
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     assert matmul.compiles_shapes(torch.empty(100))
-    assert not matmul.compiles_shapes(torch.empty(60))
+    monkeypatch.setattr(matmul, "has_onednn", lambda: False)
+    assert not matmul.compiles_shapes(torch.empty(100))

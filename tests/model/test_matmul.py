@@ -31,7 +31,7 @@ def operands(layout, bias, n=37, n_in=48, n_out=80):
 @needs_onednn
 @pytest.mark.parametrize("layout", ["as is", "transposed"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("n", [1, 8, 37])
+@pytest.mark.parametrize("n", [0, 1, 8, 37, 100])
 def test_values_and_gradients_equal_plain_products(layout, bias, n):
     results = []
     onednn = lambda x, w, b: matmul.OneDNNAffine.apply(x, w, b, False)  # noqa: E731

@@ -169,6 +169,8 @@ def test_spare_rows_leave_few_numbers_of_rows():
         assert len(set(counts)) <= 33
         assert all(count <= now <= count * 33 / 32 for count, now in zip(range(low, 2 * low), counts, strict=True))
     assert Packing.of([20, 30]).with_spare_rows().spare == 0
+    twice = Packing.of([66]).with_spare_rows().with_spare_rows()
+    assert (len(twice.positions), twice.spare) == (66, 0)
 
 
 @pytest.mark.parametrize("contents", [0.0, float("nan")])

@@ -451,7 +451,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ft.io.atomic.os.fsync", full)
+    monkeypatch.setattr("ft.io.plain_files.os.fsync", full)
     assert main(["report", str(run)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert (run / "report.html").read_text() == before
