@@ -63,7 +63,8 @@ class Packing:
         """(N + spare, C) -> (B, T, C), with zeros as padding."""
         batch_size, max_length = self.shape
         padded = packed.new_zeros(batch_size * max_length, packed.shape[-1])
-        return padded.index_copy_(0, self.slots, packed[: len(self.slots)]).unflatten(0, self.shape)
+        rows = packed[: -self.spare] if self.spare else packed
+        return padded.index_copy_(0, self.slots, rows).unflatten(0, self.shape)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, T, C) -> (N + spare, C), without the padding."""
