@@ -176,14 +176,16 @@ def test_every_flag_in_code_exists(path):
 
 def test_every_benchmark_with_results_is_in_the_table_of_figures():
     text = TEXTS[ROOT / "benchmarks" / "README.md"]
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        assert f"(results/{path.name})" in text
-        assert f"(results/{path.stem}.md)" in text
+    for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
+        name = path.relative_to(ROOT / "benchmarks")
+        assert f"({name})" in text
+        assert f"({name.with_suffix('.md')})" in text
 
 
 @pytest.mark.parametrize("path", [MAIN, ROOT / "benchmarks" / "README.md"], ids=NAMES.get)
 def test_figures_against_the_trainer_are_those_of_the_result_file(path):
-    measured = (ROOT / "benchmarks" / "results" / "trainer.md").read_text(encoding="utf-8")
+    files = (ROOT / "benchmarks" / "results").rglob("trainer.md")
+    measured = "".join(file.read_text(encoding="utf-8") for file in files)
     rows = re.findall(r"^\|[^|]+\| ([\d.]+) \S+ \| ([\d.]+) \S+ \| ([\d.]+) x \|$", TEXTS[path], re.MULTILINE)
     assert rows
     for trainer, ours, factor in rows:

@@ -79,7 +79,8 @@ def in_the_loop(config, precision, weights=None, **settings):
 
 @pytest.fixture(autouse=True)
 def dropout_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("ft.model.dropout.dropout_by_16_bits", F.dropout)
+    for module in ("dropout", "matmul"):
+        monkeypatch.setattr(f"ft.model.{module}.dropout_by_16_bits", F.dropout)
 
 
 @pytest.mark.parametrize(
