@@ -17,7 +17,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
@@ -45,7 +45,7 @@ from ft.data.examples import Example, encode, label_tokens, read_tokenizer
 from ft.data.tables import read_split
 from ft.device import Precision, disable_malloc_trim
 from ft.io.plain_files import read_json
-from ft.model import dropout, gpt2, matmul
+from ft.model import dropout, matmul
 from ft.model.gpt2 import GPT2, GPT2Config, TiedEmbedding
 from ft.model.packing import Packing
 from ft.model.pretrained import load_weights
@@ -98,7 +98,8 @@ class Variant:
             return True
         if self.casts_at_use:
             return precision.name != "fp32"
-        only_on_cpus = not self.keeps_memory or self.dropout_by_element or self.attention_by_pytorch or self.mkl_only
+        slow_parts = self.dropout_by_element or self.attention_by_pytorch or self.mkl_only or self.every_shape
+        only_on_cpus = not self.keeps_memory or slow_parts
         return not (only_on_cpus and is_gpu(precision.device))
 
 
@@ -173,12 +174,6 @@ def logits_of(model: GPT2, batch: Batch, variant: Variant) -> Tensor:
     return logits.index_select(0, rows) if variant.selected_before == "loss" else logits
 
 
-def attention_by_pytorch(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-    """`attention` in `ft/model/matmul.py` without the program's own way for dropout."""
-    with torch.autocast("cpu", enabled=False) if matmul.rounds_inputs_of(queries) else nullcontext():
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **options)
-
-
 def update(model: GPT2, optimizer: torch.optim.AdamW, variant: Variant) -> None:
     """Clip the gradients and update the weights."""
     for group in optimizer.param_groups:
@@ -202,7 +197,7 @@ def step(
         if variant.dropout_by_element:
             patches.enter_context(patch.object(dropout, "dropout_by_16_bits", F.dropout))
         if variant.attention_by_pytorch:
-            patches.enter_context(patch.object(gpt2, "attention", attention_by_pytorch))
+            patches.enter_context(patch.object(matmul, "attention_with_dropout", F.scaled_dot_product_attention))
         if variant.mkl_only:
             patches.enter_context(patch.object(matmul, "onednn_is_faster", lambda: False))
         if variant.casts_at_use:

@@ -47,7 +47,7 @@ def test_the_published_results_can_be_compared(folder):
     results = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
     machines = {name: each["machine"] for name, each in results.items() if each["machine"]["gpu"] is None}
     of = ("processor", "instruction_sets", "cores", "torch")
-    assert len({tuple(str(machine[name]) for name in of) for machine in machines.values()}) <= 1, list(machines)
+    assert len({tuple(str(machine[name]) for name in of) for machine in machines.values()}) == 1, list(machines)
 
 
 def test_a_result_names_the_instruction_sets_of_the_processor(tmp_path, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def test_the_norm_of_large_gradients_is_exact():
     gradients = [torch.randn(shape, generator=generator) for shape in ((5000, 768), (768, 2304), (768,))]
     gradients.append(torch.randn(768, 3072, generator=generator).T)
     exact = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
-    torch.testing.assert_close(global_norm(gradients).double(), exact, rtol=5e-5, atol=0)  # AMD: 2.1e-5, Intel: less
+    torch.testing.assert_close(global_norm(gradients).double(), exact, rtol=2e-5, atol=0)
     gradients[1][3, 4] = float("inf")
     assert global_norm(gradients).isinf()
     gradients[0][1, 2] = float("nan")
